@@ -1,0 +1,1 @@
+"""ARPO for TRL: `from arpo_trl import ARPOConfig, ARPOTrainer`."""

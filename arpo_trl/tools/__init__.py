@@ -1,0 +1,1 @@
+"""Tools of an agent and what runs them."""
