@@ -1,0 +1,138 @@
+"""How a tool is run: time-out, retries, cache and limits, attached to the function itself.
+
+A decorated function stays a plain function: called directly (or by TRL's own `GRPOTrainer`) it runs as it always did.
+The options take effect where a [`ToolExecutor`] runs it.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .cache import ToolCache
+
+
+@dataclass(frozen=True, eq=False)
+class ToolOptions:
+    """How a [`ToolExecutor`] runs a tool; see [`tool`] for the fields."""
+
+    timeout: float | None = None
+    retries: int = 0
+    cache: ToolCache | None = None
+    max_concurrency: int | None = None
+    max_result_tokens: int | None = None
+    max_calls_per_row: int | None = None
+    process: bool = False
+
+
+_DEFAULTS = ToolOptions()
+
+
+def tool_options(function: Callable) -> ToolOptions:
+    """Return the options that [`tool`] attached to `function`, or the defaults for a function it has not seen."""
+    return getattr(function, "_tool_options", _DEFAULTS)
+
+
+def tool(
+    function: Callable | None = None,
+    /,
+    *,
+    timeout: float | None = None,
+    retries: int = 0,
+    cache: ToolCache | str | os.PathLike | None = None,
+    max_concurrency: int | None = None,
+    max_result_tokens: int | None = None,
+    max_calls_per_row: int | None = None,
+    process: bool = False,
+) -> Callable:
+    """Attach options to a tool, as a decorator or around an existing function, coroutine function or bound method.
+
+    Name, docstring, signature and type hints are kept, so the tool's JSON schema does not change.
+
+    Args:
+        function (`Callable`, *optional*):
+            The tool. Left out where `tool(...)` is used as a decorator with options.
+        timeout (`float`, *optional*):
+            Seconds after which one attempt is given up. `None` takes the executor's; `float("inf")` waits for ever.
+            Waiting for a free slot does not count.
+        retries (`int`, defaults to `0`):
+            Further attempts after a transient failure: a time-out, a lost connection, HTTP 408, 425, 429 or 5xx. The
+            wait doubles from half a second and is never shorter than the server's `Retry-After`. Every attempt runs
+            the tool again, so it should have no side effects.
+        cache (`ToolCache` or path, *optional*):
+            Where answers are remembered between calls, runs and processes. Only for tools whose answer depends on
+            their arguments alone. Tools of the same name that differ in anything else, such as their index, need a
+            [`ToolCache`] with a namespace each.
+        max_concurrency (`int`, *optional*):
+            Calls of this tool that one executor runs at the same time.
+        max_result_tokens (`int`, *optional*):
+            Longer text is cut to this many tokens, a visible marker included. Lists of content blocks are not cut.
+        max_calls_per_row (`int`, *optional*):
+            Calls that one row may make of this tool. The trainer counts them.
+        process (`bool`, defaults to `False`):
+            Run the tool in worker processes that are killed at its time-out. Needs a sync function that can be
+            imported by its name, and one that keeps no state in memory: each worker has its own copy of the module.
+
+    Returns:
+        `Callable`: The tool with its options, sync or async as it was.
+
+    Example:
+
+    ```python
+    from arpo_trl.tools import tool
+
+
+    @tool(timeout=10, retries=2, cache="outputs/tools.sqlite", max_result_tokens=1024)
+    def search(query: str) -> str: ...
+    ```
+    """
+    if function is None:
+        return functools.partial(
+            tool,
+            timeout=timeout,
+            retries=retries,
+            cache=cache,
+            max_concurrency=max_concurrency,
+            max_result_tokens=max_result_tokens,
+            max_calls_per_row=max_calls_per_row,
+            process=process,
+        )
+    if not callable(function):
+        raise TypeError(f"tool() takes a function, a coroutine function or a bound method, not {function!r}.")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"`timeout` must be a positive number of seconds or None, not {timeout!r}.")
+    if not isinstance(retries, int) or retries < 0:
+        raise ValueError(f"`retries` must be 0 or a positive integer, not {retries!r}.")
+    limits = {
+        "max_concurrency": max_concurrency,
+        "max_result_tokens": max_result_tokens,
+        "max_calls_per_row": max_calls_per_row,
+    }
+    for name, value in limits.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` must be a positive integer or None, not {value!r}.")
+    if isinstance(cache, str | os.PathLike):
+        cache = ToolCache(cache)
+    options = ToolOptions(timeout=timeout, retries=retries, cache=cache, process=process, **limits)
+
+    if is_async(function):
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await function(*args, **kwargs)
+    else:
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    functools.update_wrapper(wrapper, function)
+    wrapper._tool_options = options  # type: ignore[attr-defined]
+    return wrapper
+
+
+def is_async(function: Callable) -> bool:
+    """Return whether calling `function` gives a coroutine; sees through `functools.partial` and `__call__`."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
