@@ -1,0 +1,195 @@
+r"""Answers in mathematics, compared as mathematics by math-verify: "-3" is not "3", "1/2" is "0.5".
+
+math-verify's own time-out uses SIGALRM, which fails off the main thread, where TRL may run reward functions. Here
+answers are compared in a few worker processes (`math_worker.py`), each of which ends itself when a question takes too
+much CPU time, and is replaced.
+
+What is not here: a choice's letter and its value are not matched ("C" against "C: 12"), and math-verify reads an
+ordered pair "(1, 2)" also as an interval or a set.
+"""
+
+import atexit
+import importlib.util
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .completions import final_answers, ground_truths, mean
+
+
+class Verdict(NamedTuple):
+    """`equal`, whether the answers agree; `parsed`, whether the truth was read as mathematics rather than as text."""
+
+    equal: bool
+    parsed: bool
+
+
+class MathVerifier:
+    """
+    Worker processes that compare answers. Safe to use from any thread.
+
+    Args:
+        workers (`int`): Processes, started when first needed.
+        timeout (`float`): Seconds of CPU time for one comparison.
+        memory_mb (`int`): Address space of a process, in MiB.
+    """
+
+    def __init__(self, workers: int = 4, timeout: float = 5.0, memory_mb: int = 2048):
+        if importlib.util.find_spec("math_verify") is None:
+            raise ImportError("Mathematics rewards need math-verify: pip install 'arpo-trl[math]'")
+        self.timeout = timeout
+        self._memory = memory_mb * 2**20
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="arpo-math")
+        self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
+        for _ in range(workers):
+            self._idle.put(None)
+
+    def compare(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict | None]:
+        """
+        Compare (ground truth, answer) pairs.
+
+        Args:
+            pairs (`Sequence[tuple[str, str]]`): Pairs in LaTeX or plain notation. Equal pairs are compared once.
+
+        Returns:
+            `list[Verdict | None]`: One per pair; `None` where the comparison was given up (time, memory, a crash).
+        """
+        distinct = list(dict.fromkeys(pairs))
+        verdicts = dict(zip(distinct, self._threads.map(self._compare_one, distinct), strict=True))
+        return [verdicts[pair] for pair in pairs]
+
+    def _compare_one(self, pair: tuple[str, str]) -> Verdict | None:
+        process = self._idle.get()
+        try:
+            if process is None or process.poll() is not None:
+                process = self._start()
+            question = {"truth": pair[0], "answer": pair[1], "seconds": self.timeout}
+            try:
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except BrokenPipeError:
+                reply = ""
+            if not reply:
+                _stop(process)
+                process = None
+                return None
+            return Verdict(**json.loads(reply))
+        finally:
+            self._idle.put(process)
+
+    def _start(self) -> subprocess.Popen:
+        # -P: the folder of the script holds modules of ours, none of which is meant for import by their bare names
+        command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py")), str(self._memory)]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            errors="surrogatepass",
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        greeting = json.loads(process.stdout.readline() or '{"broken": "it ended without a word"}')
+        if "broken" in greeting:
+            _stop(process)
+            raise RuntimeError(f"The process that compares mathematics does not start: {greeting['broken']}")
+        return process
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._threads.shutdown()
+        while not self._idle.empty():
+            _stop(self._idle.get())
+
+
+def _stop(process: subprocess.Popen | None) -> None:
+    if process is not None:
+        process.kill()
+        process.communicate()
+
+
+_shared_lock = threading.Lock()
+
+
+@cache
+def _make_shared_verifier() -> MathVerifier:
+    verifier = MathVerifier(workers=min(4, os.cpu_count() or 1))
+    atexit.register(verifier.close)
+    return verifier
+
+
+def shared_verifier() -> MathVerifier:
+    """The verifier of this Python process that reward functions share."""
+    with _shared_lock:
+        return _make_shared_verifier()
+
+
+def clean_answer(text: str) -> str:
+    r"""`text` without what is not part of the answer: `$…$`, `\(…\)`, `\$`, a final full stop, runs of white space."""
+    text = " ".join(text.replace("\\$", "").split())
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        inner = text[len(opening) : -len(closing)]
+        if len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing):
+            text = inner.strip() if opening not in inner else text
+    return re.sub(r"\s*\.\Z", "", text)
+
+
+def same_text(truth: str, answer: str) -> bool:
+    """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") in any case."""
+    if truth == answer:
+        return True
+    words = re.fullmatch(r"[^\W\d_]{2,}( [^\W\d_]+)*", truth)
+    return bool(words) and truth.casefold() == re.sub(r"\\text\{(.*)\}", r"\1", answer).casefold()
+
+
+def math_reward(
+    completions: list,
+    model_text: list[str] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    verifier: MathVerifier | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""
+    1 for a row whose boxed answer is equal, as mathematics, to one of its ground truths, else 0.
+
+    Args:
+        completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last turn.
+        model_text (`list[str]`, *optional*): What the model wrote, as [`ARPOTrainer`] passes it.
+        log_metric (`Callable`, *optional*): Provided by the trainer. Logged are the mean and `math_reward/given_up`,
+            the comparisons that ran out of time or memory, which score 0.
+        verifier ([`~rewards.MathVerifier`], *optional*): The processes that compare; shared ones by default.
+        **kwargs: The dataset's columns; `answer` (or `solution`, `ground_truth`) holds a string or a list per row.
+
+    Returns:
+        `list[float]`: One value per row; `None` for a row without ground truth.
+    """
+    truths = [[clean_answer(truth) for truth in row] for row in ground_truths(kwargs)]
+    answers = [answer and clean_answer(answer) for answer in final_answers(completions, model_text)]
+    rewards = [
+        float(any(answer is not None and same_text(truth, answer) for truth in row)) if row else None
+        for row, answer in zip(truths, answers, strict=True)
+    ]
+    asked = [
+        (i, (truth, answer))
+        for i, (row, answer, reward) in enumerate(zip(truths, answers, rewards, strict=True))
+        for truth in row
+        if answer and reward == 0.0
+    ]
+    verdicts = (verifier or shared_verifier()).compare([pair for _, pair in asked]) if asked else []
+    for (i, _), verdict in zip(asked, verdicts, strict=True):
+        if verdict is not None and verdict.equal:
+            rewards[i] = 1.0
+    if log_metric is not None:
+        log_metric("math_reward/mean", mean([reward for reward in rewards if reward is not None]))
+        log_metric("math_reward/given_up", verdicts.count(None))
+    return rewards
