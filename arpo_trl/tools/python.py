@@ -1,0 +1,339 @@
+"""The Python tool: runs code that a model wrote, which is to be treated as hostile.
+
+[`PythonSandbox`] runs it on this machine, [`RemoteSandbox`] sends it to a
+[SandboxFusion](https://github.com/bytedance/SandboxFusion) server.
+
+With `sandbox="bwrap"` a call cannot
+- reach the network, not even this machine's loopback, nor concurrent calls;
+- see files other than the interpreter, its libraries and the installed packages, all read-only, nor leave files behind;
+- see other processes or their environment, or outlive its end: its process namespace dies with it;
+- exceed its limits on time, memory, processes, size of files and of output.
+
+What it does NOT do, in either mode:
+- stop an attack on the kernel itself. Calls share it with the host; a few dangerous system calls are refused, no more;
+- hide the installed packages, their versions, or the machine's kernel and hardware;
+- share the processor fairly: a call may use every core until its time-out.
+
+`sandbox="rlimits"` limits time, memory of one process and size of files and output, and ends what a call leaves running
+(unless it works to escape). It stops accidents only: the code runs as you, reads and deletes your files, uses your
+network and can start more processes than the machine holds.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import site
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from . import python_worker
+from .errors import TransientToolError
+
+_FLOOD_BYTES = 1 << 20  # output beyond what is shown that code may write before it is stopped
+_START_SECONDS = 60  # importing the preloaded modules from a cold, shared disk
+_GRACE_SECONDS = 10  # beyond the time-out that the sandbox keeps itself
+_WAYS_ON = (
+    "Install bubblewrap (`apt install bubblewrap`) on a machine that allows user namespaces, or choose "
+    "PythonSandbox(sandbox='rlimits'), which stops accidents but not hostile code: it can read and delete your files, "
+    "use your network and exhaust the machine's processes."
+)
+
+
+class PythonError(RuntimeError):
+    """Code that did not run to its end; the text is for the model: output so far, then the traceback or what
+    happened."""
+
+
+class PythonSandbox:
+    """Runs Python code, every call in a process and a sandbox of its own; [`~PythonSandbox.python`] is the tool.
+
+    May be called from any number of threads, and after a fork. Ends with the process if it is not closed before.
+
+    Args:
+        sandbox (`str`): `"bwrap"` to contain hostile code, which needs Linux and
+            [bubblewrap](https://github.com/containers/bubblewrap), or `"rlimits"` to contain accidents only.
+        timeout (`float`): Seconds that a call may run.
+        memory_mb (`int`): Memory in MiB that a call may use beyond the preloaded modules.
+        max_output_chars (`int`): Characters of output that are shown; what is cut from the middle is replaced by a
+            marker.
+        workers (`int`, *optional*): Calls that run at the same time; others wait, and waiting does not count towards
+            `timeout`. Defaults to the number of processors, at least 4.
+        preload (`Sequence[str]`): Modules that are imported before calls arrive. Those that are not installed are
+            skipped.
+
+    Example:
+
+    ```python
+    >>> with PythonSandbox(timeout=5) as sandbox:
+    ...     print(sandbox.python("from sympy import *; x = symbols('x'); solve(x**2 - 2)"))
+    [-sqrt(2), sqrt(2)]
+    ```
+    """
+
+    def __init__(
+        self,
+        sandbox: Literal["bwrap", "rlimits"] = "bwrap",
+        timeout: float = 10.0,
+        memory_mb: int = 1024,
+        max_output_chars: int = 10_000,
+        workers: int | None = None,
+        preload: Sequence[str] = ("numpy", "sympy"),
+    ):
+        workers = max(4, os.cpu_count() or 1) if workers is None else workers
+        if sandbox not in ("bwrap", "rlimits"):
+            raise ValueError(f"sandbox must be 'bwrap' or 'rlimits', not {sandbox!r}.")
+        for name, value in [
+            ("timeout", timeout),
+            ("memory_mb", memory_mb),
+            ("max_output_chars", max_output_chars),
+            ("workers", workers),
+        ]:
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, not {value}.")
+        self.sandbox = sandbox
+        self.timeout = timeout
+        self.max_output_chars = max_output_chars
+        self.workers = workers
+        self._config = {
+            "timeout": timeout,
+            "memory_mb": memory_mb,
+            "namespaces": sandbox == "bwrap",
+            "paths": site.getsitepackages(),
+            "preload": list(preload),
+        }
+        self._server: subprocess.Popen | None = None
+        self._requests: socket.socket | None = None
+        self._closed = False
+        self._reset_locks()
+        _open.add(self)
+        try:
+            self._run("")  # a sandbox that does not work is to be known now and not in the first rollout
+        except BaseException as error:
+            self.close()
+            if sandbox == "bwrap" and isinstance(error, (OSError, TransientToolError)):
+                raise RuntimeError(f"PythonSandbox cannot use bwrap here ({error}). {_WAYS_ON}") from None
+            raise
+
+    def python(self, code: str) -> str:
+        """
+        Runs Python code and returns what it prints and the value of its last expression.
+
+        Args:
+            code: The Python code. Every call starts afresh: nothing is kept from earlier calls.
+
+        Returns:
+            The output of the code.
+        """
+        output, report = self._run(code)
+        text = _cut(output, self.max_output_chars)
+        kind, _, detail = report.partition(" ")
+        if report == f"exit {python_worker.FINISHED}":
+            return text or "(no output)"
+        if report == f"exit {python_worker.RAISED}" and text:
+            raise PythonError(text)
+        raise PythonError("\n".join(filter(None, [text, self._explain(kind, detail)])))
+
+    def close(self) -> None:
+        """End the sandbox and what runs in it. May be called more than once."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+        _open.discard(self)
+
+    def __enter__(self) -> "PythonSandbox":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def _explain(self, kind: str, detail: str) -> str:
+        if kind == "exit":
+            if int(detail) == python_worker.RAISED:
+                return "The code failed and had closed the output that would have shown why."
+            return f"The code ended the interpreter with exit code {detail} before it had run to its end."
+        if kind == "signal":
+            return f"The code crashed the interpreter ({signal.Signals(int(detail)).name})."
+        return {
+            "timeout": f"The code ran longer than {self.timeout:g} s and was stopped.",
+            "memory": f"The code used more than {self._config['memory_mb']} MB of memory and was stopped.",
+            "processes": f"The code started more than {python_worker.MAX_PROCESSES} processes and was stopped.",
+            "flood": "The code wrote too much output and was stopped.",
+        }[kind]
+
+    def _run(self, code: str) -> tuple[bytes, str]:
+        """Run `code`; its output and the supervisor's report."""
+        with self._slots:
+            output, output_end = os.pipe()
+            report, report_end = os.pipe()
+            try:
+                try:
+                    with tempfile.TemporaryFile() as file:
+                        file.write(code.encode("utf-8", "surrogatepass"))
+                        file.seek(0)
+                        self._send([file.fileno(), output_end, report_end])
+                finally:
+                    os.close(output_end)
+                    os.close(report_end)
+                return self._collect(output, report)
+            finally:
+                # Closing them also stops a call that is still running.
+                os.close(output)
+                os.close(report)
+
+    def _collect(self, output: int, report: int) -> tuple[bytes, str]:
+        os.set_blocking(output, False)
+        text, flood = bytearray(), 4 * self.max_output_chars + _FLOOD_BYTES
+        deadline = time.monotonic() + self.timeout + _GRACE_SECONDS
+        poll = select.poll()
+        poll.register(output, select.POLLIN)
+        poll.register(report, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll(1000 * max(0, deadline - time.monotonic()))]
+            if not ready:
+                self._stop()
+                raise TransientToolError("The Python sandbox stopped answering and has been restarted.")
+            ended = report in ready
+            with contextlib.suppress(BlockingIOError):
+                while len(text) <= flood and (chunk := os.read(output, 1 << 16)):
+                    text += chunk
+                if len(text) > flood:
+                    return bytes(text), "flood"
+                poll.unregister(output) if output in ready and not ended else None
+            if ended:
+                answer = os.read(report, 1000).decode().strip()
+                if not answer:
+                    raise TransientToolError("The Python sandbox ended unexpectedly.")
+                if answer.startswith("unusable: "):
+                    raise TransientToolError(f"The Python sandbox could not run the code: {answer[10:]}")
+                return bytes(text), answer
+
+    def _send(self, fds: list[int]) -> None:
+        """Hand a call to the server, and start the server if there is none (any more)."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("PythonSandbox is closed.")
+            for attempt in range(2):
+                if self._requests is None:
+                    self._start()
+                try:
+                    socket.send_fds(self._requests, [b"."], fds)
+                    return
+                except OSError:
+                    self._stop()
+                    if attempt:
+                        raise
+
+    def _start(self) -> None:
+        self._requests, theirs = socket.socketpair()
+        self._requests.settimeout(_START_SECONDS)
+        with theirs, tempfile.TemporaryFile() as errors:
+            command = _bwrap_command(self._config) if self.sandbox == "bwrap" else _plain_command(self._config)
+            self._server = subprocess.Popen(
+                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=errors, env={}, start_new_session=True
+            )
+            theirs.close()
+            try:
+                started = self._requests.recv(1) == b"+"
+            except OSError:
+                started = False
+            if not started:
+                self._stop()
+                errors.seek(0)
+                lines = errors.read().decode(errors="replace").strip().splitlines()
+                raise OSError(lines[-1] if lines else "it did not start")
+        self._requests.settimeout(None)
+
+    def _stop(self) -> None:
+        server, self._server = self._server, None
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            requests.close()
+        if server is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)  # bwrap, and with it the process namespace that it made
+            server.wait()
+
+    def _reset_locks(self) -> None:
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(self.workers)
+
+    def _after_fork(self) -> None:
+        """A forked process starts a server of its own: the locks may have been held, and the old one is another's
+        child."""
+        self._reset_locks()
+        self._server = None
+        if self._requests is not None:
+            self._requests.close()
+            self._requests = None
+
+
+_open: "weakref.WeakSet[PythonSandbox]" = weakref.WeakSet()
+atexit.register(lambda: [sandbox.close() for sandbox in list(_open)])
+os.register_at_fork(after_in_child=lambda: [sandbox._after_fork() for sandbox in list(_open)])
+
+
+def _cut(output: bytes, limit: int) -> str:
+    """The text of `output` without what does not fit from its middle; the end holds the result or the error."""
+    text = output.decode("utf-8", "backslashreplace").rstrip()
+    if len(text) <= limit:
+        return text
+    tail = limit // 2
+    return f"{text[: limit - tail]}\n[... {len(text) - limit} characters left out ...]\n{text[-tail:]}"
+
+
+def _plain_command(config: dict) -> list[str]:
+    return [sys.executable, "-I", "-S", python_worker.__file__, json.dumps(config)]
+
+
+def _bwrap_command(config: dict) -> list[str]:
+    """The command that starts the server in a file system that holds an interpreter and nothing else.
+
+    Everything appears under /python, so that no text a call returns depends on where this machine keeps things.
+    """
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise OSError("the command is not installed")
+    if os.uname().machine not in python_worker._MACHINES:
+        raise OSError(f"system calls cannot be filtered on {os.uname().machine}")
+    base = Path(sys.base_prefix)
+    executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    # bwrap would give a folder that it makes for a private file to root alone
+    mounts = [("--dir", folder) for folder in ["/dev", "/python", "/python/bin", "/tmp", "/usr"]]
+    mounts += [("--ro-bind", executable, f"/python/bin/{executable.name}")]
+    for folder in dict.fromkeys(["lib", sys.platlibdir]):
+        mounts.append(("--ro-bind", (base / folder).resolve(), f"/python/{folder}"))
+    for folder in ["/usr/lib", "/usr/lib64", "/lib", "/lib64"]:  # libc and what compiled packages link to
+        if os.path.islink(folder):
+            mounts.append(("--symlink", os.readlink(folder), folder))
+        elif os.path.isdir(folder):
+            mounts.append(("--ro-bind", folder, folder))
+    paths = []
+    for i, folder in enumerate(path for path in config["paths"] if os.path.isdir(path)):
+        paths.append(f"/python/site-packages-{i}" if i else "/python/site-packages")
+        mounts.append(("--ro-bind", folder, paths[-1]))
+    for device in ["null", "zero", "full", "random", "urandom"]:
+        mounts.append(("--dev-bind", f"/dev/{device}", f"/dev/{device}"))
+    mounts.append(("--ro-bind", python_worker.__file__, "/python/worker.py"))
+    # As root, bwrap needs no user namespace, and root is not left for another user inside one.
+    namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    if os.geteuid() != 0:
+        namespaces += ["--unshare-user", "--cap-drop", "ALL"]
+    return [
+        *[bwrap, *namespaces, "--hostname", "sandbox", "--clearenv"],
+        *["--setenv", "LD_LIBRARY_PATH", f"/python/{sys.platlibdir}", "--setenv", "OPENBLAS_NUM_THREADS", "1"],
+        *[str(part) for mount in mounts for part in mount],
+        *["--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--remount-ro", "/", "--chdir", "/"],
+        *[f"/python/bin/{executable.name}", "-I", "-S", "/python/worker.py", json.dumps({**config, "paths": paths})],
+    ]

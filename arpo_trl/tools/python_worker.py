@@ -1,0 +1,383 @@
+"""The process that runs model-written code for [`~arpo_trl.tools.python.PythonSandbox`]; standard library only.
+
+It is started once, as a script inside the sandbox, imports what calls are likely to import, and then forks for every
+call, so a call neither pays for an interpreter nor meets what an earlier call left behind:
+
+    server       waits on the socket that is its standard input; never reads code or output
+    └ supervisor one per call: makes the namespaces, enforces time-out and memory, reports how the call ended
+      └ child    process 1 of its own namespaces: gives up every privilege, then runs the code
+
+The three file descriptors of a call (code, output, report) come with its request and pass straight to those who use
+them. The child holds only the output by the time foreign code runs, so nothing that it does can forge a report, speak
+to the server, or reach another call.
+"""
+
+import contextlib
+import ctypes
+import errno
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import site
+import socket
+import struct
+import sys
+import tempfile
+import time
+
+# Exit codes of a child whose code ran to its end or raised; any other means that the code ended the process itself.
+FINISHED, RAISED = 100, 101
+
+MAX_PROCESSES = 32  # threads count as well
+MAX_FILES = 256
+MAX_FILE_BYTES = 64 << 20  # one file, and /tmp as a whole
+UNPRIVILEGED_ID = 65534
+WATCH_SECONDS = 0.05
+
+
+def run_cell(source: str) -> bool:
+    """Run `source` as a notebook runs a cell: show the last expression's value, or the traceback of what was raised.
+
+    Imports what it needs itself, because its source text alone is sent to remote sandboxes.
+
+    Args:
+        source (`str`): Python code.
+
+    Returns:
+        `bool`: Whether the code ran to its end.
+    """
+    import ast
+    import linecache
+    import sys
+    import traceback
+    import types
+
+    name = "<python>"
+
+    def forget_library_frames(error):  # they show nothing that the model wrote, and where things are on this machine
+        error.stack[:] = [f for f in error.stack if f.filename.startswith("<") and "<frozen" not in f.filename]
+        for inner in [error.__cause__, error.__context__, *(getattr(error, "exceptions", None) or [])]:
+            if inner is not None:
+                forget_library_frames(inner)
+        return error
+
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    stdout = sys.stdout
+    try:
+        tree = ast.parse(source, name)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, name, "exec"), main.__dict__)
+        if last is not None:
+            value = eval(compile(ast.Expression(last.value), name, "eval"), main.__dict__)
+            if value is not None:
+                print(repr(value))
+        sys.stdout.flush()
+        return True
+    except SystemExit as stop:
+        text = "" if stop.code in (None, 0) else f"SystemExit: {stop.code}\n"
+    except BaseException as error:
+        try:
+            text = "".join(forget_library_frames(traceback.TracebackException.from_exception(error)).format())
+        except BaseException:  # an exception class of the model's own can fail at being printed, too
+            text = f"{type(error).__name__}\n"
+    sys.stdout.flush()
+    stdout.write(text)
+    stdout.flush()
+    return not text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linux calls that Python 3.11 has no name for
+
+
+def _libc(function: str, *args) -> None:
+    if getattr(ctypes.CDLL(None, use_errno=True), function)(*args) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{function}: {os.strerror(error)}")
+
+
+def _prctl(option: int, value: int, argument=0) -> None:
+    _libc("prctl", option, value, argument, 0, 0)
+
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+_CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
+    0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+_CLONE_ANY_NAMESPACE = 0x7E020000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
+
+# What a process without privileges may still ask of Linux and calculations never need: new namespaces (and the mounts,
+# hence memory, they give), sockets (abstract ones and loopback reach concurrent calls), memory outside the limits of
+# the process, keyrings (they outlive a call), other processes' memory, and large kernel surfaces.
+_DENIED = {
+    #                x86_64, aarch64
+    "unshare":           (272, 97),
+    "setns":             (308, 268),
+    "socket":            (41, 198),
+    "memfd_create":      (319, 279),
+    "memfd_secret":      (447, 447),
+    "shmget":            (29, 194),
+    "msgget":            (68, 186),
+    "mq_open":           (240, 180),
+    "add_key":           (248, 217),
+    "request_key":       (249, 218),
+    "keyctl":            (250, 219),
+    "ptrace":            (101, 117),
+    "process_vm_readv":  (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd":       (438, 438),
+    "bpf":               (321, 280),
+    "perf_event_open":   (298, 241),
+    "userfaultfd":       (323, 282),
+    "io_uring_setup":    (425, 425),
+}  # fmt: skip
+_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column above, AUDIT_ARCH, clone
+_CLONE3 = 435
+
+
+def _deny_system_calls() -> None:
+    """Install a seccomp filter that answers the calls of `_DENIED` with EPERM."""
+    column, architecture, clone = _MACHINES[os.uname().machine]
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    numbers = [syscall[column] for syscall in _DENIED.values()]
+    # (operation, operand, label to go to if true, else); None goes to the next line
+    lines = [
+        (load, 4, None, None),
+        (equal, architecture, None, "kill"),
+        (load, 0, None, None),
+        (at_least, 0x40000000, "deny", None),  # x32: the same calls under other numbers
+        *[(equal, number, "deny", None) for number in numbers],
+        (equal, _CLONE3, "absent", None),  # its flags lie behind a pointer; libc falls back to clone
+        (equal, clone, None, "allow"),
+        (load, 16, None, None),
+        (any_bit, _CLONE_ANY_NAMESPACE, "deny", "allow"),
+    ]
+    ends = {"allow": 0x7FFF0000, "deny": 0x50000 | errno.EPERM, "absent": 0x50000 | errno.ENOSYS, "kill": 0x80000000}
+    to = {label: len(lines) + i for i, label in enumerate(ends)}
+    program = b"".join(
+        struct.pack("=HBBI", op, to[yes] - i - 1 if yes else 0, to[no] - i - 1 if no else 0, operand)
+        for i, (op, operand, yes, no) in enumerate(lines)
+    ) + b"".join(struct.pack("=HBBI", answer, 0, 0, value) for value in ends.values())
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_SECCOMP, 2, ctypes.byref(Program(len(program) // 8, program)))
+
+
+def _drop_capabilities() -> None:
+    _libc("capset", ctypes.c_char_p(struct.pack("=Ii", 0x20080522, 0)), ctypes.c_char_p(bytes(24)))
+
+
+def _enter_namespaces() -> None:
+    """New user, process, mount, IPC and network namespaces for the child that is forked next."""
+    uid, gid = os.getuid(), os.getgid()
+    _libc("unshare", _CLONE_NEWUSER | _CLONE_NEWPID | _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET)
+    for file, text in [
+        ("setgroups", "deny"),
+        ("uid_map", f"{UNPRIVILEGED_ID} {uid} 1"),
+        ("gid_map", f"{UNPRIVILEGED_ID} {gid} 1"),
+    ]:
+        with open(f"/proc/self/{file}", "w") as f:
+            f.write(text)
+
+
+def _mount_tmpfs(path: bytes, flags: int, options: str) -> None:
+    _libc("mount", b"tmpfs", path, b"tmpfs", flags, options.encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The child
+
+
+def _limit_resources(config: dict) -> None:
+    with open("/proc/self/statm") as f:
+        own_memory = int(f.read().split()[0]) * resource.getpagesize()
+    for limit, value in [
+        (resource.RLIMIT_AS, own_memory + (config["memory_mb"] << 20)),
+        (resource.RLIMIT_CPU, int(config["timeout"]) + 1),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (resource.RLIMIT_NOFILE, MAX_FILES),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        # Counted for each user namespace; without one of its own it would count all that the user runs.
+        *([(resource.RLIMIT_NPROC, MAX_PROCESSES)] if config["namespaces"] else []),
+    ]:
+        resource.setrlimit(limit, (value, value))
+
+
+def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str) -> None:
+    try:
+        os.setsid()
+        with open("/proc/self/oom_score_adj", "w") as f:
+            f.write("1000")  # where memory does run out, the kernel takes this process and not the training run
+        _limit_resources(config)
+        if config["namespaces"]:
+            _mount_tmpfs(b"/tmp", _MS_NOSUID | _MS_NODEV, f"size={MAX_FILE_BYTES},nr_inodes=4096,mode=0777")
+            _mount_tmpfs(b"/proc", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4096,nr_inodes=1,mode=0555")
+            _drop_capabilities()
+            _deny_system_calls()
+        os.chdir(home)
+        with open(code_fd, encoding="utf-8", errors="surrogatepass") as f:
+            source = f.read()
+        os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+        os.dup2(output_fd, 1)
+        os.dup2(output_fd, 2)
+        sys.stdin = open(0, closefd=False)
+        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.argv = [""]
+        os.environ.clear()
+        os.environ.update(HOME=home, LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed()  # `random` reseeds itself after a fork
+    except BaseException as error:
+        os.write(report_fd, f"unusable: {error}\n".encode())
+        os._exit(1)
+    os.closerange(3, 4096)
+    try:
+        finished = run_cell(source)
+    except BaseException:  # its output was closed
+        finished = False
+    os._exit(FINISHED if finished else RAISED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The supervisor
+
+
+def _descendants(pid: int) -> list[int]:
+    """`pid` and all that descend from it. Orphans belong to their namespace's first process, so none is missed."""
+    found = [pid]
+    for parent in found:
+        try:
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                with open(f"/proc/{parent}/task/{thread}/children") as f:
+                    found += map(int, f.read().split())
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def _private_memory(pid: int) -> int:
+    """Memory in bytes that the process does not share with files."""
+    kilobytes = 0
+    try:
+        with open(f"/proc/{pid}/status") as f:
+            for line in f:
+                if line.startswith(("RssAnon:", "RssShmem:")):
+                    kilobytes += int(line.split()[1])
+    except OSError:
+        pass
+    return kilobytes << 10
+
+
+def _wait(pid: int, report_fd: int, config: dict) -> str:
+    """Wait for the child's end, or bring it about, and say how it ended."""
+    own_memory = _private_memory(os.getpid())  # every process of the call starts as a copy of this one
+    deadline = time.monotonic() + config["timeout"]
+    ended = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(report_fd, 0)  # wakes when nobody waits for the report any more
+    reason = ""
+    while not reason:
+        left = deadline - time.monotonic()
+        events = [fd for fd, _ in poll.poll(1000 * max(0, min(left, WATCH_SECONDS)))]
+        if ended in events:
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            return f"signal {-code}" if code < 0 else f"exit {code}"
+        processes = _descendants(pid)
+        if events:
+            reason = "abandoned"
+        elif left <= 0:
+            reason = "timeout"
+        elif len(processes) > MAX_PROCESSES:
+            reason = "processes"
+        elif sum(max(0, _private_memory(p) - own_memory) for p in processes) > config["memory_mb"] << 20:
+            reason = "memory"
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return reason
+
+
+def _supervise(config: dict, code_fd: int, output_fd: int, report_fd: int) -> None:
+    report = "unusable: unknown"
+    home = "/tmp"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)  # lets go of the server's socket
+    try:
+        if config["namespaces"]:
+            _enter_namespaces()
+        else:
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # daemons that the code leaves behind become children of this process
+            home = tempfile.mkdtemp(prefix="arpo-python-")
+        if (pid := os.fork()) == 0:
+            _child(config, code_fd, output_fd, report_fd, home)
+        os.close(output_fd)
+        report = _wait(pid, report_fd, config)
+        if not config["namespaces"]:
+            while leftovers := _descendants(os.getpid())[1:]:
+                for pid in leftovers:
+                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(pid, 0)
+            shutil.rmtree(home, ignore_errors=True)
+    except BaseException as error:
+        report = f"unusable: {error}"
+    finally:
+        with contextlib.suppress(OSError):
+            os.write(report_fd, f"{report}\n".encode())
+        os._exit(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+def serve(config: dict) -> None:
+    """Answer requests until the other end of standard input is closed, which also happens when its owner dies.
+
+    Args:
+        config (`dict`): `timeout` in seconds, `memory_mb`, `namespaces` (whether calls get their own, which asks for
+            the sandbox that `bwrap` makes), `paths` to import from, names of the modules to `preload`.
+    """
+    if os.geteuid() == 0 and config["namespaces"]:
+        # The kernel does not hold root to a number of processes.
+        os.setgroups([])
+        os.setresgid(*[UNPRIVILEGED_ID] * 3)
+        os.setresuid(*[UNPRIVILEGED_ID] * 3)
+        _prctl(_PR_SET_DUMPABLE, 1)  # gives it back its own /proc/self
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + config["paths"]
+    for name in config["preload"]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    site.setquit()  # `exit()`, which an interpreter without site packages lacks
+    gc.freeze()  # keeps the collector of a child from copying the pages that it shares with this process
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no burial
+    requests = socket.socket(fileno=0)
+    requests.sendall(b"+")
+    while True:
+        message, fds, _, _ = socket.recv_fds(requests, 1, 3)
+        if not message:
+            os._exit(0)
+        try:
+            if os.fork() == 0:
+                _supervise(config, *fds)
+        except OSError as error:
+            os.write(fds[2], f"unusable: {error}\n".encode())
+        for fd in fds:
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
