@@ -20,7 +20,7 @@ search), correct spelling, or change an index once it is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Self
@@ -32,12 +32,13 @@ from datasets import Dataset
 from .passages import (
     Passage,
     format_passages,
+    iterate,
     load_passages,
     read_dataset,
     read_jsonl,
     read_parquet,
     save_passages,
-    to_column,
+    to_array,
 )
 
 try:
@@ -53,17 +54,17 @@ _STOPWORDS = frozenset(STOPWORDS_EN)
 class PassageSearch:
     """What every local search shares: the passages, the readers, and the tool itself.
 
-    A search of its own only has to say how it ranks: override [`~PassageSearch.rank`].
+    A subclass says how it ranks (`rank`), what it saves beside the passages (`_save`), and how that is opened (`load`).
 
     Args:
-        passages (`Sequence[str]` or `pa.ChunkedArray`): Texts to search in.
+        passages (`Sequence[str]` or `pa.Array`): Texts to search in.
         top_k (`int`): Passages that a search returns at most.
     """
 
-    def __init__(self, passages: Sequence[str] | pa.ChunkedArray, top_k: int = 3):
+    def __init__(self, passages: Sequence[str] | pa.Array, top_k: int = 3):
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {top_k}.")
-        self.passages = to_column(passages)
+        self.passages = to_array(passages)
         self.top_k = top_k
 
     @classmethod
@@ -80,6 +81,24 @@ class PassageSearch:
     def from_dataset(cls, dataset: Dataset, text_column: str = "contents", **kwargs) -> Self:
         """Index a [`~datasets.Dataset`], one passage a row in the column `text_column`."""
         return cls(read_dataset(dataset, text_column), **kwargs)
+
+    def save(self, directory: str | PathLike) -> None:
+        """Write the index and its passages to a new directory, for `load` of the same class.
+
+        Args:
+            directory (`str` or `PathLike`): Must be empty or not exist: a process that has an index mapped into memory
+                would crash if its files were written anew.
+        """
+        directory = Path(directory)
+        if directory.exists() and any(directory.iterdir()):
+            raise FileExistsError(f"{directory} is not empty; save the index to a new directory.")
+        directory.mkdir(parents=True, exist_ok=True)
+        self._save(directory)
+        # last, as the sign that the save is complete
+        save_passages(self.passages, directory)
+
+    def _save(self, directory: Path) -> None:
+        raise NotImplementedError
 
     def rank(self, query: str, top_k: int) -> list[tuple[int, float]]:
         """Find the passages that fit a query.
@@ -106,7 +125,7 @@ class PassageSearch:
         if not isinstance(query, str):
             raise TypeError(f"query must be one string, not {type(query).__name__}; search once for each query.")
         found = self.rank(query, self.top_k if top_k is None else top_k)
-        return [Passage(index, self.passages[index].as_py(), score) for index, score in found]
+        return [Passage(position, self.passages[position].as_py(), score) for position, score in found]
 
     def search(self, query: str) -> str:
         """Search a collection of passages and return those that fit the query best.
@@ -127,13 +146,13 @@ class BM25Search(PassageSearch):
     [bm25s](https://huggingface.co/papers/2407.03618)'s.
 
     Args:
-        passages (`Sequence[str]` or `pa.ChunkedArray`): Texts to search in.
+        passages (`Sequence[str]` or `pa.Array`): Texts to search in.
         top_k (`int`): Passages that a search returns at most.
         k1 (`float`): How soon repeating a word stops to count.
         b (`float`): How much long passages are held back, from 0 to 1.
     """
 
-    def __init__(self, passages: Sequence[str] | pa.ChunkedArray, top_k: int = 3, k1: float = 1.5, b: float = 0.75):
+    def __init__(self, passages: Sequence[str] | pa.Array, top_k: int = 3, k1: float = 1.5, b: float = 0.75):
         super().__init__(passages, top_k)
         vocabulary: dict[str, int] = {}
         token_ids = [
@@ -152,23 +171,19 @@ class BM25Search(PassageSearch):
         # a passage that shares no word with the query is no result
         return top_positions(scores, top_k, np.flatnonzero(scores))
 
-    def save(self, directory: str | PathLike) -> None:
-        """Write the index and its passages to a new directory."""
-        directory = new_directory(directory)
+    def _save(self, directory: Path) -> None:
         self._index.save(directory / "bm25", show_progress=False)
-        # last, as the sign that the save is complete
-        save_passages(self.passages, directory / "passages.arrow")
 
     @classmethod
     def load(cls, directory: str | PathLike, top_k: int = 3) -> Self:
         """Open a saved index, memory-mapped: processes on one machine share its pages.
 
         Args:
-            directory (`str` or `PathLike`): What [`~BM25Search.save`] wrote.
+            directory (`str` or `PathLike`): What `save` wrote.
             top_k (`int`): Passages that a search returns at most.
         """
         search = cls.__new__(cls)
-        PassageSearch.__init__(search, load_passages(Path(directory) / "passages.arrow"), top_k)
+        PassageSearch.__init__(search, load_passages(directory), top_k)
         search._index = bm25s.BM25.load(Path(directory) / "bm25", mmap=True, show_progress=False)
         return search
 
@@ -196,19 +211,3 @@ def top_positions(scores: np.ndarray, top_k: int, candidates: np.ndarray) -> lis
         candidates, chosen = candidates[kept], chosen[kept]
     order = np.argsort(-chosen, kind="stable")[:top_k]
     return [(int(candidates[i]), float(chosen[i])) for i in order]
-
-
-def iterate(passages: pa.ChunkedArray) -> Iterator[str]:
-    """Go through the texts a batch at a time: much faster than one by one, and never all in memory as Python strings."""
-    for chunk in passages.chunks:
-        for start in range(0, len(chunk), 10_000):
-            yield from chunk.slice(start, 10_000).to_pylist()
-
-
-def new_directory(directory: str | PathLike) -> Path:
-    """Make the directory of an index; an existing one may be mapped by a process that would crash on a rewrite."""
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; save the index to a new directory.")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
