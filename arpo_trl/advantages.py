@@ -1,0 +1,69 @@
+"""Who gets which advantage: hard attribution over a tree of rows. Pure; soft attribution needs no code, since
+GRPO's per-row advantage on every token of the row already averages over the rows that share it (ARPO, section 3.2,
+https://huggingface.co/papers/2507.19849).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of a row that have the same advantage."""
+
+    start: int
+    end: int
+    advantage: float
+
+
+def hard_advantages(
+    advantages: Sequence[float],
+    parents: Sequence[int | None],
+    fork_tokens: Sequence[int | None],
+    lengths: Sequence[int],
+) -> list[list[Span]]:
+    """
+    Give each token the mean advantage of the rows that share it; a row's own tokens keep the row's advantage.
+
+    Args:
+        advantages (`Sequence[float]`): Group-normalised advantage of each row.
+        parents (`Sequence[int | None]`): Row that each row left; `None` for a row that starts from the prompt. A
+            parent stands before its forks or after them, and may itself be a fork.
+        fork_tokens (`Sequence[int | None]`): Index of the completion token at which each row left its parent.
+        lengths (`Sequence[int]`): Completion tokens of each row.
+
+    Returns:
+        `list[list[Span]]`: for each row, the spans that cover its `lengths[row]` tokens.
+    """
+    children: dict[int, list[int]] = {}
+    for row, parent in enumerate(parents):
+        if parent is not None:
+            children.setdefault(parent, []).append(row)
+
+    def subtree(row: int) -> list[int]:
+        return [row] + [below for child in children.get(row, []) for below in subtree(child)]
+
+    own: dict[int, list[Span]] = {}  # spans of the tokens that a row does not have from its parent
+    for row, length in enumerate(lengths):
+        start = fork_tokens[row] if parents[row] is not None else 0
+        # Walking back from the end, each fork point adds a whole subtree to the rows that share what lies before it.
+        cuts = sorted(children.get(row, []), key=lambda child: fork_tokens[child], reverse=True)
+        spans, sharing, end = [], [row], length
+        for child in cuts:
+            if fork_tokens[child] < end:
+                spans.append(Span(fork_tokens[child], end, _mean(advantages, sharing)))
+                end = fork_tokens[child]
+            sharing = sharing + subtree(child)
+        if start < end:
+            spans.append(Span(start, end, _mean(advantages, sharing)))
+        own[row] = spans[::-1]
+
+    def spans_before(row: int, stop: int) -> list[Span]:
+        """Spans of the first `stop` tokens of `row`."""
+        inherited = spans_before(parents[row], min(stop, fork_tokens[row])) if parents[row] is not None else []
+        return inherited + [Span(s.start, min(s.end, stop), s.advantage) for s in own[row] if s.start < stop]
+
+    return [spans_before(row, length) for row, length in enumerate(lengths)]
+
+
+def _mean(advantages: Sequence[float], rows: Sequence[int]) -> float:
+    return sum(advantages[row] for row in rows) / len(rows)

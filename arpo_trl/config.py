@@ -1,0 +1,191 @@
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+BRANCH_RULES = ("bernoulli", "threshold", "random")
+ATTRIBUTIONS = ("soft", "hard")
+TOOL_PROTOCOLS = ("chat_template", "tags")
+
+
+@dataclass
+class ARPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`ARPOTrainer`].
+
+    It inherits every parameter of [`~trl.GRPOConfig`] and adds those of Agentic Reinforced Policy Optimization
+    ([ARPO](https://huggingface.co/papers/2507.19849)). Symbols in parentheses are the paper's.
+
+    Parameters:
+        > Parameters that control branching
+
+        num_initial_generations (`int`, *optional*, defaults to `8`):
+            Trajectories sampled from the prompt at the start (N). The other `num_generations - num_initial_generations`
+            rows of a group (M − N) are forks, or supplements where too few forks were made. Equal to
+            `num_generations`, it turns branching off: what is left is GRPO.
+        branch_factor (`int`, *optional*, defaults to `1`):
+            Forks made by one positive decision (Z).
+        entropy_window (`int`, *optional*, defaults to `20`):
+            Tokens after a tool result over which the entropy is read (k).
+        branch_probability (`float`, *optional*, defaults to `0.5`):
+            Base probability of a fork (α).
+        entropy_weight (`float`, *optional*, defaults to `0.2`):
+            Weight of the entropy gap in the probability of a fork (β): P = clip(α + β·ΔH, 0, 1).
+        branch_threshold (`float`, *optional*, defaults to `0.5`):
+            Probability above which the rule `"threshold"` forks (τ). The other rules ignore it.
+        branch_rule (`str`, *optional*, defaults to `"bernoulli"`):
+            `"bernoulli"` forks with probability P, `"threshold"` forks if P > τ, `"random"` forks with probability α
+            whatever the entropy (the control).
+
+        > Parameters that control the advantage
+
+        advantage_attribution (`str`, *optional*, defaults to `"soft"`):
+            `"soft"`: every token of a row has the row's advantage. `"hard"`: a token shared by several rows has the
+            mean of their advantages.
+
+        > Parameters that control tools
+
+        tool_protocol (`str`, *optional*, defaults to `"chat_template"`):
+            How the model calls a tool and reads its result. `"chat_template"`: the tokenizer's chat template, as in
+            [`~trl.GRPOTrainer`]. `"tags"`: the format of the paper's data and checkpoints,
+            `<tool>…</tool><result>…</result>` within one assistant turn.
+        max_tool_concurrency (`int`, *optional*, defaults to `64`):
+            Synchronous tool calls that run at the same time on one process.
+        tool_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds after which a tool call is given up; the model reads that it timed out. A tool's own time-out
+            ([`~arpo_trl.tools.tool`]) comes first.
+
+        > Parameters that control generation with vLLM
+
+        vllm_entropy_top_k (`int`, *optional*, defaults to `20`):
+            Most likely tokens that vLLM returns at each position; the entropy is read from them, with the remaining
+            mass spread evenly over the rest of the vocabulary. `vllm serve` allows up to its `--max-logprobs`.
+
+        > Parameters that control logging
+
+        log_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether to write every training rollout to `<output_dir>/rollouts/step-<step>.jsonl`.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]:
+    > - `num_generations`: Defaults to `16` instead of `8`.
+    > - `per_device_train_batch_size` and `per_device_eval_batch_size`: Default to `16` instead of `8`, so that one
+    >   group fits.
+    """
+
+    num_generations: int = field(
+        default=16,
+        metadata={"help": "Completions per prompt: the group (M in the ARPO paper), always exactly this many rows."},
+    )
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Batch size per device for training, in completions."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=16, metadata={"help": "Batch size per device for evaluation, in completions."}
+    )
+
+    # Parameters that control branching
+    num_initial_generations: int = field(
+        default=8,
+        metadata={
+            "help": "Trajectories sampled from the prompt at the start (N in the ARPO paper). Equal to "
+            "`num_generations`, it turns branching off."
+        },
+    )
+    branch_factor: int = field(default=1, metadata={"help": "Forks made by one positive decision (Z)."})
+    entropy_window: int = field(
+        default=20, metadata={"help": "Tokens after a tool result over which the entropy is read (k)."}
+    )
+    branch_probability: float = field(default=0.5, metadata={"help": "Base probability of a fork (alpha)."})
+    entropy_weight: float = field(
+        default=0.2, metadata={"help": "Weight of the entropy gap in the probability of a fork (beta)."}
+    )
+    branch_threshold: float = field(
+        default=0.5, metadata={"help": "Probability above which the rule 'threshold' forks (tau)."}
+    )
+    branch_rule: str = field(
+        default="bernoulli",
+        metadata={
+            "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
+            "alpha whatever the entropy (the control).",
+            "choices": list(BRANCH_RULES),
+        },
+    )
+
+    # Parameters that control the advantage
+    advantage_attribution: str = field(
+        default="soft",
+        metadata={
+            "help": "'soft': every token of a row has the row's advantage. 'hard': a token shared by several rows has "
+            "the mean of their advantages.",
+            "choices": list(ATTRIBUTIONS),
+        },
+    )
+
+    # Parameters that control tools
+    tool_protocol: str = field(
+        default="chat_template",
+        metadata={
+            "help": "How the model calls a tool and reads its result: 'chat_template' (the tokenizer's, as in "
+            "GRPOTrainer) or 'tags' (<tool>...</tool><result>...</result>, the format of the paper's data).",
+            "choices": list(TOOL_PROTOCOLS),
+        },
+    )
+    max_tool_concurrency: int = field(
+        default=64, metadata={"help": "Synchronous tool calls that run at the same time on one process."}
+    )
+    tool_timeout: float | None = field(
+        default=120.0,
+        metadata={"help": "Seconds after which a tool call is given up; the model reads that it timed out."},
+    )
+
+    # Parameters that control generation with vLLM
+    vllm_entropy_top_k: int = field(
+        default=20,
+        metadata={"help": "Most likely tokens that vLLM returns at each position, to read the entropy from."},
+    )
+
+    # Parameters that control logging
+    log_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Whether to write every training rollout to <output_dir>/rollouts/step-<step>.jsonl."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_initial_generations < 1:
+            raise ValueError(
+                f"`num_initial_generations` is {self.num_initial_generations}; at least one trajectory must start from "
+                "the prompt. Set it to 1 or more."
+            )
+        if self.num_initial_generations > self.num_generations:
+            raise ValueError(
+                f"`num_initial_generations` ({self.num_initial_generations}) is larger than `num_generations` "
+                f"({self.num_generations}), which counts all rows of a group. Lower the former (half of the group is "
+                "usual) or raise the latter."
+            )
+        for name, minimum in (
+            ("branch_factor", 1),
+            ("entropy_window", 1),
+            ("max_tool_concurrency", 1),
+            ("vllm_entropy_top_k", 1),
+        ):
+            if getattr(self, name) < minimum:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; set it to {minimum} or more.")
+        if not self.entropy_weight >= 0:
+            raise ValueError(f"`entropy_weight` is {self.entropy_weight}; set it to 0 (ignore the entropy) or more.")
+        for name in ("branch_probability", "branch_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it is a probability: set it between 0 and 1.")
+        if self.tool_timeout is not None and not self.tool_timeout > 0:
+            raise ValueError(
+                f"`tool_timeout` is {self.tool_timeout}; set it to seconds above 0, or None to wait for ever."
+            )
+        for name, choices in (
+            ("branch_rule", BRANCH_RULES),
+            ("advantage_attribution", ATTRIBUTIONS),
+            ("tool_protocol", TOOL_PROTOCOLS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; set it to one of {', '.join(map(repr, choices))}."
+                )

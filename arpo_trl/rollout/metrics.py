@@ -1,0 +1,94 @@
+"""What a rollout logs, as sums that add up over processes."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from .tree import Group
+
+
+def rollout_sums(groups: Sequence[Group]) -> Counter[str]:
+    """Sums and counts over the rows of this process, from which [`rollout_metrics`] makes means."""
+    sums: Counter[str] = Counter()
+    for group in groups:
+        # A group that spans processes counts as a whole once
+        sums["groups"] += len(group.rows) / group.size
+        for trajectory in group.trajectories:
+            sums[trajectory.kind] += 1
+            first_own = trajectory.fork_token or 0
+            sums["tokens"] += len(trajectory.completion_ids)
+            sums["shared_tokens"] += first_own
+            for segment in trajectory.segments:
+                if segment.start < first_own or segment.entropy is None:
+                    continue
+                if segment.start == 0:
+                    sums["entropy_initial"] += segment.entropy
+                    sums["initial_segments"] += 1
+                elif segment.entropy_gap is not None:
+                    sums["entropy_after_tool"] += segment.entropy
+                    sums["entropy_gap"] += segment.entropy_gap
+                    sums["later_segments"] += 1
+                if segment.forks is not None:
+                    sums["decisions"] += 1
+                    sums["decided_forks"] += segment.forks
+            for own in trajectory.calls:
+                if own.shared:
+                    sums["calls_saved"] += 1
+                    continue
+                call = own.call
+                sums["calls_executed"] += 1
+                sums["calls_failed"] += call.error is not None
+                sums[f"{call.name}/calls"] += 1
+                sums[f"{call.name}/failures"] += call.error is not None
+                sums[f"{call.name}/cache_hits"] += call.cached
+                sums[f"{call.name}/seconds"] += call.seconds
+    return sums
+
+
+def slowest_calls(groups: Sequence[Group], tools: Sequence[str]) -> list[float]:
+    """Seconds of the slowest call of each tool on this process."""
+    seconds = dict.fromkeys(tools, 0.0)
+    for group in groups:
+        for trajectory in group.trajectories:
+            for own in trajectory.calls:
+                if own.call.name in seconds and not own.shared:
+                    seconds[own.call.name] = max(seconds[own.call.name], own.call.seconds)
+    return list(seconds.values())
+
+
+def sum_names(tools: Iterable[str]) -> list[str]:
+    """Names of the sums, the same on every process, in a fixed order."""
+    names = ["groups", "initial", "fork", "supplement", "tokens", "shared_tokens", "entropy_initial"]
+    names += ["initial_segments", "entropy_after_tool", "entropy_gap", "later_segments", "decisions", "decided_forks"]
+    names += ["calls_saved", "calls_executed", "calls_failed"]
+    return names + [f"{tool}/{part}" for tool in tools for part in ("calls", "failures", "cache_hits", "seconds")]
+
+
+def rollout_metrics(sums: Counter[str], slowest: Sequence[float], tools: Sequence[str]) -> dict[str, float]:
+    """
+    Metrics by name, from sums over all processes. A mean of nothing is left out.
+
+    Args:
+        sums (`Counter[str]`): See [`rollout_sums`].
+        slowest (`Sequence[float]`): Seconds of each tool's slowest call.
+        tools (`Sequence[str]`): Names of the tools.
+    """
+    means = {
+        "arpo/initial": ("initial", "groups"),
+        "arpo/forks": ("fork", "groups"),
+        "arpo/supplements": ("supplement", "groups"),
+        "arpo/entropy_initial": ("entropy_initial", "initial_segments"),
+        "arpo/entropy_after_tool": ("entropy_after_tool", "later_segments"),
+        "arpo/entropy_gap": ("entropy_gap", "later_segments"),
+        "arpo/fork_rate": ("decided_forks", "decisions"),
+        "arpo/shared_token_fraction": ("shared_tokens", "tokens"),
+    }
+    metrics = {name: sums[above] / sums[below] for name, (above, below) in means.items() if sums[below]}
+    metrics["tools/calls_executed"] = sums["calls_executed"]
+    metrics["tools/calls_saved"] = sums["calls_saved"]
+    for tool, longest in zip(tools, slowest, strict=True):
+        calls = sums[f"{tool}/calls"]
+        metrics |= {f"tools/{tool}/{part}": sums[f"{tool}/{part}"] for part in ("calls", "failures", "cache_hits")}
+        if calls:
+            metrics |= {f"tools/{tool}/seconds_mean": sums[f"{tool}/seconds"] / calls}
+            metrics |= {f"tools/{tool}/seconds_max": longest}
+    return metrics

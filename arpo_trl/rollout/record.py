@@ -1,0 +1,81 @@
+"""Rollout records: one JSON line a trajectory, read by the viewer, the metrics and the checks (format: docs/records.md)."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..advantages import Span
+from .tree import Group, Trajectory
+
+
+def rollout_records(
+    step: int,
+    groups: Sequence[Group],
+    rewards: Mapping[str, Sequence[float | None]],
+    advantages: Sequence[float],
+    shared_advantages: Sequence[Sequence[Span]] | None,
+) -> list[dict[str, Any]]:
+    """
+    The records of one generation batch.
+
+    Args:
+        step (`int`): Global step.
+        groups (`Sequence[Group]`): Groups of this process.
+        rewards (`Mapping[str, Sequence[float | None]]`): By name of the reward function, one value a row.
+        advantages (`Sequence[float]`): Group-normalised advantage of each row.
+        shared_advantages (`Sequence[Sequence[Span]]`, *optional*): Hard attribution of each row; `None` for soft.
+    """
+    records = []
+    for prompt_index, group in enumerate(groups):
+        offset = group.first_row - group.rows.start  # from a row of this process to a row of the whole group
+        for trajectory in group.trajectories:
+            row = trajectory.row
+            spans = None
+            if shared_advantages is not None:
+                spans = [span._asdict() for span in shared_advantages[row]]
+            records.append(
+                {
+                    "step": step,
+                    "prompt_index": prompt_index,
+                    "row": row + offset,
+                    "kind": trajectory.kind,
+                    "parent": None if trajectory.parent is None else trajectory.parent + offset,
+                    "fork_token": trajectory.fork_token,
+                    "prompt_ids": trajectory.prompt_ids,
+                    "completion_ids": trajectory.completion_ids,
+                    "tool_mask": trajectory.tool_mask,
+                    "segments": [vars(segment) for segment in trajectory.segments],
+                    "tool_calls": call_records(trajectory),
+                    "truncated": trajectory.truncated,
+                    "rewards": {name: values[row] for name, values in rewards.items()},
+                    "advantage": advantages[row],
+                    "shared_advantages": spans,
+                }
+            )
+    return records
+
+
+def call_records(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """The tool calls of a row, as records hold them and reward functions read them."""
+    return [{**vars(own.call), "shared": own.shared} for own in trajectory.calls]
+
+
+def write_records(
+    output_dir: str | os.PathLike, records: Sequence[dict], step: int, rank: int, world_size: int, append: bool
+) -> None:
+    """
+    Write `records` to `<output_dir>/rollouts/step-<step>.jsonl`, or to a file of this process's own if there are more.
+
+    Without `append` what the file held goes: a run that was killed after its last checkpoint does the step once more.
+
+    Raises:
+        `OSError`: the file cannot be written, for instance because the disk is full.
+    """
+    suffix = f"-rank{rank}" if world_size > 1 else ""
+    path = Path(output_dir) / "rollouts" / f"step-{step:06d}{suffix}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, default=str) + "\n" for record in records]
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        file.writelines(lines)

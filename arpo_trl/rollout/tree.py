@@ -1,0 +1,121 @@
+"""Trajectories, segments and groups of a rollout: plain data, and how a fork is copied."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from ..tools.executor import ToolCall
+
+
+@dataclass
+class Segment:
+    """
+    A stretch of model tokens between tool results.
+
+    Args:
+        start, end (`int`): Indices into the trajectory's completion; `end` is exclusive.
+        entropy (`float`, *optional*): Mean entropy over its first `entropy_window` tokens, in nats.
+        entropy_gap (`float`, *optional*): ΔH; `None` for the first segment of a trajectory.
+        branch_probability (`float`, *optional*): P; `None` where nothing was decided.
+        forks (`int`, *optional*): Forks made here; `None` where nothing was decided.
+    """
+
+    start: int
+    end: int
+    entropy: float | None = None
+    entropy_gap: float | None = None
+    branch_probability: float | None = None
+    forks: int | None = None
+
+
+@dataclass
+class CallOfRow:
+    """A tool call as one row sees it. `shared`: an ancestor executed it before the fork."""
+
+    call: ToolCall
+    shared: bool = False
+
+
+@dataclass
+class Trajectory:
+    """
+    One row of a group.
+
+    Args:
+        row (`int`): Place among the rows of this process.
+        prompt_ids (`list[int]`): Tokens of the prompt.
+        kind (`str`): Where it started: `"initial"` and `"supplement"` at the prompt, `"fork"` at a tool result.
+        parent (`int`, *optional*): Row that a fork left.
+        fork_token (`int`, *optional*): Index into `completion_ids` at which it left.
+        completion_ids, tool_mask (`list[int]`): Tokens, and 1 for a token of the model, 0 for one of a tool result.
+        logprobs (`list[float]`): Log-probabilities under which the tokens were sampled, 0 for tool results. Empty
+            where the engine gives none.
+        baseline (`float`, *optional*): H_0, the entropy of the first segment; a fork has its root's.
+        segments (`list[Segment]`): Its model tokens, in order.
+        turns (`list`): What the protocol keeps to rebuild the conversation.
+        calls (`list[CallOfRow]`): Tool calls, in order.
+        tool_turns (`int`): Turns whose calls were answered.
+        resamples (`bool`): Whether the next segment re-samples the one that a fork left.
+        truncated (`bool`): Whether it ran into a length or call limit.
+    """
+
+    row: int
+    prompt_ids: list[int]
+    kind: Literal["initial", "fork", "supplement"] = "initial"
+    parent: int | None = None
+    fork_token: int | None = None
+    completion_ids: list[int] = field(default_factory=list)
+    tool_mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    baseline: float | None = None
+    segments: list[Segment] = field(default_factory=list)
+    turns: list[Any] = field(default_factory=list)
+    calls: list[CallOfRow] = field(default_factory=list)
+    tool_turns: int = 0
+    resamples: bool = False
+    truncated: bool = False
+
+    def fork(self, row: int) -> "Trajectory":
+        """A copy that leaves here, at the tool result just before the segment that was read."""
+        return replace(
+            self,
+            row=row,
+            kind="fork",
+            parent=self.row,
+            fork_token=len(self.completion_ids),
+            completion_ids=list(self.completion_ids),
+            tool_mask=list(self.tool_mask),
+            logprobs=list(self.logprobs),
+            segments=[replace(segment) for segment in self.segments],
+            turns=list(self.turns),
+            calls=[replace(call, shared=True) for call in self.calls],
+            resamples=True,
+        )
+
+
+@dataclass
+class Group:
+    """
+    The rows of one prompt that this process holds.
+
+    Args:
+        rows (`range`): Their places among the rows of this process; as many as the group's budget.
+        num_initial (`int`): Trajectories that start at once.
+        size (`int`): Rows of the whole group, M.
+        first_row (`int`): Row of the whole group that `rows.start` is; above 0 where another process holds the rest.
+        trajectories (`list[Trajectory]`): The rows made so far, in the order of `rows`.
+    """
+
+    rows: range
+    num_initial: int
+    size: int
+    first_row: int = 0
+    trajectories: list[Trajectory] = field(default_factory=list)
+
+    @property
+    def budget(self) -> int:
+        """Rows that can still be made."""
+        return len(self.rows) - len(self.trajectories)
+
+    @property
+    def next_row(self) -> int:
+        return self.rows.start + len(self.trajectories)

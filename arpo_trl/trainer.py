@@ -1,0 +1,464 @@
+import copy
+import math
+import random
+import textwrap
+from collections import Counter
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers.utils import logging
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+from trl.trainer.utils import get_config_model_id
+
+from .advantages import hard_advantages
+from .config import ARPOConfig
+from .protocols import ChatTemplateProtocol, TagsProtocol
+from .rollout.loop import Branching, Limits, RolloutHooks, Sample, Wave, group_parts, run_waves
+from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.record import call_records, rollout_records, write_records
+from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
+from .rollout.tree import Group, Segment, Trajectory
+from .tools.executor import ToolCall, ToolExecutor
+
+logger = logging.get_logger(__name__)
+
+
+class ARPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
+    Optimization](https://huggingface.co/papers/2507.19849).
+
+    After a tool result a model is unsure. ARPO measures that as the entropy of its next tokens and forks extra rollouts
+    there, which share the tokens and tool calls before the fork. It takes the arguments of [`~trl.GRPOTrainer`] and
+    changes two things: how a group of completions is generated, and, with `advantage_attribution="hard"`, which
+    advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
+
+    Reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`, `error`,
+    `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results).
+
+    What it does not do: vision-language models, `rollout_func` together with branching, transformers' continuous
+    batching together with branching, stateful environments with the tags protocol. Each is refused at construction.
+
+    Example:
+
+    ```python
+    from arpo_trl import ARPOConfig, ARPOTrainer
+
+    trainer = ARPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=ARPOConfig("Qwen3-0.6B-ARPO", num_generations=16, num_initial_generations=8),
+        reward_funcs=correct,
+        train_dataset=dataset,
+        tools=[search, python],
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): See [`~trl.GRPOTrainer`].
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*): See [`~trl.GRPOTrainer`].
+        args ([`ARPOConfig`], *optional*): Configuration for this trainer. If `None`, a default configuration is used.
+        tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
+        environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the row
+            it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`.
+        **kwargs: The other arguments of [`~trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "arpo"]
+    _name = "ARPO"
+    _paper = {
+        "title": "Agentic Reinforced Policy Optimization",
+        "id": "2507.19849",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{dong2025arpo,
+                title        = {{Agentic Reinforced Policy Optimization}},
+                author       = {Guanting Dong and Hangyu Mao and Kai Ma and Licheng Bao and Yifei Chen and Zhongyuan Wang and Zhongxia Chen and Jiazhen Du and Huiyang Wang and Fuzheng Zhang and Guorui Zhou and Yutao Zhu and Ji-Rong Wen and Zhicheng Dou},
+                year         = 2025,
+                eprint       = {arXiv:2507.19849},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: ARPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        tools=None,
+        rollout_func=None,
+        environment_factory=None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = ARPOConfig(f"{model_name.split('/')[-1]}-ARPO")
+        tools = list(tools or [])
+        _check_arguments(args, tools, rollout_func, environment_factory)
+
+        tags = args.tool_protocol == "tags"
+        super().__init__(
+            model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            # With tags the chat template need not know tools, so TRL's check of it is not for them
+            tools=None if tags else tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+        if tags:
+            self.tools = self._standalone_tools = tools
+        if self._is_vlm and self.tools:
+            raise ValueError(
+                f"`model` ({type(self.model).__name__}) is a vision-language model, whose rollouts with tools are not "
+                "supported by ARPOTrainer. Use a text model, or trl.GRPOTrainer."
+            )
+        if environment_factory is not None:
+            self._prepare_environments()
+        self._tool_names = [tool.__name__ for tool in self.tools]
+
+        if tags:
+            self._protocol = TagsProtocol(self._tokenizer, self._tool_names)
+        else:
+            self._protocol = ChatTemplateProtocol(self._tokenizer, self._get_tool_suffix_ids)
+        self._stop_strings = stop_string_criteria(self._tokenizer, self._protocol.stop_strings)
+        self._executor = ToolExecutor(max_workers=args.max_tool_concurrency, timeout=args.tool_timeout)
+        self._vocab_size = self.model.config.get_text_config().vocab_size
+        self._groups: list[Group] = []  # of the latest rollout
+        self._recorded_step: int | None = None  # the step whose record file is open for more lines
+        if self.use_vllm:
+            self.vllm_generation.logprobs = args.vllm_entropy_top_k
+
+    # Generation
+
+    def _tokenize_prompts(self, prompts):
+        tools = self.tools
+        if not self._protocol.schema_in_prompt:
+            self.tools = []
+        try:
+            return super()._tokenize_prompts(prompts)
+        finally:
+            self.tools = tools
+
+    def _generate(self, prompts):
+        outputs = super()._generate(prompts)
+        if self.rollout_func is not None:
+            return outputs
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if not self.tools:
+            self._groups = self._empty_groups(len(prompts))
+            for group in self._groups:
+                group.trajectories = [_without_tools(row, prompt_ids[row], completion_ids[row]) for row in group.rows]
+        trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
+        for trajectory in trajectories:
+            if trajectory.parent is not None:  # an environment may have told every row something else
+                prompts[trajectory.row] = prompts[trajectory.parent]
+        extra_fields = {
+            **extra_fields,
+            "tool_calls": [call_records(trajectory) for trajectory in trajectories],
+            "model_text": [self._model_text(trajectory) for trajectory in trajectories],
+        }
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        if self.tools and self.rollout_func is None:
+            # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of a
+            # group starts from the prompt. What stands here until then must be a parseable response.
+            return [[self._tokenizer.eos_token_id] for _ in prompt_ids], [[0.0]] * len(
+                prompt_ids
+            ) if self.use_vllm else None
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+
+    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
+        self._groups = self._empty_groups(len(prompts))
+        with tqdm(
+            desc="Rollout",
+            unit=" waves",
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        ) as bar:
+            trajectories = run_waves(
+                self._groups,
+                prompt_ids,
+                self._protocol,
+                RolloutHooks(
+                    sample=self._sample,
+                    tools_of=self._tools_of,
+                    submit=self._submit,
+                    copy_state=self._copy_environment,
+                    anyone=self._anyone,
+                    on_wave=lambda wave: _show(bar, wave),
+                ),
+                Branching(
+                    self._vocab_size,
+                    branch_factor=self.args.branch_factor,
+                    entropy_window=self.args.entropy_window,
+                    branch_probability=self.args.branch_probability,
+                    entropy_weight=self.args.entropy_weight,
+                    branch_threshold=self.args.branch_threshold,
+                    branch_rule=self.args.branch_rule,
+                ),
+                Limits(
+                    completion=self.max_completion_length,
+                    context=self._context_length(),
+                    tool_turns=self.max_tool_calling_iterations,
+                    cut_afterwards=not self._branches,
+                ),
+                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
+                random.Random(
+                    f"{self.args.seed}/{self.state.global_step}/{self._step}/{self.accelerator.process_index}"
+                ),
+                self.eos_token_ids.__contains__,
+            )
+        for trajectory in trajectories:
+            prompt_ids[trajectory.row] = trajectory.prompt_ids
+        conversational = is_conversational({"prompt": prompts[0]})
+        executed = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
+        return (
+            [trajectory.tool_mask for trajectory in trajectories],
+            [self._protocol.completion(trajectory.turns, conversational) for trajectory in trajectories],
+            [trajectory.completion_ids for trajectory in trajectories],
+            [trajectory.logprobs for trajectory in trajectories] if logprobs is not None else None,
+            len(executed),
+            sum(call.error is not None for call in executed),
+            [[] for _ in trajectories],
+        )
+
+    @property
+    def _branches(self) -> bool:
+        return self.args.num_initial_generations < self.args.num_generations
+
+    def _empty_groups(self, num_rows: int) -> list[Group]:
+        """The groups that this process fills; evaluation never branches."""
+        first = self.accelerator.process_index * num_rows
+        if self.model.training:
+            return group_parts(first, num_rows, self.num_generations, self.args.num_initial_generations)
+        return group_parts(first, num_rows, self.num_generations_eval, self.num_generations_eval)
+
+    def _context_length(self) -> int:
+        if self.use_vllm and self.vllm_mode == "colocate":
+            return self.vllm_generation.llm.llm_engine.model_config.max_model_len
+        return self.model.config.get_text_config().max_position_embeddings
+
+    def _anyone(self, here: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item())
+
+    def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        # A process without work takes part with a row of its own, since generation may be collective
+        idle = not contexts
+        if idle:
+            contexts, limits = [[self._tokenizer.eos_token_id]], [1]
+        with recorded_generation(
+            self.accelerator.unwrap_model(self.model_wrapped),
+            limits,
+            self._stop_strings,
+            self.args.entropy_window,
+            self.temperature,
+        ) as (recorder, stops):
+            ids, _ = super()._generate_single_turn(contexts, None, {}, num_generations=1)
+        return [] if idle else recorded_samples(ids, recorder, stops)
+
+    # Tools
+
+    def _tools_of(self, trajectory: Trajectory) -> dict[str, Any]:
+        return {**self._sync_tool_dicts[trajectory.row], **self._async_tool_dicts[trajectory.row]}
+
+    def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
+        tools = self._tools_of(trajectory)
+        pairs = [(call, tools.get(call.name)) for call in calls]
+        if self.environments is not None:  # a stateful environment is called in the order of the model's text
+            return self._executor.submit_in_order(pairs)
+        return [self._executor.submit(call, tool) for call, tool in pairs]
+
+    def _prepare_environments(self):
+        for name, tools in self._env_tools.items():
+            environment = self._environment_pool[name][0]
+            self._env_tools[name] = [tool for tool in tools if tool.__name__ != "fork"]
+            if self._branches:
+                _fork_environment(environment)
+        self.tools = [tool for tool in self.tools if tool.__name__ != "fork"]
+
+    def _copy_environment(self, parent: Trajectory, fork: Trajectory):
+        if self.environments is None:
+            return
+        environment = self.environments[parent.row]
+        self.environments[fork.row] = _fork_environment(environment)
+        for tools in (self._sync_tool_dicts, self._async_tool_dicts):
+            tools[fork.row] = {
+                name: getattr(self.environments[fork.row], name)
+                if getattr(tool, "__self__", None) is environment
+                else tool
+                for name, tool in tools[parent.row].items()
+            }
+
+    # Rewards, advantages and records
+
+    def _model_text(self, trajectory: Trajectory) -> str:
+        ids = [token for token, own in zip(trajectory.completion_ids, trajectory.tool_mask, strict=True) if own]
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(prompts)
+        self._rewards = rewards_per_func[first : first + len(prompts)]
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self.rollout_func is not None:
+            return output
+        mode = "train" if self.model.training else "eval"
+        self._log_rollout_metrics(mode)
+        if mode == "train":
+            advantages = output["advantages"].tolist()
+            spans = None
+            if self.args.advantage_attribution == "hard":
+                spans = [spans for group in self._groups for spans in _group_spans(group, advantages)]
+                output["advantages"] = _spread(output["advantages"], spans, output["completion_ids"].size(1))
+            if self.args.log_rollouts:
+                self._record(advantages, spans)
+        return output
+
+    def _log_rollout_metrics(self, mode: str):
+        names = sum_names(self._tool_names)
+        sums = rollout_sums(self._groups)
+        device = self.accelerator.device
+        total = self.accelerator.reduce(
+            torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=device), reduction="sum"
+        )
+        slowest = self.accelerator.gather(
+            torch.tensor([slowest_calls(self._groups, self._tool_names)], dtype=torch.float32, device=device)
+        )
+        metrics = rollout_metrics(
+            Counter(dict(zip(names, total.tolist(), strict=True))), slowest.amax(dim=0).tolist(), self._tool_names
+        )
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    def _record(self, advantages: list[float], spans):
+        rewards = {
+            name: [None if math.isnan(value) else value for value in self._rewards[:, index].tolist()]
+            for index, name in enumerate(self.reward_func_names)
+        }
+        step = self.state.global_step
+        records = rollout_records(step, self._groups, rewards, advantages, spans)
+        try:
+            write_records(
+                self.args.output_dir,
+                records,
+                step,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+                append=self._recorded_step == step,
+            )
+            self._recorded_step = step
+        except OSError as error:
+            logger.warning_once(f"Rollout records could not be written ({error}); training goes on without them.")
+
+
+def _check_arguments(args, tools, rollout_func, environment_factory):
+    """Refuse what cannot work, before a model is loaded."""
+    if not isinstance(args, ARPOConfig):
+        raise TypeError(
+            f"`args` must be an `ARPOConfig`, got a `{type(args).__name__}`. Construct ARPOConfig(...) instead."
+        )
+    if args.tool_protocol == "tags":
+        if environment_factory is not None:
+            raise ValueError(
+                "`environment_factory` needs `tool_protocol='chat_template'`: the tags protocol has no place for the "
+                "tools of an environment. Set it, or pass the tools as `tools`."
+            )
+        reserved = {"think", "result", "answer"} & {tool.__name__ for tool in tools}
+        if reserved:
+            raise ValueError(
+                f"`tools` holds a tool named {reserved.pop()!r}, which is a tag of the protocol itself. Rename it."
+            )
+    if args.num_initial_generations == args.num_generations:
+        return
+    off = f"or set `num_initial_generations={args.num_generations}`, which turns branching off"
+    if rollout_func is not None:
+        raise ValueError(
+            f"`rollout_func` generates all completions itself, so that nothing can branch: leave it out, {off}."
+        )
+    if not tools and environment_factory is None:
+        raise ValueError(f"Rollouts branch after tool results, but there are no tools: pass `tools`, {off}.")
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
+            f"`use_vllm`), {off}."
+        )
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    for process in range(args.world_size):
+        for part in group_parts(process * rows, rows, args.num_generations, args.num_initial_generations):
+            if len(part.rows) == part.num_initial:
+                raise ValueError(
+                    f"`per_device_train_batch_size` × `steps_per_generation` is {rows} rows a process, which leaves "
+                    f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
+                    f"for a fork: raise either, {off}."
+                )
+
+
+def _fork_environment(environment):
+    """A copy that shares no state: the environment's own `fork()`, else a deep copy."""
+    if callable(getattr(environment, "fork", None)):
+        return environment.fork()
+    try:
+        return copy.deepcopy(environment)
+    except Exception as error:
+        raise TypeError(
+            f"A fork needs a copy of its environment, but a `{type(environment).__name__}` cannot be copied ({error}). "
+            "Give the class a method `fork(self)` that returns one."
+        ) from error
+
+
+def _without_tools(row: int, prompt_ids: list[int], completion_ids: list[int]) -> Trajectory:
+    return Trajectory(
+        row,
+        prompt_ids,
+        completion_ids=completion_ids,
+        tool_mask=[1] * len(completion_ids),
+        segments=[Segment(0, len(completion_ids))],
+    )
+
+
+def _group_spans(group: Group, advantages: list[float]):
+    first = group.rows.start
+    return hard_advantages(
+        [advantages[row] for row in group.rows],
+        [None if trajectory.parent is None else trajectory.parent - first for trajectory in group.trajectories],
+        [trajectory.fork_token for trajectory in group.trajectories],
+        [len(trajectory.completion_ids) for trajectory in group.trajectories],
+    )
+
+
+def _spread(advantages: torch.Tensor, spans, length: int) -> torch.Tensor:
+    """Per-row advantages (B,) and the spans of each row → per-token advantages (B, T)."""
+    spread = advantages.unsqueeze(1).repeat(1, length)
+    for row, row_spans in enumerate(spans):
+        for span in row_spans:
+            spread[row, span.start : span.end] = span.advantage
+    return spread
+
+
+def _show(bar: tqdm, wave: Wave):
+    bar.update(wave.index - bar.n)
+    bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)
