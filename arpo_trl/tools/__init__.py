@@ -7,5 +7,4 @@ tools from elsewhere (MCP, smolagents). The tools themselves live in modules of 
 from .executor import ToolCall, ToolExecutor
 from .options import ToolOptions, tool, tool_options
 
-
 __all__ = ["ToolCall", "ToolExecutor", "ToolOptions", "tool", "tool_options"]

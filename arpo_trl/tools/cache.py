@@ -1,9 +1,136 @@
-"""Answers of tools, remembered in SQLite."""
+"""Answers of tools, remembered in an SQLite file that threads, processes and runs share.
 
+What it does not do: forget (an answer stays until its file or namespace is given up; delete the file to start afresh),
+work across machines on a network file system (SQLite's write-ahead log needs shared memory), or survive a power cut to
+the last answer (it does survive a killed process).
+"""
+
+import contextlib
+import json
+import logging
 import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS answers (
+    namespace TEXT NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL, result TEXT NOT NULL, created REAL NOT NULL,
+    PRIMARY KEY (namespace, tool, arguments)
+)
+"""
 
 
 class ToolCache:
+    """Answers of tools by name and arguments.
+
+    Safe under threads, several writing processes and a kill in mid-write: SQLite in WAL mode, one transaction an
+    answer. A cache that fails while in use (a full disk, a damaged page) is an answer not remembered, never an error of
+    the tool.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; made, with its folder, when first used.
+        namespace (`str`, defaults to `""`):
+            What the answers depend on besides tool name and arguments: the index, the model, a version. Tools of the
+            same name that share a file need a namespace each.
+    """
+
     def __init__(self, path: str | os.PathLike, namespace: str = ""):
-        self.path = os.fspath(path)
+        self.path = Path(path).absolute()
         self.namespace = namespace
+        self._connection: sqlite3.Connection | None = None
+        self._pid: int | None = None
+        self._lock = threading.Lock()
+        self._warned = False
+        if self.path.is_dir():
+            raise ValueError(f"`cache` must be a file, but {os.fspath(path)!r} is a folder. Name a file inside it.")
+        if self.path.is_file() and self.path.stat().st_size:
+            with self.path.open("rb") as file:
+                if file.read(16) != b"SQLite format 3\0":
+                    raise ValueError(f"`cache` is not an SQLite file: {os.fspath(path)!r}. Name another or delete it.")
+
+    def __reduce__(self) -> tuple:
+        return ToolCache, (self.path, self.namespace)
+
+    def get(self, tool: str, arguments: dict[str, Any]) -> str | list | None:
+        """Return the remembered answer (text or content blocks), or `None`."""
+        key = _dumps(arguments)
+        if key is None:
+            return None
+        with self._guarded() as connection:
+            row = connection.execute(
+                "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?",
+                (self.namespace, tool, key),
+            ).fetchone()
+            return None if row is None else json.loads(row[0])
+        return None
+
+    def set(self, tool: str, arguments: dict[str, Any], result: str | list) -> None:
+        """Remember an answer. What JSON cannot hold, such as an image, is left out."""
+        key, text = _dumps(arguments), _dumps(result)
+        if key is None or text is None:
+            return
+        with self._guarded() as connection, connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+                (self.namespace, tool, key, text, time.time()),
+            )
+
+    def __len__(self) -> int:
+        with self._guarded() as connection:
+            (count,) = connection.execute(
+                "SELECT COUNT(*) FROM answers WHERE namespace = ?", (self.namespace,)
+            ).fetchone()
+            return count
+        return 0
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                # A connection must not be carried over a fork, so each process opens its own
+                if self._connection is None or self._pid != os.getpid():
+                    self._connection, self._pid = _connect(self.path), os.getpid()
+                yield self._connection
+            except (sqlite3.Error, OSError) as e:
+                if not self._warned:
+                    logger.warning("The tool cache %s fails and is passed over: %s", self.path, e)
+                    self._warned = True
+
+
+def _connect(path: Path, patience: float = 30.0) -> sqlite3.Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(path, timeout=patience, check_same_thread=False)
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute(_TABLE)
+            return connection
+        except sqlite3.OperationalError as e:
+            # The switch to WAL does not wait for a lock as statements do: processes that start together meet here
+            if "locked" not in str(e) or time.monotonic() > deadline:
+                connection.close()
+                raise
+            time.sleep(0.01)
+
+
+def _dumps(value: Any) -> str | None:
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return None

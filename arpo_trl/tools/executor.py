@@ -1,18 +1,38 @@
 """Run the tool calls of many rows at once.
 
-Sync tools run on a bounded pool of threads, async tools on one event loop. A tool that raises does not end the run:
-the model reads the error as the tool's result.
+A sync tool runs in a thread of its own (or in a worker process, where it asks for one), an async tool on one event loop.
+A tool that raises does not end the run: the model reads the error as the tool's result, in TRL's words. A tool that
+hangs is given up at its time-out, and its row goes on.
+
+What it does not do: end a thread that waits inside C code, or a coroutine that ignores its cancellation; see
+`attempts.py`. A call that was given up and lives on keeps its place among the calls of its tool. When such calls have
+taken every place, further calls of that tool are answered with an error at once, so their number is bounded however long
+the run. `tool(..., process=True)` has no such calls.
 """
 
 import asyncio
+import contextlib
+import logging
+import os
 import threading
 import time
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .options import is_async, tool_options
+from .arguments import bound_arguments, check_arguments
+from .attempts import Attempt, LoopThread, in_thread, on_loop
+from .function_worker import Worker, as_content
+from .options import ToolOptions, is_async, tool_options
+from .retries import retrying
+
+logger = logging.getLogger(__name__)
+
+# Seconds that a call which was given up has to end before it counts as one that cannot be stopped
+_GRACE = 1.0
 
 
 @dataclass
@@ -25,8 +45,8 @@ class ToolCall:
         result (`str` or `list`, *optional*): What the model reads: the tool's answer, or the text of its error.
         error (`str`, *optional*): What went wrong; `None` for a call that succeeded. A protocol sets it before the call
             is run where the model's text could not be understood; such a call is answered without running anything.
-        seconds (`float`): Wall-clock time of the call.
-        cached (`bool`): Whether the answer came from a cache.
+        seconds (`float`): Time that the tool ran, all attempts together; waiting for a free place is left out.
+        cached (`bool`): Whether the answer came from the cache, or from the same call made at the same time.
     """
 
     name: str
@@ -40,17 +60,43 @@ class ToolCall:
 class ToolExecutor:
     """Runs tool calls concurrently.
 
+    Nothing runs before the first call, and nothing after [`~ToolExecutor.close`]; a later call starts afresh. A call
+    never raises: what goes wrong is in its `error` and `result`.
+
     Args:
-        max_workers (`int`): Sync tools that run at the same time.
-        timeout (`float`, *optional*): Seconds after which a call is given up; `None` waits for ever.
+        max_workers (`int`, defaults to `64`):
+            Sync tools that run at the same time.
+        timeout (`float`, *optional*):
+            Seconds after which an attempt is given up, for tools that do not say; `None` waits for ever.
+        count_tokens (`Callable[[str], int]`, *optional*):
+            Number of tokens of a text, for `max_result_tokens`, such as `lambda text: len(tokenizer.encode(text))`.
+            Called on the executor's own thread. By default four characters count as a token.
+
+    Example:
+
+    ```python
+    from arpo_trl.tools import ToolCall, ToolExecutor
+
+    with ToolExecutor(timeout=10) as executor:
+        calls = executor.run([(ToolCall("search", {"query": "ARPO"}), search)])
+    ```
     """
 
-    def __init__(self, max_workers: int = 64, timeout: float | None = None):
+    def __init__(
+        self,
+        max_workers: int = 64,
+        timeout: float | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+    ):
+        if not isinstance(max_workers, int) or max_workers < 1:
+            raise ValueError(f"`max_workers` must be a positive integer, not {max_workers!r}.")
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"`timeout` must be a positive number of seconds or None, not {timeout!r}.")
         self.max_workers = max_workers
         self.timeout = timeout
+        self.count_tokens = count_tokens or (lambda text: -(-len(text) // 4))
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._life: _Life | None = None
 
     def __enter__(self) -> "ToolExecutor":
         return self
@@ -59,12 +105,12 @@ class ToolExecutor:
         self.close()
 
     def submit(self, call: ToolCall, function: Callable | None, available: Iterable[str] = ()) -> "Future[ToolCall]":
-        """Start `call` of `function`.
+        """Start a call.
 
         Args:
-            call ([`ToolCall`]): The call; a call whose `error` is already set is answered with that text.
-            function (`Callable`, *optional*): The tool; `None` if there is no tool of that name.
-            available (`Iterable[str]`): Names of the tools there are, told to the model when `function` is `None`.
+            call ([`ToolCall`]): The call; one whose `error` is already set is answered with that text.
+            function (`Callable`, *optional*): The tool; `None` if there is none of that name.
+            available (`Iterable[str]`): Names of the tools there are, told to the model where there is no such tool.
 
         Returns:
             `Future`: Resolves to `call`, filled in. It never raises.
@@ -74,101 +120,302 @@ class ToolExecutor:
     def submit_in_order(
         self, calls: list[tuple[ToolCall, Callable | None]], available: Iterable[str] = ()
     ) -> "list[Future[ToolCall]]":
-        """Start calls that run one after another, such as those of one turn on one stateful environment."""
+        """Start calls that run one after another, such as those of one turn on one stateful environment.
+
+        The next call starts when the one before is answered. After a time-out that one may still be running.
+        """
         futures: list[Future[ToolCall]] = [Future() for _ in calls]
-
-        async def chain() -> None:
-            for (call, function), future in zip(calls, futures, strict=True):
-                future.set_result(await self._execute(call, function, available))
-
-        asyncio.run_coroutine_threadsafe(chain(), self._start())
+        with self._lock:
+            if self._life is None:
+                self._life = _Life(self.max_workers, self.timeout, self.count_tokens)
+                # An executor that is dropped without `close` leaves nothing behind either
+                self._end = weakref.finalize(self, self._life.end)
+            life = self._life
+            asyncio.run_coroutine_threadsafe(life.execute_in_order(calls, futures, list(available)), life.control.loop)
         return futures
 
     def run(self, calls: list[tuple[ToolCall, Callable | None]], available: Iterable[str] = ()) -> list[ToolCall]:
-        """Run all calls at once and wait for them."""
+        """Run calls at once and wait for all of them."""
+        available = list(available)
         return [future.result() for future in [self.submit(*pair, available) for pair in calls]]
 
     def close(self) -> None:
-        """Give up what still runs and end the threads. May be called twice; a later `submit` starts afresh."""
+        """Give up the calls that still run, answer them with an error, and end threads and processes."""
         with self._lock:
-            loop, self._loop = self._loop, None
-            thread, self._thread = self._thread, None
-        if loop is None or thread is None:
-            return
+            if self._life is not None:
+                self._end()
+                self._life = None
 
-        async def stop() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=1) if tasks else None
-            loop.stop()
 
-        asyncio.run_coroutine_threadsafe(stop(), loop)
-        thread.join()
-        loop.close()
+class _Life:
+    """What an executor holds from its first call to its end. Its coroutines run on the `control` loop alone.
 
-    def _start(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._slots = asyncio.Semaphore(self.max_workers)
-                self._thread = threading.Thread(target=self._loop.run_forever, name="arpo-tools", daemon=True)
-                self._thread.start()
-            return self._loop
+    Async tools have a loop of their own: one that blocks it must not stop the clock of the others.
+    """
 
-    async def _execute(self, call: ToolCall, function: Callable | None, available: Iterable[str]) -> ToolCall:
+    def __init__(self, max_workers: int, timeout: float | None, count_tokens: Callable[[str], int]):
+        self.max_workers = max_workers
+        self.timeout = timeout
+        self.count_tokens = count_tokens
+        self.closing = False
+        self.control = LoopThread("arpo-tools")
+        self.tool_loop: LoopThread | None = None
+        self.threads = asyncio.Semaphore(max_workers)
+        self.places: dict[_Home, _Places] = {}
+        self.attempts: set[Attempt] = set()
+        self.workers: set[Worker] = set()
+        self.idle_workers: dict[_Home, list[Worker]] = defaultdict(list)
+        self.in_flight: dict[tuple, asyncio.Task] = {}
+        self.background: set[asyncio.Task] = set()
+
+    def end(self) -> None:
+        self.closing = True
+        self.control.retire(cancel=True)
+        self.control.join(5 * _GRACE)
+        for worker in list(self.workers):
+            worker.close()
+        # The calls have been told to end; those that can take a moment to
+        deadline = time.monotonic() + _GRACE
+        if self.tool_loop is not None:
+            self.tool_loop.retire(cancel=True)
+            self.tool_loop.join(_GRACE)
+        for attempt in list(self.attempts):
+            if attempt.thread is not None:
+                attempt.thread.join(max(0.0, deadline - time.monotonic()))
+
+    async def execute_in_order(
+        self, calls: list[tuple[ToolCall, Callable | None]], futures: "list[Future[ToolCall]]", available: list[str]
+    ) -> None:
+        for (call, function), future in zip(calls, futures, strict=True):
+            if future.set_running_or_notify_cancel():
+                await self.execute(call, function, available)
+                future.set_result(call)
+
+    async def execute(self, call: ToolCall, function: Callable | None, available: list[str]) -> None:
         if call.error is not None:
             call.result = call.error if call.result is None else call.result
-            return call
-        started = time.perf_counter()
+            return
+        limit = None
         try:
+            if self.closing:
+                raise asyncio.CancelledError
             if function is None:
-                names = ", ".join(available)
-                raise ValueError(f"Tool {call.name} not found." + (f" Available: {names}." if names else ""))
-            call.result = await self._attempt(call, function)
+                tools = f" Available: {', '.join(available)}." if available else ""
+                raise ValueError(f"Tool {call.name} not found.{tools}")
+            options = tool_options(function)
+            limit = options.max_result_tokens
+            check_arguments(function, call.arguments)
+            call.result = await self.answer(call, function, options)
         except asyncio.CancelledError:
-            call.error = "the executor was closed before the call ended"
+            call.error = "the executor was closed before the call had ended"
             call.result = str({"error": call.error})
         except Exception as e:
             call.error = f"{type(e).__name__}: {e}"
             call.result = str({"error": str(e)})
-        call.seconds = time.perf_counter() - started
-        return call
+        if limit is not None and isinstance(call.result, str):
+            call.result = cut(call.result, limit, self.count_tokens)
 
-    async def _attempt(self, call: ToolCall, function: Callable) -> str | list:
-        options = tool_options(function)
+    async def answer(self, call: ToolCall, function: Callable, options: ToolOptions) -> str | list:
+        """Take the answer from the cache, from the same call in flight, or from the tool."""
+        if options.cache is None:
+            return await self.make(call, function, options)
+        cache, arguments = options.cache, bound_arguments(function, call.arguments)
+        loop = asyncio.get_running_loop()
+
+        async def look_up_or_make() -> tuple[str | list, bool]:
+            result = await loop.run_in_executor(None, cache.get, call.name, arguments)
+            if result is not None:
+                return result, True
+            result = await self.make(call, function, options)
+            await loop.run_in_executor(None, cache.set, call.name, arguments, result)
+            return result, False
+
+        key = (cache.path, cache.namespace, call.name, repr(sorted(arguments.items())))
+        task = self.in_flight.get(key)
+        joined = task is not None
+        if task is None:
+            task = self.in_flight[key] = asyncio.ensure_future(look_up_or_make())
+            task.add_done_callback(lambda _: self.in_flight.pop(key))
+        result, remembered = await asyncio.shield(task)
+        call.cached = joined or remembered
+        return result
+
+    async def make(self, call: ToolCall, function: Callable, options: ToolOptions) -> str | list:
+        """Run the tool, again after a transient failure if its options say so."""
+        if not options.retries:
+            return await self.attempt(call, function, options)
+        return await retrying(options.retries)(self.attempt, call, function, options)
+
+    async def attempt(self, call: ToolCall, function: Callable, options: ToolOptions) -> str | list:
+        """Run the tool once, within its time-out."""
+        home = (call.name, getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+        if home not in self.places:
+            self.places[home] = self.places_of(call.name, function, options)
+        places = self.places[home]
         timeout = self.timeout if options.timeout is None else options.timeout
+        running = None
+        await places.enter()
         try:
-            if is_async(function):
-                return _as_content(await asyncio.wait_for(function(**call.arguments), timeout))
-            async with self._slots:
-                started: asyncio.Future = asyncio.get_running_loop().create_future()
-                _in_thread(function, call.arguments, started)
-                return await asyncio.wait_for(started, timeout)
-        except asyncio.TimeoutError:
-            raise TimeoutError(f"Tool {call.name} gave no answer within {timeout:g} s.") from None
+            async with contextlib.nullcontext() if is_async(function) else self.threads:
+                running = await self.start(home, function, call.arguments, options)
+                started = time.perf_counter()
+                try:
+                    await asyncio.wait({running.ended}, timeout=None if timeout == float("inf") else timeout)
+                finally:
+                    call.seconds += time.perf_counter() - started
+        finally:
+            if running is None or running.ended.done():
+                places.leave()
+            else:
+                running.give_up()
+                if not self.closing:
+                    task = asyncio.ensure_future(self.see_off(running, places))
+                    self.background.add(task)
+                    task.add_done_callback(self.background.discard)
+        if not running.ended.done():
+            raise TimeoutError(f"Tool {call.name} gave no answer within {timeout:g} s.")
+        result, error = running.ended.result()
+        if error is not None:
+            raise error
+        return result
 
+    def places_of(self, name: str, function: Callable, options: ToolOptions) -> "_Places":
+        if options.max_concurrency is not None:
+            limit: float = options.max_concurrency
+        elif options.process:
+            limit = os.cpu_count() or 1
+        else:
+            limit = float("inf") if is_async(function) else self.max_workers
+        return _Places(name, limit, min(limit, self.max_workers))
 
-def _in_thread(function: Callable, arguments: dict[str, Any], future: asyncio.Future) -> None:
-    loop = asyncio.get_running_loop()
+    async def start(
+        self, home: "_Home", function: Callable, arguments: dict[str, Any], options: ToolOptions
+    ) -> Attempt:
+        if is_async(function):
+            if self.tool_loop is None:
+                self.tool_loop = LoopThread("arpo-async-tools")
+            attempt = on_loop(self.tool_loop, function, arguments)
+        elif options.process:
+            # Not on the clock of the call: a new process has to import the tool's module
+            worker, error = await in_thread(lambda: self.borrow_worker(home, function)).ended
+            if error is not None:
+                raise error
+            attempt = in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill)
+        else:
+            attempt = in_thread(lambda: as_content(function(**arguments)))
+        self.attempts.add(attempt)
+        attempt.ended.add_done_callback(lambda _: self.attempts.discard(attempt))
+        return attempt
 
-    def resolve(result: Any, error: Exception | None) -> None:
-        if not future.done():
-            future.set_result(result) if error is None else future.set_exception(error)
+    def borrow_worker(self, home: "_Home", function: Callable) -> Worker:
+        while self.idle_workers[home]:
+            worker = self.idle_workers[home].pop()
+            if worker.alive:
+                return worker
+            worker.close()
+            self.workers.discard(worker)
+        worker = Worker(function)
+        self.workers.add(worker)
+        if self.closing:  # after the line above, so that either this thread or `end` sees the worker
+            worker.close()
+        return worker
 
-    def target() -> None:
-        result, error = None, None
+    def call_worker(self, home: "_Home", worker: Worker, arguments: dict[str, Any]) -> str | list:
         try:
-            result = _as_content(function(**arguments))
-        except BaseException as e:  # noqa: BLE001 - SystemExit of a tool must not end the run
-            error = e if isinstance(e, Exception) else RuntimeError(f"{type(e).__name__}: {e}")
-        try:
-            loop.call_soon_threadsafe(resolve, result, error)
-        except RuntimeError:
-            pass  # the executor was closed in the meantime
+            return worker.call(arguments)
+        finally:
+            if worker.alive:
+                self.idle_workers[home].append(worker)
+            else:
+                worker.close()
+                self.workers.discard(worker)
 
-    threading.Thread(target=target, name="arpo-tool", daemon=True).start()
+    async def see_off(self, attempt: Attempt, places: "_Places") -> None:
+        """Keep the place of a call that was given up until it has really ended."""
+        await asyncio.wait({attempt.ended}, timeout=_GRACE)
+        if not attempt.ended.done():
+            places.more_stuck()
+            loop = attempt.loop
+            if loop is not None and loop is self.tool_loop and not await loop.responds():
+                logger.warning("Async tool %s blocks the event loop; async tools go on with a new one.", places.name)
+                if loop is self.tool_loop:
+                    self.tool_loop = None
+                    loop.retire(cancel=False)
+                    loop.interrupt()
+            await asyncio.wait({attempt.ended})
+            places.stuck -= 1
+        places.leave()
 
 
-def _as_content(result: Any) -> str | list:
-    return result if isinstance(result, list) else str(result)
+_Home = tuple[str, str | None, str | None]
+
+
+class _Places:
+    """Places for the calls of one tool that run at the same time.
+
+    Args:
+        name (`str`): The tool.
+        limit (`float`): Number of places.
+        most_stuck (`float`): Calls that were given up but live on, from which on the tool is not called any more.
+    """
+
+    def __init__(self, name: str, limit: float, most_stuck: float):
+        self.name = name
+        self.limit = limit
+        self.most_stuck = most_stuck
+        self.taken = 0
+        self.stuck = 0
+        self._waiting: deque[asyncio.Future] = deque()
+
+    async def enter(self) -> None:
+        while self.stuck >= self.most_stuck or self.taken >= self.limit:
+            if self.stuck >= self.most_stuck:
+                raise RuntimeError(
+                    f"Tool {self.name} is not called: {self.stuck} earlier calls of it hang and cannot be stopped."
+                )
+            self._waiting.append(asyncio.get_running_loop().create_future())
+            await self._waiting[-1]
+        self.taken += 1
+
+    def leave(self) -> None:
+        self.taken -= 1
+        self._wake(1)
+
+    def more_stuck(self) -> None:
+        self.stuck += 1
+        if self.stuck == 1:
+            logger.warning(
+                "Tool %s hangs and cannot be stopped in a thread. Give its own client a time-out, or run it in worker "
+                "processes: tool(..., process=True).",
+                self.name,
+            )
+        if self.stuck >= self.most_stuck:
+            self._wake(len(self._waiting))
+
+    def _wake(self, count: int) -> None:
+        while count and self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+
+def cut(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:
+    """Cut `text` to at most `max_tokens` tokens, with a marker at the end that says how much is missing.
+
+    The marker counts too, and stands alone where there is no room for more.
+    """
+    # Long text is not counted whole: twice as much as fits is enough to know its density
+    size = 8 * max_tokens
+    while size < len(text) and count_tokens(text[:size]) <= max_tokens:
+        size *= 2
+    if size >= len(text):
+        size = len(text)
+        if count_tokens(text) <= max_tokens:
+            return text
+    while True:
+        shown = f"{text[:size]}\n[... {len(text) - size:,} of {len(text):,} characters left out]"
+        tokens = count_tokens(shown)
+        if tokens <= max_tokens or size == 0:
+            return shown if size else shown.lstrip("\n")
+        size = min(size - 1, size * max_tokens // tokens)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cache import ToolCache
+from .function_worker import importable_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,22 +59,24 @@ def tool(
             Seconds after which one attempt is given up. `None` takes the executor's; `float("inf")` waits for ever.
             Waiting for a free slot does not count.
         retries (`int`, defaults to `0`):
-            Further attempts after a transient failure: a time-out, a lost connection, HTTP 408, 425, 429 or 5xx. The
-            wait doubles from half a second and is never shorter than the server's `Retry-After`. Every attempt runs
-            the tool again, so it should have no side effects.
+            Further attempts after a transient failure: a time-out, a lost connection, HTTP 408, 425, 429 or 5xx, a
+            [`TransientToolError`]. The wait doubles from half a second and is never shorter than the server's
+            `Retry-After`. Every attempt runs the tool again, so it should have no side effects.
         cache (`ToolCache` or path, *optional*):
             Where answers are remembered between calls, runs and processes. Only for tools whose answer depends on
             their arguments alone. Tools of the same name that differ in anything else, such as their index, need a
             [`ToolCache`] with a namespace each.
         max_concurrency (`int`, *optional*):
-            Calls of this tool that one executor runs at the same time.
+            Calls of this tool that one executor runs at the same time. By default the executor's `max_workers` for a
+            sync tool, the number of processors with `process=True`, and no limit for a coroutine function.
         max_result_tokens (`int`, *optional*):
             Longer text is cut to this many tokens, a visible marker included. Lists of content blocks are not cut.
         max_calls_per_row (`int`, *optional*):
             Calls that one row may make of this tool. The trainer counts them.
         process (`bool`, defaults to `False`):
-            Run the tool in worker processes that are killed at its time-out. Needs a sync function that can be
-            imported by its name, and one that keeps no state in memory: each worker has its own copy of the module.
+            Run the tool in worker processes, killed at its time-out. The one way to end a function that hangs inside C
+            code, such as a network call without a time-out of its own or a regular expression. Needs a sync function
+            that can be imported by its name and keeps no state in memory: each worker has its own copy of the module.
 
     Returns:
         `Callable`: The tool with its options, sync or async as it was.
@@ -113,6 +116,10 @@ def tool(
     for name, value in limits.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be a positive integer or None, not {value!r}.")
+    if process:
+        if is_async(function):
+            raise ValueError(f"`process=True` is for sync functions; {function!r} is a coroutine function.")
+        importable_name(function)
     if isinstance(cache, str | os.PathLike):
         cache = ToolCache(cache)
     options = ToolOptions(timeout=timeout, retries=retries, cache=cache, process=process, **limits)
@@ -135,4 +142,4 @@ def is_async(function: Callable) -> bool:
     """Return whether calling `function` gives a coroutine; sees through `functools.partial` and `__call__`."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

@@ -1,0 +1,96 @@
+"""Which failures of a tool are worth another try, and when.
+
+Only what may pass by itself: a time-out, a lost or refused connection, half an answer, HTTP 408, 425, 429 and 5xx. HTTP
+libraries are recognised by the shape of their exceptions (requests, httpx, aiohttp, urllib, openai), so none is needed;
+a tool can say it itself with [`TransientToolError`].
+"""
+
+import email.utils
+import time
+
+import tenacity
+
+from .errors import TransientToolError
+
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+
+# Base classes of requests, httpx, aiohttp, http.client and openai that do not derive from the built-in ones
+_TRANSIENT_NAMES = {
+    "APIConnectionError",
+    "ChunkedEncodingError",
+    "ClientConnectionError",
+    "ClientPayloadError",
+    "ConnectionError",
+    "IncompleteRead",
+    "NetworkError",
+    "RemoteProtocolError",
+    "Timeout",
+    "TimeoutException",
+}
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that an exception carries, whichever library raised it."""
+    for owner in (getattr(error, "response", None), error):
+        for name in ("status_code", "status", "code"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and 100 <= value < 600:
+                return value
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same call may succeed a little later."""
+    if isinstance(error, TransientToolError):
+        return True
+    status = status_of(error)
+    if status is not None:
+        return status in _TRANSIENT_STATUS
+    if isinstance(error, TimeoutError | ConnectionError):
+        return True
+    reason = getattr(error, "reason", None)  # urllib wraps the cause
+    if isinstance(reason, BaseException):
+        return is_transient(reason)
+    return any(cls.__name__ in _TRANSIENT_NAMES for cls in type(error).__mro__)
+
+
+def retry_after(error: BaseException) -> float:
+    """Return the seconds that the server asks to wait, 0 if it asks nothing. Both forms of the header are read."""
+    if isinstance(error, TransientToolError):
+        return error.retry_after or 0.0
+    for owner in (getattr(error, "response", None), error):
+        headers = getattr(owner, "headers", None)
+        value = headers.get("Retry-After") or headers.get("retry-after") if hasattr(headers, "get") else None
+        if not value:
+            continue
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            pass
+        try:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+        except ValueError:
+            continue
+    return 0.0
+
+
+def retrying(retries: int, longest_wait: float = 60.0) -> tenacity.AsyncRetrying:
+    """Return the policy of [`tool`]'s `retries`: 0.5 s, 1 s, 2 s … with jitter, never sooner than `Retry-After`.
+
+    A server that asks for more than `longest_wait` seconds is not asked again: coming back sooner would not honour its
+    wish, and a row cannot wait that long.
+    """
+    backoff = tenacity.wait_exponential_jitter(initial=0.5, max=longest_wait, jitter=0.25)
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        return max(backoff(state), retry_after(state.outcome.exception()))
+
+    def again(error: BaseException) -> bool:
+        return is_transient(error) and retry_after(error) <= longest_wait
+
+    return tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(retries + 1),
+        wait=wait,
+        retry=tenacity.retry_if_exception(again),
+        reraise=True,
+    )
