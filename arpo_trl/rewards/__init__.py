@@ -15,7 +15,6 @@ from .judge import make_judge_reward
 from .mathematics import MathVerifier, math_reward
 from .qa import exact_match, exact_match_reward, normalize_answer, token_f1, token_f1_reward
 
-
 __all__ = [
     "MathVerifier",
     "arpo_reward",

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-
 TOOL_TAGS = ("search", "python")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
@@ -72,16 +71,14 @@ def extract_answer(text: str) -> str | None:
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}`, braces matched; `None` where there is none or it is never closed."""
-    opening = None
-    for opening in re.finditer(r"\\boxed\s*\{", text):
-        pass
-    if opening is None:
+    openings = list(re.finditer(r"\\boxed\s*\{", text))
+    if not openings:
         return None
-    depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text[opening.end() :], flags=re.DOTALL):  # "\{" is a printed brace
+    text, depth = text[openings[-1].end() :], 1
+    for brace in re.finditer(r"\\.|[{}]", text, flags=re.DOTALL):  # "\{" is a printed brace
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
-            return text[opening.end() : opening.end() + brace.start()]
+            return text[: brace.start()]
     return None
 
 

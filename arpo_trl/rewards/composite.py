@@ -12,7 +12,6 @@ from .format import chat_format_reward, tags_format_reward
 from .mathematics import math_reward
 from .qa import token_f1_reward
 
-
 RewardFunction = Callable[..., list[float | None]]
 
 

@@ -4,8 +4,8 @@ math-verify's own time-out uses SIGALRM, which fails off the main thread, where 
 answers are compared in a few worker processes (`math_worker.py`), each of which ends itself when a question takes too
 much CPU time, and is replaced.
 
-What is not here: a choice's letter and its value are not matched ("C" against "C: 12"), and math-verify reads an
-ordered pair "(1, 2)" also as an interval or a set.
+What is not here: sets in builder notation are compared as text, and math-verify takes the pair "(1, 2)" for equal to
+the set of the two.
 """
 
 import atexit
@@ -135,13 +135,23 @@ def shared_verifier() -> MathVerifier:
 
 
 def clean_answer(text: str) -> str:
-    r"""`text` without what is not part of the answer: `$…$`, `\(…\)`, `\$`, a final full stop, runs of white space."""
+    r"""
+    `text` without what is not part of the answer (`$…$`, `\(…\)`, `\$`, a final comma or full stop, runs of white
+    space), and with the Unicode signs `°`, `−` and `√` written so that math-verify reads them.
+    """
     text = " ".join(text.replace("\\$", "").split())
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         inner = text[len(opening) : -len(closing)]
         if len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             text = inner.strip() if opening not in inner else text
-    return re.sub(r"\s*\.\Z", "", text)
+    text = re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", text.replace("°", r"^\circ").replace("−", "-"))
+    return re.sub(r"[\s.,]+\Z", "", text)
+
+
+def choice_readings(truth: str) -> list[str]:
+    """What may be answered where a cleaned truth is a choice with its value: "C: 12" is also "C" and "12"."""
+    choice = re.fullmatch(r"([A-E])\s*(?::|\.|\\colon)\s+(.+)", truth)
+    return [truth, *choice.groups()] if choice else [truth]
 
 
 def same_text(truth: str, answer: str) -> bool:
@@ -173,7 +183,9 @@ def math_reward(
     Returns:
         `list[float]`: One value per row; `None` for a row without ground truth.
     """
-    truths = [[clean_answer(truth) for truth in row] for row in ground_truths(kwargs)]
+    truths = [
+        [reading for truth in row for reading in choice_readings(clean_answer(truth))] for row in ground_truths(kwargs)
+    ]
     answers = [answer and clean_answer(answer) for answer in final_answers(completions, model_text)]
     rewards = [
         float(any(answer is not None and same_text(truth, answer) for truth in row)) if row else None

@@ -14,7 +14,6 @@ from typing import Any
 
 from .completions import final_answers, ground_truths, mean
 
-
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|emph)\s*\{([^{}]*)\}")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # what survives the removal of punctuation: the sign of a number that starts a word, the point between or before digits
