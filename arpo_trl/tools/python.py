@@ -104,26 +104,27 @@ class PythonSandbox:
                 raise ValueError(f"{name} must be positive, not {value}.")
         self.sandbox = sandbox
         self.timeout = timeout
+        self.memory_mb = memory_mb
         self.max_output_chars = max_output_chars
         self.workers = workers
-        self._config = {
+        self._preload = tuple(preload)
+        self._slots = threading.BoundedSemaphore(workers)
+        config = {
             "timeout": timeout,
             "memory_mb": memory_mb,
             "namespaces": sandbox == "bwrap",
-            "paths": site.getsitepackages(),
-            "preload": list(preload),
+            "paths": [path for path in site.getsitepackages() if os.path.isdir(path)],
         }
-        self._server: subprocess.Popen | None = None
-        self._requests: socket.socket | None = None
-        self._closed = False
-        self._reset_locks()
+        # Forking a process takes longer the more it has imported, so code that uses none of the modules is spared them.
+        self._bare, self._loaded = [_Server({**config, "preload": names}) for names in ([], self._preload)]
         _open.add(self)
         try:
-            self._run("")  # a sandbox that does not work is to be known now and not in the first rollout
-        except BaseException as error:
+            for server in (self._bare, self._loaded):
+                self._run("", server)  # what does not work here is to be known now and not in the first rollout
+        except TransientToolError as error:
             self.close()
-            if sandbox == "bwrap" and isinstance(error, (OSError, TransientToolError)):
-                raise RuntimeError(f"PythonSandbox cannot use bwrap here ({error}). {_WAYS_ON}") from None
+            if sandbox == "bwrap":
+                raise RuntimeError(f"PythonSandbox cannot use bwrap here: {error} {_WAYS_ON}") from None
             raise
 
     def python(self, code: str) -> str:
@@ -136,7 +137,8 @@ class PythonSandbox:
         Returns:
             The output of the code.
         """
-        output, report = self._run(code)
+        uses_preloaded = any(name in code for name in self._preload)
+        output, report = self._run(code, self._loaded if uses_preloaded else self._bare)
         text = _cut(output, self.max_output_chars)
         kind, _, detail = report.partition(" ")
         if report == f"exit {python_worker.FINISHED}":
@@ -147,10 +149,9 @@ class PythonSandbox:
 
     def close(self) -> None:
         """End the sandbox and what runs in it. May be called more than once."""
-        with self._lock:
-            self._closed = True
-            self._stop()
         _open.discard(self)
+        self._bare.close()
+        self._loaded.close()
 
     def __enter__(self) -> "PythonSandbox":
         return self
@@ -158,22 +159,27 @@ class PythonSandbox:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
+    def _after_fork(self) -> None:
+        self._slots = threading.BoundedSemaphore(self.workers)  # other threads may have held some at the fork
+        self._bare.forget()
+        self._loaded.forget()
+
     def _explain(self, kind: str, detail: str) -> str:
+        if kind == "exit" and int(detail) == python_worker.RAISED:
+            return "The code failed and had closed the output that would have shown why."
         if kind == "exit":
-            if int(detail) == python_worker.RAISED:
-                return "The code failed and had closed the output that would have shown why."
             return f"The code ended the interpreter with exit code {detail} before it had run to its end."
         if kind == "signal":
             return f"The code crashed the interpreter ({signal.Signals(int(detail)).name})."
         return {
             "timeout": f"The code ran longer than {self.timeout:g} s and was stopped.",
-            "memory": f"The code used more than {self._config['memory_mb']} MB of memory and was stopped.",
+            "memory": f"The code used more than {self.memory_mb} MB of memory and was stopped.",
             "processes": f"The code started more than {python_worker.MAX_PROCESSES} processes and was stopped.",
             "flood": "The code wrote too much output and was stopped.",
         }[kind]
 
-    def _run(self, code: str) -> tuple[bytes, str]:
-        """Run `code`; its output and the supervisor's report."""
+    def _run(self, code: str, server: "_Server") -> tuple[bytes, str]:
+        """Run `code`; its output, and how it ended in the words of the worker's supervisor."""
         with self._slots:
             output, output_end = os.pipe()
             report, report_end = os.pipe()
@@ -182,106 +188,130 @@ class PythonSandbox:
                     with tempfile.TemporaryFile() as file:
                         file.write(code.encode("utf-8", "surrogatepass"))
                         file.seek(0)
-                        self._send([file.fileno(), output_end, report_end])
+                        server.send([file.fileno(), output_end, report_end])
                 finally:
                     os.close(output_end)
                     os.close(report_end)
-                return self._collect(output, report)
+                return self._collect(output, report, server)
             finally:
                 # Closing them also stops a call that is still running.
                 os.close(output)
                 os.close(report)
 
-    def _collect(self, output: int, report: int) -> tuple[bytes, str]:
-        os.set_blocking(output, False)
+    def _collect(self, output: int, report: int, server: "_Server") -> tuple[bytes, str]:
         text, flood = bytearray(), 4 * self.max_output_chars + _FLOOD_BYTES
-        deadline = time.monotonic() + self.timeout + _GRACE_SECONDS
+        os.set_blocking(output, False)
         poll = select.poll()
         poll.register(output, select.POLLIN)
         poll.register(report, select.POLLIN)
-        while True:
-            ready = [fd for fd, _ in poll.poll(1000 * max(0, deadline - time.monotonic()))]
-            if not ready:
-                self._stop()
-                raise TransientToolError("The Python sandbox stopped answering and has been restarted.")
-            ended = report in ready
-            with contextlib.suppress(BlockingIOError):
-                while len(text) <= flood and (chunk := os.read(output, 1 << 16)):
-                    text += chunk
-                if len(text) > flood:
-                    return bytes(text), "flood"
-                poll.unregister(output) if output in ready and not ended else None
-            if ended:
+        deadline = time.monotonic() + self.timeout + _GRACE_SECONDS
+        while ready := [fd for fd, _ in poll.poll(1000 * max(0, deadline - time.monotonic()))]:
+            # The order matters: what was written before the end is in the pipe by the time that the report is.
+            if _read_available(output, text, flood) and output in ready:
+                poll.unregister(output)
+            if len(text) > flood:
+                return bytes(text), "flood"
+            if report in ready:
                 answer = os.read(report, 1000).decode().strip()
-                if not answer:
-                    raise TransientToolError("The Python sandbox ended unexpectedly.")
-                if answer.startswith("unusable: "):
-                    raise TransientToolError(f"The Python sandbox could not run the code: {answer[10:]}")
-                return bytes(text), answer
-
-    def _send(self, fds: list[int]) -> None:
-        """Hand a call to the server, and start the server if there is none (any more)."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("PythonSandbox is closed.")
-            for attempt in range(2):
-                if self._requests is None:
-                    self._start()
-                try:
-                    socket.send_fds(self._requests, [b"."], fds)
-                    return
-                except OSError:
-                    self._stop()
-                    if attempt:
-                        raise
-
-    def _start(self) -> None:
-        self._requests, theirs = socket.socketpair()
-        self._requests.settimeout(_START_SECONDS)
-        with theirs, tempfile.TemporaryFile() as errors:
-            command = _bwrap_command(self._config) if self.sandbox == "bwrap" else _plain_command(self._config)
-            self._server = subprocess.Popen(
-                command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=errors, env={}, start_new_session=True
-            )
-            theirs.close()
-            try:
-                started = self._requests.recv(1) == b"+"
-            except OSError:
-                started = False
-            if not started:
-                self._stop()
-                errors.seek(0)
-                lines = errors.read().decode(errors="replace").strip().splitlines()
-                raise OSError(lines[-1] if lines else "it did not start")
-        self._requests.settimeout(None)
-
-    def _stop(self) -> None:
-        server, self._server = self._server, None
-        requests, self._requests = self._requests, None
-        if requests is not None:
-            requests.close()
-        if server is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)  # bwrap, and with it the process namespace that it made
-            server.wait()
-
-    def _reset_locks(self) -> None:
-        self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(self.workers)
-
-    def _after_fork(self) -> None:
-        """A forked process starts a server of its own: the locks may have been held, and the old one is another's
-        child."""
-        self._reset_locks()
-        self._server = None
-        if self._requests is not None:
-            self._requests.close()
-            self._requests = None
+                if answer and not answer.startswith("unusable"):
+                    return bytes(text), answer
+                raise TransientToolError(f"The Python sandbox failed ({answer or 'it ended unexpectedly'}).")
+        server.stop()
+        raise TransientToolError("The Python sandbox stopped answering and will be restarted.")
 
 
 _open: "weakref.WeakSet[PythonSandbox]" = weakref.WeakSet()
 atexit.register(lambda: [sandbox.close() for sandbox in list(_open)])
 os.register_at_fork(after_in_child=lambda: [sandbox._after_fork() for sandbox in list(_open)])
+
+
+class _Server:
+    """A worker process that forks for every call; started at the first call and again whenever it has died."""
+
+    def __init__(self, config: dict):
+        self._config = config
+        self._process: subprocess.Popen | None = None
+        self._socket: socket.socket | None = None
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def send(self, fds: list[int]) -> None:
+        """Hand a call to the process."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("This PythonSandbox is closed.")
+            if self._socket is not None:
+                try:
+                    socket.send_fds(self._socket, [b"."], fds)
+                    return
+                except OSError:
+                    self._end()
+            self._start()
+            socket.send_fds(self._socket, [b"."], fds)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._end()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def forget(self) -> None:
+        """In a forked process: leave the worker to the parent, whose child it is, and start another when asked."""
+        self._lock = threading.Lock()  # another thread may have held it at the fork
+        self._process = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs, tempfile.TemporaryFile() as errors:
+            self._socket = ours
+            self._process = subprocess.Popen(
+                _bwrap_command(self._config) if self._config["namespaces"] else _plain_command(self._config),
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env={},
+                start_new_session=True,
+            )
+            theirs.close()
+            ours.settimeout(_START_SECONDS)
+            with contextlib.suppress(OSError):
+                if ours.recv(1):
+                    ours.settimeout(None)
+                    return
+            self._end()
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            raise TransientToolError(
+                f"The Python sandbox did not start ({lines[-1] if lines else 'no reason given'})."
+            )
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # bwrap's first process too, and so all of its namespace
+            process.wait()
+
+
+def _read_available(fd: int, into: bytearray, limit: int) -> bool:
+    """Read what there is, up to somewhat more than `limit` bytes; whether the end was reached."""
+    try:
+        while len(into) <= limit:
+            if not (chunk := os.read(fd, 1 << 16)):
+                return True
+            into += chunk
+    except BlockingIOError:
+        pass
+    return False
 
 
 def _cut(output: bytes, limit: int) -> str:
@@ -304,9 +334,9 @@ def _bwrap_command(config: dict) -> list[str]:
     """
     bwrap = shutil.which("bwrap")
     if bwrap is None:
-        raise OSError("the command is not installed")
-    if os.uname().machine not in python_worker._MACHINES:
-        raise OSError(f"system calls cannot be filtered on {os.uname().machine}")
+        raise TransientToolError("The command bwrap is not installed.")
+    if os.uname().machine not in python_worker.MACHINES:
+        raise TransientToolError(f"System calls cannot be filtered on {os.uname().machine}.")
     base = Path(sys.base_prefix)
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     # bwrap would give a folder that it makes for a private file to root alone
@@ -319,10 +349,8 @@ def _bwrap_command(config: dict) -> list[str]:
             mounts.append(("--symlink", os.readlink(folder), folder))
         elif os.path.isdir(folder):
             mounts.append(("--ro-bind", folder, folder))
-    paths = []
-    for i, folder in enumerate(path for path in config["paths"] if os.path.isdir(path)):
-        paths.append(f"/python/site-packages-{i}" if i else "/python/site-packages")
-        mounts.append(("--ro-bind", folder, paths[-1]))
+    paths = ["/python/site-packages", *[f"/python/site-packages-{i}" for i in range(1, len(config["paths"]))]]
+    mounts += [("--ro-bind", *pair) for pair in zip(config["paths"], paths, strict=True)]
     for device in ["null", "zero", "full", "random", "urandom"]:
         mounts.append(("--dev-bind", f"/dev/{device}", f"/dev/{device}"))
     mounts.append(("--ro-bind", python_worker.__file__, "/python/worker.py"))

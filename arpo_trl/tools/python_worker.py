@@ -138,13 +138,13 @@ _DENIED = {
     "userfaultfd":       (323, 282),
     "io_uring_setup":    (425, 425),
 }  # fmt: skip
-_MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column above, AUDIT_ARCH, clone
+MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column above, AUDIT_ARCH, clone
 _CLONE3 = 435
 
 
 def _deny_system_calls() -> None:
     """Install a seccomp filter that answers the calls of `_DENIED` with EPERM."""
-    column, architecture, clone = _MACHINES[os.uname().machine]
+    column, architecture, clone = MACHINES[os.uname().machine]
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     numbers = [syscall[column] for syscall in _DENIED.values()]
     # (operation, operand, label to go to if true, else); None goes to the next line
@@ -238,8 +238,8 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
         os.environ.clear()
         os.environ.update(HOME=home, LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed()  # `random` reseeds itself after a fork
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()  # `random` reseeds itself after a fork
     except BaseException as error:
         os.write(report_fd, f"unusable: {error}\n".encode())
         os._exit(1)
@@ -344,6 +344,17 @@ def _supervise(config: dict, code_fd: int, output_fd: int, report_fd: int) -> No
 # The server
 
 
+# What `run_cell` needs, and what short calculations tend to import
+_STANDARD = (
+    "ast linecache traceback types collections datetime decimal fractions itertools math random re statistics".split()
+)
+# Modules that do much of their importing at first use
+_WARM_UP = {
+    "numpy": "import numpy.random",
+    "sympy": "from sympy import *; x = Symbol('x'); solve(x**2 - 2), integrate(x * sin(x), x), simplify(x / x), latex(x)",
+}
+
+
 def serve(config: dict) -> None:
     """Answer requests until the other end of standard input is closed, which also happens when its owner dies.
 
@@ -358,9 +369,10 @@ def serve(config: dict) -> None:
         os.setresuid(*[UNPRIVILEGED_ID] * 3)
         _prctl(_PR_SET_DUMPABLE, 1)  # gives it back its own /proc/self
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + config["paths"]
-    for name in config["preload"]:
+    for name in [*_STANDARD, *config["preload"]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+            exec(_WARM_UP.get(name, ""), {})
     site.setquit()  # `exit()`, which an interpreter without site packages lacks
     gc.freeze()  # keeps the collector of a child from copying the pages that it shares with this process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no burial
