@@ -47,8 +47,8 @@ def tags_format_error(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> str | 
         if end < 0:
             return f"<{name}> is never closed"
         content = text[found.end() : end]
-        if name in ("think", "answer") and (fault := _content_error(name, content, tools)):
-            return fault
+        if name in ("think", "answer") and f"<{name}>" in content:
+            return f"<{name}> inside <{name}>"
         blocks.append(name)
         position = end + len(f"</{name}>")
     if "think" not in blocks:
@@ -60,18 +60,6 @@ def tags_format_error(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> str | 
     if extract_boxed(content) is None:
         return r"there is no \boxed{} in <answer>"
     return None
-
-
-def _content_error(name: str, content: str, tools: str) -> str | None:
-    """A thought may call tools, but a closing tag that closes nothing calls one by accident."""
-    if f"<{name}>" in content:
-        return f"<{name}> inside <{name}>"
-    position = 0
-    for closing in re.finditer(rf"</({tools})>", content):
-        if f"<{closing.group(1)}>" not in content[position : closing.start()]:
-            return f"{closing.group()} closes nothing"
-        position = closing.end()
-    return "a tool call inside <answer>" if name == "answer" and position else None
 
 
 def chat_format_error(completion: str | list[dict[str, Any]]) -> str | None:
