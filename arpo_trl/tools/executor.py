@@ -173,7 +173,7 @@ class _Life:
         self.control.retire(cancel=True)
         self.control.join(5 * _GRACE)
         for worker in list(self.workers):
-            worker.close()
+            worker.kill()
         # The calls have been told to end; those that can take a moment to
         deadline = time.monotonic() + _GRACE
         if self.tool_loop is not None:
@@ -182,6 +182,8 @@ class _Life:
         for attempt in list(self.attempts):
             if attempt.thread is not None:
                 attempt.thread.join(max(0.0, deadline - time.monotonic()))
+        for worker in list(self.workers):
+            worker.close()
 
     async def execute_in_order(
         self, calls: list[tuple[ToolCall, Callable | None]], futures: "list[Future[ToolCall]]", available: list[str]
@@ -294,15 +296,17 @@ class _Life:
         if is_async(function):
             if self.tool_loop is None:
                 self.tool_loop = LoopThread("arpo-async-tools")
-            attempt = on_loop(self.tool_loop, function, arguments)
-        elif options.process:
-            # Not on the clock of the call: a new process has to import the tool's module
-            worker, error = await in_thread(lambda: self.borrow_worker(home, function)).ended
-            if error is not None:
-                raise error
-            attempt = in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill)
-        else:
-            attempt = in_thread(lambda: as_content(function(**arguments)))
+            return self.keep(on_loop(self.tool_loop, function, arguments))
+        if not options.process:
+            return self.keep(in_thread(lambda: as_content(function(**arguments))))
+        # Not on the clock of the call: a new process has to import the tool's module
+        borrowing = self.keep(in_thread(lambda: self.borrow_worker(home, function)))
+        worker, error = await asyncio.shield(borrowing.ended)
+        if error is not None:
+            raise error
+        return self.keep(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
+
+    def keep(self, attempt: Attempt) -> Attempt:
         self.attempts.add(attempt)
         attempt.ended.add_done_callback(lambda _: self.attempts.discard(attempt))
         return attempt
@@ -312,13 +316,21 @@ class _Life:
             worker = self.idle_workers[home].pop()
             if worker.alive:
                 return worker
-            worker.close()
-            self.workers.discard(worker)
+            self.drop_worker(worker)
         worker = Worker(function)
         self.workers.add(worker)
         if self.closing:  # after the line above, so that either this thread or `end` sees the worker
-            worker.close()
+            worker.kill()
+        try:
+            worker.start()
+        except BaseException:
+            self.drop_worker(worker)
+            raise
         return worker
+
+    def drop_worker(self, worker: Worker) -> None:
+        worker.close()
+        self.workers.discard(worker)
 
     def call_worker(self, home: "_Home", worker: Worker, arguments: dict[str, Any]) -> str | list:
         try:
@@ -327,8 +339,7 @@ class _Life:
             if worker.alive:
                 self.idle_workers[home].append(worker)
             else:
-                worker.close()
-                self.workers.discard(worker)
+                self.drop_worker(worker)
 
     async def see_off(self, attempt: Attempt, places: "_Places") -> None:
         """Keep the place of a call that was given up until it has really ended."""
@@ -385,7 +396,7 @@ class _Places:
         self.stuck += 1
         if self.stuck == 1:
             logger.warning(
-                "Tool %s hangs and cannot be stopped in a thread. Give its own client a time-out, or run it in worker "
+                "Tool %s hangs and cannot be stopped. Give what it waits for a time-out of its own, or run it in worker "
                 "processes: tool(..., process=True).",
                 self.name,
             )

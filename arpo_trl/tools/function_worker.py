@@ -41,12 +41,10 @@ class Worker:
 
     Args:
         function (`Callable`): A function that can be imported by its name.
-
-    Raises:
-        `RuntimeError`: If the process does not start or cannot import the function.
     """
 
     def __init__(self, function: Callable):
+        self._name = importable_name(function)
         self._lock = threading.Lock()
         self._killed = False
         ours, theirs = socket.socketpair()
@@ -59,22 +57,25 @@ class Worker:
                 start_new_session=True,
             )
         self._connection = Connection(ours.detach())
+
+    def start(self) -> None:
+        """Wait until the process has imported the function.
+
+        Raises:
+            `RuntimeError`: If it cannot.
+        """
         try:
-            self._connection.send((sys.path, *importable_name(function)))
+            self._connection.send((sys.path, *self._name))
             if not self._connection.poll(_START_SECONDS):
                 raise RuntimeError(f"the worker process did not start within {_START_SECONDS:g} s")
             error = self._connection.recv()
-            if error is not None:
-                raise RuntimeError(f"the worker process cannot import the tool: {error}")
         except (EOFError, OSError) as e:
-            self.close()
             raise RuntimeError("the worker process ended while it started") from e
-        except BaseException:
-            self.close()
-            raise
+        if error is not None:
+            raise RuntimeError(f"the worker process cannot import the tool: {error}")
 
     def call(self, arguments: dict[str, Any]) -> str | list:
-        """Run the tool and return its answer; raises what the tool raises. A worker that dies is closed."""
+        """Run the tool and return its answer; raises what the tool raises."""
         try:
             self._connection.send(arguments)
             result, error = self._connection.recv()
@@ -145,7 +146,10 @@ def _serve(descriptor: int) -> None:
             answer = (as_content(function(**arguments)), None)
         except BaseException as e:
             answer = (None, _portable(e))
-        connection.send(answer)
+        try:
+            connection.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError) as e:  # content blocks that cannot be sent
+            connection.send((None, _portable(e)))
 
 
 if __name__ == "__main__":
