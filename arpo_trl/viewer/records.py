@@ -1,0 +1,168 @@
+"""Rollout records from a run dir: read them, put groups together, and compute what is followed over the steps.
+
+What it does not do: it does not write records, and it does not judge them. A line that a killed run left half-written
+is skipped and reported; a file that holds something else is an error.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..rollout.metrics import rollout_metrics, rollout_sums, slowest_calls
+from ..rollout.tree import CallOfRow, Group, Segment, Trajectory
+from ..tools.executor import ToolCall
+
+Row = dict[str, Any]
+
+_FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
+_REQUIRED = ("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "segments")
+_REQUIRED += ("tool_calls", "truncated", "rewards", "advantage", "shared_advantages")
+_SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
+_CALL = ("name", "arguments", "result", "error", "seconds", "cached")
+
+
+def find_steps(run_dir: Path) -> dict[int, list[Path]]:
+    """
+    Files of each step, in the order of the steps and, within one, of the ranks.
+
+    Args:
+        run_dir (`Path`): A run's `output_dir`, or the folder of records itself.
+
+    Returns:
+        `dict[int, list[Path]]`: Global step to its files, one for each process that wrote records.
+
+    Raises:
+        FileNotFoundError: If there are no records.
+    """
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"run_dir={str(run_dir)!r} is not a directory. Give the output_dir of a training run.")
+    folder = run_dir / "rollouts" if (run_dir / "rollouts").is_dir() else run_dir
+    found = [
+        (int(match[1]), int(match[2] or 0), path) for path in folder.iterdir() if (match := _FILE.fullmatch(path.name))
+    ]
+    if not found:
+        raise FileNotFoundError(
+            f"run_dir={str(run_dir)!r} has no rollout records (rollouts/step-*.jsonl). Train with log_rollouts=True."
+        )
+    steps: dict[int, list[Path]] = {}
+    for step, _, path in sorted(found):
+        steps.setdefault(step, []).append(path)
+    return steps
+
+
+def read_file(path: Path) -> tuple[list[Row], int]:
+    """
+    Rows of one file.
+
+    Args:
+        path (`Path`): A JSONL file of rollout records.
+
+    Returns:
+        `tuple[list[Row], int]`: The rows, and the number of lines that were skipped because they are not whole: the
+        last line of a run that was killed, also where a resumed run has since appended to it.
+
+    Raises:
+        ValueError: If a line is whole but is no rollout record.
+    """
+    rows, skipped = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, parse_constant=lambda name: None)  # a browser's JSON has no NaN
+            except ValueError:  # not JSON, or not UTF-8
+                skipped += 1
+                continue
+            missing = _REQUIRED if not isinstance(row, dict) else [key for key in _REQUIRED if key not in row]
+            if missing:
+                raise ValueError(f"{path} line {number} is no rollout record: it lacks {', '.join(missing)}.")
+            rows.append(row)
+    return rows, skipped
+
+
+def group_rows(files: Iterable[list[Row]]) -> list[list[Row]]:
+    """
+    Put the rows of one step's files together into groups.
+
+    Args:
+        files (`Iterable[list[Row]]`): Rows of each process, in the order of the ranks.
+
+    Returns:
+        `list[list[Row]]`: The groups, each sorted by row. A group that spans processes is joined: a later part has the
+        same prompt and goes on where the earlier one ended.
+    """
+    groups: list[dict[int, Row]] = []
+    unfinished: dict[tuple, list[dict[int, Row]]] = {}  # by prompt and next row
+    for rows in files:
+        parts: dict[int, dict[int, Row]] = {}
+        done = []
+        for row in rows:
+            part = parts.setdefault(row["prompt_index"], {})
+            if row["row"] in part:  # the step's next generation batch: it counts its groups from 0 again
+                done += parts.values()
+                parts = {row["prompt_index"]: (part := {})}
+            part[row["row"]] = row
+        for part in (*done, *parts.values()):
+            prompt = tuple(part[min(part)]["prompt_ids"])
+            waiting = unfinished.get((prompt, min(part)))
+            if waiting:
+                group = waiting.pop(0)
+                group.update(part)
+            else:
+                groups.append(group := part)
+            unfinished.setdefault((prompt, max(group) + 1), []).append(group)
+    return [[group[row] for row in sorted(group)] for group in groups]
+
+
+def step_metrics(groups: list[list[Row]]) -> dict[str, float]:
+    """
+    What one step contributes to the curves: the rollout metrics that training logs, computed once more from the
+    records (so they cover all processes and every step, not each `logging_steps`), rewards and lengths.
+
+    Args:
+        groups (`list[list[Row]]`): Groups of the step.
+
+    Returns:
+        `dict[str, float]`: Value by name; a name is absent where there is nothing to average. Calls are totals.
+    """
+    rows = [row for group in groups for row in group]
+    metrics: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for row in rows for name in row["rewards"]):
+        metrics[f"rewards/{name}/mean"] = _mean(row["rewards"].get(name) for row in rows)
+    rolled_out = [_rolled_out(group) for group in groups]
+    tools = sorted({call["name"] for row in rows for call in row["tool_calls"]})
+    metrics |= rollout_metrics(rollout_sums(rolled_out), slowest_calls(rolled_out, tools), tools)
+    metrics["completions/mean_length"] = _mean(len(row["completion_ids"]) for row in rows)
+    metrics["completions/truncated"] = _mean(row["truncated"] for row in rows)
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _rolled_out(rows: list[Row]) -> Group:
+    """The group as the rollout held it, with what metrics read of it."""
+    trajectories = [
+        Trajectory(
+            row=row["row"],
+            prompt_ids=row["prompt_ids"],
+            kind=row["kind"],
+            parent=row["parent"],
+            fork_token=row["fork_token"],
+            completion_ids=row["completion_ids"],
+            segments=[Segment(**{key: segment[key] for key in _SEGMENT}) for segment in row["segments"]],
+            calls=[
+                CallOfRow(ToolCall(**{key: call[key] for key in _CALL}), shared=call["shared"])
+                for call in row["tool_calls"]
+            ],
+        )
+        for row in rows
+    ]
+    return Group(range(len(rows)), num_initial=0, size=len(rows), trajectories=trajectories)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there."""
+    present = [float(value) for value in values if value is not None]
+    return fmean(present) if present else None
