@@ -1,0 +1,88 @@
+"""Entropies, gaps, probabilities and decisions, against numbers worked by hand."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from arpo_trl.rollout.branching import (
+    allocate_forks,
+    entropy_gap,
+    fork_probability,
+    initial_share,
+    mean_entropy,
+    top_k_entropy,
+    wants_fork,
+)
+from arpo_trl.rollout.loop import group_parts
+
+
+def test_mean_entropy_of_the_first_k_tokens():
+    assert mean_entropy([1.0, 2.0, 9.0], window=2) == 1.5
+    assert mean_entropy([1.0, 2.0], window=20) == 1.5  # a short segment is not read as a certain one
+    assert mean_entropy([], window=20) is None
+
+
+def test_top_k_entropy_spreads_the_remaining_mass():
+    # p = 1/2, 1/4 and a rest of 1/4 over 2 tokens: 0.5 ln 2 + 0.25 ln 4 + 2 · 0.125 ln 8
+    expected = 0.5 * math.log(2) + 0.25 * math.log(4) + 0.25 * math.log(8)
+    assert top_k_entropy([math.log(0.5), math.log(0.25)], vocab_size=4) == pytest.approx(expected)
+    # A uniform distribution is read exactly from any of its tokens
+    assert top_k_entropy([math.log(1 / 8)] * 3, vocab_size=8) == pytest.approx(math.log(8))
+    assert top_k_entropy([0.0, -math.inf], vocab_size=100) == 0.0
+    assert top_k_entropy([math.log(0.5)] * 2, vocab_size=2) == pytest.approx(math.log(2))
+
+
+def test_gap_and_probability():
+    # k = 20, H_t − H_0 = 0.3, V = e^4: ΔH = 20 · 0.3 / 4 = 1.5; P = 0.5 + 0.2 · 1.5 = 0.8
+    gap = entropy_gap(0.8, 0.5, window=20, vocab_size=math.e**4)
+    assert gap == pytest.approx(1.5)
+    assert fork_probability(gap, base=0.5, weight=0.2) == pytest.approx(0.8)
+    assert fork_probability(9.0, base=0.5, weight=0.2) == 1.0
+    assert fork_probability(-9.0, base=0.5, weight=0.2) == 0.0
+
+
+def test_rules():
+    rng = random.Random(0)
+    assert wants_fork("threshold", 0.51, 0.5, rng) and not wants_fork("threshold", 0.5, 0.5, rng)
+    for rule in ("bernoulli", "random"):
+        share = sum(wants_fork(rule, 0.3, 0.5, rng) for _ in range(4000)) / 4000
+        assert share == pytest.approx(0.3, abs=0.03)
+        assert all(wants_fork(rule, 1.0, 0.5, rng) for _ in range(100))
+        assert not any(wants_fork(rule, 0.0, 0.5, rng) for _ in range(100))
+
+
+def test_the_budget_goes_to_the_largest_gap():
+    rng = random.Random(0)
+    assert allocate_forks([0.1, 0.9, 0.5], branch_factor=1, budget=2, rng=rng) == [0, 1, 1]
+    assert allocate_forks([0.1, 0.9, 0.5], branch_factor=2, budget=3, rng=rng) == [0, 2, 1]
+    assert allocate_forks([0.1, 0.9], branch_factor=1, budget=0, rng=rng) == [0, 0]
+    assert allocate_forks([], branch_factor=1, budget=4, rng=rng) == []
+
+
+def test_ties_are_broken_at_random():
+    rng = random.Random(0)
+    winners = Counter(tuple(allocate_forks([1.0, 1.0, 1.0], 1, 1, rng)).index(1) for _ in range(3000))
+    assert all(count == pytest.approx(1000, abs=120) for count in winners.values())
+
+
+def test_initial_share_of_parts():
+    assert [initial_share(a, a + 8, 16, 8) for a in (0, 8)] == [4, 4]
+    assert [initial_share(a, a + 4, 16, 6) for a in (0, 4, 8, 12)] == [1, 2, 1, 2]
+    assert initial_share(0, 2, 16, 1) == 1  # a part is never left without
+
+
+def test_parts_of_groups_on_processes():
+    # 2 groups of 8 on 2 processes with 8 rows each, and 3 groups of 8 on 2 processes with 12 rows each
+    whole = group_parts(8, 8, group_size=8, num_initial=4)
+    assert [(part.rows, part.num_initial, part.first_row) for part in whole] == [(range(0, 8), 4, 0)]
+    first, second = (group_parts(process * 12, 12, group_size=8, num_initial=4) for process in (0, 1))
+    assert [(part.rows, part.num_initial, part.first_row) for part in first] == [
+        (range(0, 8), 4, 0),
+        (range(8, 12), 2, 0),
+    ]
+    assert [(part.rows, part.num_initial, part.first_row) for part in second] == [
+        (range(0, 4), 2, 4),
+        (range(4, 12), 4, 0),
+    ]

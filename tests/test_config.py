@@ -1,0 +1,149 @@
+"""Misuse is refused at construction, with one sentence that names the argument, the value and the remedy."""
+
+import pytest
+import tiny
+from datasets import Dataset
+from trl import GRPOConfig
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+
+CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
+
+
+def test_defaults_are_those_of_the_paper(tmp_path):
+    config = ARPOConfig(str(tmp_path), **CPU)
+    paper = dict(
+        num_generations=16,
+        num_initial_generations=8,
+        branch_factor=1,
+        entropy_window=20,
+        branch_probability=0.5,
+        entropy_weight=0.2,
+        branch_threshold=0.5,
+        branch_rule="bernoulli",
+        advantage_attribution="soft",
+    )
+    assert {name: getattr(config, name) for name in paper} == paper
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"num_initial_generations": 17}, ["`num_initial_generations` (17)", "`num_generations` (16)"]),
+        ({"num_initial_generations": 0}, ["`num_initial_generations` is 0", "1 or more"]),
+        ({"branch_factor": 0}, ["`branch_factor` is 0"]),
+        ({"entropy_window": 0}, ["`entropy_window` is 0"]),
+        ({"entropy_weight": -0.1}, ["`entropy_weight` is -0.1"]),
+        ({"entropy_weight": float("nan")}, ["`entropy_weight` is nan"]),
+        ({"branch_probability": 1.5}, ["`branch_probability` is 1.5"]),
+        ({"branch_threshold": -1}, ["`branch_threshold` is -1"]),
+        ({"branch_rule": "greedy"}, ["`branch_rule` is 'greedy'", "'bernoulli', 'threshold', 'random'"]),
+        ({"advantage_attribution": "both"}, ["`advantage_attribution` is 'both'", "'soft', 'hard'"]),
+        ({"tool_protocol": "xml"}, ["`tool_protocol` is 'xml'"]),
+        ({"tool_timeout": 0}, ["`tool_timeout` is 0"]),
+        ({"max_tool_concurrency": 0}, ["`max_tool_concurrency` is 0"]),
+    ],
+)
+def test_bad_values(tmp_path, settings, words):
+    with pytest.raises(ValueError) as caught:
+        ARPOConfig(str(tmp_path), **CPU, **settings)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+class Board:
+    def reset(self, **kwargs):
+        return None
+
+    def move(self, place: int) -> str:
+        """
+        Move.
+
+        Args:
+            place: Where.
+        """
+        return "ok"
+
+
+def build(tmp_path, tokenizer, config=None, tools=(tiny.add,), **kwargs):
+    return ARPOTrainer(
+        model=tiny.build_model(tokenizer),
+        args=ARPOConfig(str(tmp_path), **CPU, **(config or {})),
+        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+        train_dataset=Dataset.from_list([{"prompt": tiny.question(1, 2)}]),
+        processing_class=tokenizer,
+        tools=list(tools) or None,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    "config, kwargs, words",
+    [
+        ({}, {"tools": ()}, ["no tools", "num_initial_generations=16"]),
+        ({}, {"rollout_func": lambda prompts, trainer: {}}, ["`rollout_func`", "num_initial_generations=16"]),
+        ({"use_transformers_continuous_batching": True}, {}, ["`use_transformers_continuous_batching`"]),
+        (
+            {"tool_protocol": "tags"},
+            {"tools": (), "environment_factory": Board},
+            ["`environment_factory`", "tool_protocol"],
+        ),
+    ],
+)
+def test_bad_combinations(tmp_path, tokenizer, config, kwargs, words):
+    with pytest.raises(ValueError) as caught:
+        build(tmp_path, tokenizer, config, **kwargs)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_part_of_a_group_without_room_for_a_fork_is_refused(tmp_path, tokenizer):
+    class FourProcesses(ARPOConfig):
+        world_size = property(lambda self: 4)
+
+    args = FourProcesses(
+        str(tmp_path), **CPU, num_generations=4, num_initial_generations=2, per_device_train_batch_size=1
+    )
+    with pytest.raises(ValueError, match="1 row\\(s\\) of a group of 4 and no room for a fork"):
+        ARPOTrainer(tiny.build_model(tokenizer), args=args, tools=[tiny.add])
+
+
+def test_a_grpo_config_is_refused(tmp_path, tokenizer):
+    with pytest.raises(TypeError, match="must be an `ARPOConfig`, got a `GRPOConfig`"):
+        ARPOTrainer(tiny.build_model(tokenizer), args=GRPOConfig(str(tmp_path), **CPU), tools=[tiny.add])
+
+
+def test_a_tag_of_the_protocol_is_no_tool(tmp_path, tokenizer):
+    def answer(text: str) -> str:
+        """
+        Answer.
+
+        Args:
+            text: Text.
+        """
+        return text
+
+    with pytest.raises(ValueError, match="'answer'"):
+        build(tmp_path, tokenizer, {"tool_protocol": "tags"}, tools=(answer,))
+
+
+def test_no_tools_and_no_branching_is_grpo(tmp_path, tokenizer):
+    trainer = build(
+        tmp_path,
+        tokenizer,
+        {
+            "num_initial_generations": 16,
+            "max_steps": 1,
+            "max_completion_length": 8,
+            "log_rollouts": True,
+            "save_strategy": "no",
+        },
+        tools=(),
+    )
+    trainer.train()
+    assert len((tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 16
+
+
+def test_the_model_card_cites_arpo(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer)
+    trainer.create_model_card(model_name="agent")
+    card = (tmp_path / "README.md").read_text()
+    assert "Agentic Reinforced Policy Optimization" in card and "2507.19849" in card and "- arpo" in card

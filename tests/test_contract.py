@@ -1,0 +1,86 @@
+"""Every private name of TRL that ARPOTrainer overrides, calls or reads. A release that moves one fails here first."""
+
+import inspect
+
+import pytest
+import trl
+from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
+
+# Methods that we override, with the parameters that we rely on
+OVERRIDDEN = {
+    "_tokenize_prompts": ["self", "prompts"],
+    "_generate": ["self", "prompts"],
+    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+    "_tool_call_loop": [
+        *("self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields"),
+    ],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_tool_suffix_ids": ["self", "tool_messages"],
+}
+# Attributes that TRL sets and we read; and what the source must still say for our reading of it to hold
+SAID = {
+    "_generate": [
+        "return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images",
+        "if self.tools:",
+        "self._tool_call_loop(",
+    ],
+    "_tool_call_loop": [
+        "return tool_mask, completions, completion_ids, logprobs, tool_call_count, tool_failure_count, tool_images",
+        "self.max_tool_calling_iterations",
+        "max_position_embeddings",
+    ],
+    "_generate_and_score_completions": [
+        "self._sync_tool_dicts",
+        "self._async_tool_dicts",
+        "self.environments",
+        '"advantages": advantages',
+        '"completion_ids": completion_ids',
+        "inp[key] = values[i]",
+    ],
+    "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
+    "_compute_loss": ["if advantages.dim() == 1:"],
+    "__init__": [
+        "self._standalone_tools",
+        "self._env_tools",
+        "self._environment_pool",
+        "self._tokenizer",
+        "self._is_vlm",
+        "self.eos_token_ids",
+        "self._metrics",
+        "self.reward_func_names",
+        "self.num_generations_eval",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_signatures(name):
+    method = getattr(GRPOTrainer, name, None)
+    assert method is not None, f"TRL {trl.__version__} has no GRPOTrainer.{name}, which arpo_trl overrides or calls"
+    parameters = list(inspect.signature(inspect.unwrap(method)).parameters)
+    assert parameters[: len(OVERRIDDEN[name])] == OVERRIDDEN[name], f"TRL {trl.__version__} changed GRPOTrainer.{name}"
+
+
+@pytest.mark.parametrize("name, line", [(name, line) for name, lines in SAID.items() for line in lines])
+def test_what_we_lean_on(name, line):
+    source = " ".join(inspect.getsource(inspect.unwrap(getattr(GRPOTrainer, name))).split())
+    assert line in source, (
+        f"GRPOTrainer.{name} of TRL {trl.__version__} no longer says {line!r}, on which arpo_trl leans"
+    )
+
+
+def test_names_we_import():
+    from trl.chat_template_utils import parse_response  # noqa: F401
+    from trl.data_utils import is_conversational  # noqa: F401
+    from trl.trainer.utils import get_config_model_id  # noqa: F401
+
+    assert grpo_trainer.GRPOTrainer is GRPOTrainer
+    assert {"_tag_names", "_name", "_paper"} <= set(vars(GRPOTrainer))
+
+
+def test_constructor_arguments_are_the_same():
+    from arpo_trl import ARPOTrainer
+
+    assert list(inspect.signature(ARPOTrainer).parameters) == list(inspect.signature(GRPOTrainer).parameters)
