@@ -163,6 +163,8 @@ def test_wrong_arguments_are_told_to_the_model(executor):
     assert "'tags' must be" in error(query="q", tags=["x", 1])
     assert "unexpected keyword argument 'q'" in error(q="q")
     assert "missing 1 required positional argument: 'query'" in error()
+    call = executor.run([(ToolCall("search", ["q"]), search)])[0]
+    assert call.error == "TypeError: search() takes its arguments by name, as a JSON object, not as list"
 
 
 def test_calls_in_order_run_one_after_another(executor):

@@ -15,6 +15,9 @@ def check_arguments(function: Callable, arguments: dict[str, Any]) -> None:
     Raises:
         `TypeError`: If an argument is of another type than its hint.
     """
+    tool = getattr(function, "__name__", "tool")
+    if not isinstance(arguments, dict):
+        raise TypeError(f"{tool}() takes its arguments by name, as a JSON object, not as {type(arguments).__name__}")
     try:
         parameters, hints = inspect.signature(function).parameters, typing.get_type_hints(function)
     except (TypeError, ValueError, NameError):
@@ -25,7 +28,7 @@ def check_arguments(function: Callable, arguments: dict[str, Any]) -> None:
         default = parameters[name].default
         if default is not inspect.Parameter.empty and value == default:
             continue  # `k: int = None` called with null
-        tool, hint = getattr(function, "__name__", "tool"), inspect.formatannotation(hints[name])
+        hint = inspect.formatannotation(hints[name])
         raise TypeError(f"{tool}() argument '{name}' must be {hint}, not {type(value).__name__} ({_short(value)})")
 
 

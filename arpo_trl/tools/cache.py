@@ -5,14 +5,12 @@ work across machines on a network file system (SQLite's write-ahead log needs sh
 the last answer (it does survive a killed process).
 """
 
-import contextlib
 import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,32 +61,22 @@ class ToolCache:
         key = _dumps(arguments)
         if key is None:
             return None
-        with self._guarded() as connection:
-            row = connection.execute(
-                "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?",
-                (self.namespace, tool, key),
-            ).fetchone()
-            return None if row is None else json.loads(row[0])
-        return None
+        row = self._execute(
+            "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?", self.namespace, tool, key
+        )
+        return None if row is None else json.loads(row[0])
 
     def set(self, tool: str, arguments: dict[str, Any], result: str | list) -> None:
         """Remember an answer. What JSON cannot hold, such as an image, is left out."""
         key, text = _dumps(arguments), _dumps(result)
-        if key is None or text is None:
-            return
-        with self._guarded() as connection, connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
-                (self.namespace, tool, key, text, time.time()),
+        if key is not None and text is not None:
+            self._execute(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", self.namespace, tool, key, text, time.time()
             )
 
     def __len__(self) -> int:
-        with self._guarded() as connection:
-            (count,) = connection.execute(
-                "SELECT COUNT(*) FROM answers WHERE namespace = ?", (self.namespace,)
-            ).fetchone()
-            return count
-        return 0
+        row = self._execute("SELECT COUNT(*) FROM answers WHERE namespace = ?", self.namespace)
+        return 0 if row is None else row[0]
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
@@ -97,21 +85,23 @@ class ToolCache:
                 self._connection.close()
             self._connection = None
 
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[sqlite3.Connection]:
+    def _execute(self, statement: str, *parameters: Any) -> tuple | None:
+        """Run one statement in a transaction of its own and return its first row; `None` also where the file fails."""
         with self._lock:
             try:
                 # A connection must not be carried over a fork, so each process opens its own
                 if self._connection is None or self._pid != os.getpid():
                     self._connection, self._pid = _connect(self.path), os.getpid()
-                yield self._connection
+                with self._connection:
+                    return self._connection.execute(statement, parameters).fetchone()
             except (sqlite3.Error, OSError) as e:
                 if not self._warned:
                     logger.warning("The tool cache %s fails and is passed over: %s", self.path, e)
                     self._warned = True
+                return None
 
 
-def _connect(path: Path, patience: float = 30.0) -> sqlite3.Connection:
+def _connect(path: Path, patience: float = 10.0) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=patience, check_same_thread=False)
     deadline = time.monotonic() + patience
