@@ -39,6 +39,9 @@ MISTAKES = {
     "no_box": 0.06,  # answers without \boxed{}
 }
 
+# The paper's format wants a thought; one is enough
+PLAN = "Two look-ups, then a subtraction."
+
 # Text that recurs, besides names: each gets a token of its own
 PHRASES = (
     *("system\n", "user\n", "assistant\n"),
@@ -47,6 +50,7 @@ PHRASES = (
     *("Page 1: ", " was born in ", " was founded in ", " in "),
     *("<think>", "</think>", "<search>", "</search>", "<python>", "</python>", "<result>", "</result>"),
     *("<answer>", "</answer>", "\\boxed{", "print("),
+    PLAN,
 )
 
 CHAT_TEMPLATE = (
@@ -90,7 +94,7 @@ class World:
         seed (`int`, *optional*, defaults to `0`): Seed of names, facts, questions and demonstrations.
         num_people (`int`, *optional*, defaults to `2400`): People; of each the year of birth and the birthplace is
             known.
-        num_towns (`int`, *optional*, defaults to `200`): Towns; of each the year of foundation is known.
+        num_towns (`int`, *optional*, defaults to `60`): Towns; of each the year of foundation is known.
 
     Attributes:
         born (`dict[str, int]`): Year of birth of each person.
@@ -98,13 +102,13 @@ class World:
         founded (`dict[str, int]`): Year of foundation of each town.
     """
 
-    def __init__(self, seed: int = 0, num_people: int = 2400, num_towns: int = 200):
+    def __init__(self, seed: int = 0, num_people: int = 2400, num_towns: int = 60):
         self.seed = seed
         rng = random.Random(f"world {seed}")
         num_names = int((2 * num_people) ** 0.5)
-        self.first_names = invent_names(rng, num_names, "cvca")
-        self.last_names = invent_names(rng, num_names, "cvcvsk")
-        towns = invent_names(rng, num_towns, "cvcholm")
+        self.first_names = invent_names(rng, num_names, ("CVCa", "CVCila", "CVro"))
+        self.last_names = invent_names(rng, num_names, ("CVCVsk", "CVlCen", "CVrrick"))
+        towns = invent_names(rng, num_towns, ("CVCholm", "CVrvath", "CVlstead"))
         people = [" ".join(name) for name in rng.sample([*product(self.first_names, self.last_names)], num_people)]
         self.founded = {town: rng.randint(1500, 1899) for town in towns}
         self.born = {person: rng.randint(1900, 1999) for person in people}
@@ -187,7 +191,7 @@ class World:
             guess (`int`): The answer of the mistakes that guess.
         """
         first, second = question.entities
-        trace = self._look_up(first)
+        trace = f"<think>{PLAN}</think>" + self._look_up(first)
         if mistake == "guess_after_first":
             return trace + f"<answer>\\boxed{{{guess}}}</answer>"
         minuend, subtrahend = question.operands
@@ -211,18 +215,18 @@ class World:
         return f"<search>{entity}</search><result>{format_passages([self.passage(entity)])}</result>"
 
 
-def invent_names(rng: random.Random, count: int, pattern: str) -> list[str]:
+def invent_names(rng: random.Random, count: int, patterns: tuple[str, ...]) -> list[str]:
     """`count` distinct capitalised names.
 
     Args:
         rng (`random.Random`): Source of chance.
         count (`int`): Number of names.
-        pattern (`str`): Shape of a name: `c` is a consonant, `v` a vowel, any other letter itself.
+        patterns (`tuple[str, ...]`): Shapes of a name: `C` is a consonant, `V` a vowel, any other letter itself.
     """
-    letters = {"c": "bdfgklmnprstvz", "v": "aeiou"}
+    letters = {"C": "bdfgklmnprstvz", "V": "aeiou"}
     names: dict[str, None] = {}
     while len(names) < count:
-        names["".join(rng.choice(letters.get(sign, sign)) for sign in pattern).capitalize()] = None
+        names["".join(rng.choice(letters.get(sign, sign)) for sign in rng.choice(patterns)).capitalize()] = None
     return [*names]
 
 
