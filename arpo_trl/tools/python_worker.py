@@ -178,9 +178,9 @@ def _drop_capabilities() -> None:
 
 
 def _enter_namespaces() -> None:
-    """New user, process, mount, IPC and network namespaces for the child that is forked next."""
+    """A user namespace for this process and a process namespace for the child that it forks next."""
     uid, gid = os.getuid(), os.getgid()
-    _libc("unshare", _CLONE_NEWUSER | _CLONE_NEWPID | _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET)
+    _libc("unshare", _CLONE_NEWUSER | _CLONE_NEWPID)
     for file, text in [
         ("setgroups", "deny"),
         ("uid_map", f"{UNPRIVILEGED_ID} {uid} 1"),
@@ -221,6 +221,7 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
             f.write("1000")  # where memory does run out, the kernel takes this process and not the training run
         _limit_resources(config)
         if config["namespaces"]:
+            _libc("unshare", _CLONE_NEWNS | _CLONE_NEWIPC | _CLONE_NEWNET)
             _mount_tmpfs(b"/tmp", _MS_NOSUID | _MS_NODEV, f"size={MAX_FILE_BYTES},nr_inodes=4096,mode=0777")
             _mount_tmpfs(b"/proc", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4096,nr_inodes=1,mode=0555")
             _drop_capabilities()
