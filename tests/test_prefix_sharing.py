@@ -1,0 +1,373 @@
+import copy
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from arpo_trl import prefix_sharing
+from arpo_trl.prefix_sharing import (
+    MODEL_TYPES,
+    Cost,
+    forward_cost,
+    pack,
+    shared_prefix_logps,
+    shared_prefixes,
+    sibling_order,
+)
+
+SHAPE = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN3 = Qwen3Config(**SHAPE, head_dim=8)
+TOKENS_ONLY = Cost(token=1.0, pair=0.0, call=0.0)  # a saved token is all that counts: share whatever can be shared
+
+
+def build(config, attention="sdpa", dtype=torch.float32, temperature=0.7):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=dtype)
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    return model
+
+
+def batch(prompts, completions, pad_to_multiple_of=1):
+    """Pad as TRL does: prompts left, completions right; `None` is a completion masked as a whole."""
+    width = max(map(len, prompts))
+    length = max(max(len(completion or []) for completion in completions), 1)
+    length += -length % pad_to_multiple_of
+    ids = torch.zeros(len(prompts), width + length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = [*prompt, *(completion or [])]
+        ids[row, width - len(prompt) : width + len(completion or [])] = torch.tensor(tokens)
+        mask[row, width - len(prompt) : width + len(completion or [])] = 1
+    return ids, mask, length
+
+
+def row_by_row(model, ids, mask, length):
+    """TRL's own method, without a trainer around it."""
+    method = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    return method(trainer, model, ids, mask, length, compute_entropy=True)[:2]
+
+
+def results(score, model, ids, mask, length):
+    """Log-probabilities, entropies and the gradient of a loss that weighs every row's tokens differently."""
+    model.zero_grad()
+    weights = torch.rand(len(ids), length, generator=torch.Generator().manual_seed(1)) + 0.5
+    logps, entropies = score(model, ids, mask, length)
+    ((logps * weights).sum() + 0.3 * (entropies * weights.sqrt()).sum()).backward()
+    gradients = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return logps.detach().float(), entropies.detach().float(), gradients
+
+
+def shared(model, ids, mask, length):
+    scores = shared_prefix_logps(model, ids, mask, length, compute_entropy=True)
+    assert scores is not None, "sharing was declined"
+    return scores
+
+
+def relative_error(value, reference, floor=1e-3):
+    return ((value - reference).norm() / max(reference.norm().item(), floor)).item()
+
+
+def assert_equal_to_row_by_row(model, ids, mask, length, tolerance=1e-5):
+    logps, entropies, gradients = results(shared, model, ids, mask, length)
+    expected_logps, expected_entropies, expected_gradients = results(row_by_row, model, ids, mask, length)
+    masked = mask[:, -length:] == 0
+    assert (logps[masked] == 0).all() and (entropies[masked] == 0).all()
+    assert relative_error(logps, expected_logps) <= tolerance
+    assert relative_error(entropies, expected_entropies) <= tolerance
+    assert gradients.keys() == expected_gradients.keys()
+    # The gradient of a query with one key is zero but for rounding; hence no norm below 1 % of the whole gradient's.
+    total = torch.stack([gradient.norm() for gradient in expected_gradients.values()]).norm().item()
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected_gradients[name], floor=0.01 * total) <= tolerance, name
+
+
+def tools_tree(seed=0, vocab=40):
+    """Two prompts of unequal length, forks of forks, a duplicate, a row that ends at a fork, a masked row."""
+    draw = np.random.default_rng(seed).integers
+
+    def text(n):
+        return draw(3, vocab, n).tolist()
+
+    first, second = text(11), text(7)
+    root = text(30)
+    fork = root[:12] + text(14)
+    rows = [
+        (first, root),
+        (first, fork),
+        (first, fork[:18] + text(9)),
+        (first, root),
+        (first, root[:12]),
+        (first, None),
+        (second, text(5)),
+        (second, text(21)),
+    ]
+    return batch(*zip(*rows, strict=True))
+
+
+@pytest.fixture
+def always_share(monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "forward_cost", lambda config, device_type: TOKENS_ONLY)
+    monkeypatch.setattr(prefix_sharing, "_MARGIN", float("inf"))
+
+
+def test_shared_prefixes_by_hand():
+    rows = [np.array(row) for row in ([1, 2, 3], [9], [1, 2, 4, 5], [1, 2, 3], [1, 2])]
+    order, lengths = shared_prefixes(rows)
+    assert [rows[row].tolist() for row in order] == [[1, 2], [1, 2, 3], [1, 2, 3], [1, 2, 4, 5], [9]]
+    assert order == [4, 0, 3, 2, 1]
+    assert lengths == [0, 2, 3, 2, 0]
+    assert shared_prefixes([]) == ([], [])
+
+
+def test_pack_by_hand():
+    # Prompt 5 6; the rows agree up to token 7 and part after it, so 7 stands once for each of them.
+    rows = [np.array([5, 6, 7, 8, 9]), np.array([5, 6, 7, 3]), np.array([5, 6, 7, 3]), np.array([5, 6])]
+    tree = pack(rows, [2, 2, 2, 2], TOKENS_ONLY)
+    assert tree.input_ids.tolist() == [5, 6, 7, 7, 8]
+    assert tree.position_ids.tolist() == [0, 1, 2, 2, 3]
+    assert tree.labels.tolist() == [-100, 7, 3, 8, 9]
+    assert [slots.tolist() for slots in tree.slots] == [[0, 1, 3, 4], [0, 1, 2], [0, 1, 2], []]
+    assert tree.ends.tolist() == [5, 5, 3, 5, 5]
+    assert tree.cost == 5
+
+
+def test_pack_computes_a_prefix_again_that_is_not_worth_a_masked_call():
+    # Row 2 shares 2 positions of its 9. Alone: 9 tokens and 9 x 9 pairs; shared: 7 tokens and 7 x 9 pairs plus a call
+    # either way. Sharing always saves tokens and pairs, so it pays whatever a call costs.
+    rows = [np.arange(10), np.array([0, 1, 2, *range(20, 27)])]
+    tree = pack(rows, [1, 1], Cost(token=1, pair=1, call=100))
+    assert len(tree.input_ids) == 9 + 7
+    assert tree.cost == (9 + 81 + 100) + (7 + 63 + 100)
+
+
+tokens = st.integers(3, 5)  # few, so that rows agree by chance; 0 is padding, whose embedding is zero
+
+
+@st.composite
+def trees(draw):
+    """Rows that leave an earlier row (or a prompt) at any token: `(prompts, completions)`."""
+    prompts = draw(st.lists(st.lists(tokens, min_size=1, max_size=4), min_size=1, max_size=2))
+    rows = []
+    for _ in range(draw(st.integers(1, 7))):
+        new = draw(st.lists(tokens, max_size=8))
+        if rows and draw(st.booleans()):
+            prompt, completion = draw(st.sampled_from(rows))
+            rows.append((prompt, completion[: draw(st.integers(0, len(completion)))] + new))
+        else:
+            rows.append((draw(st.sampled_from(prompts)), new))
+    return rows
+
+
+@given(trees())
+def test_every_position_stands_once_and_sees_its_ancestors(rows):
+    ids = [np.array(prompt + completion) for prompt, completion in rows]
+    tree = pack(ids, [len(prompt) for prompt, _ in rows], TOKENS_ONLY)
+    scored = [row for row, (_, completion) in enumerate(rows) if completion]
+    distinct = {tuple(ids[row][: position + 2]) for row in scored for position in range(len(ids[row]) - 1)}
+    assert len(tree.input_ids) == len(distinct) == tree.cost
+    sees = np.tril(np.ones((len(tree.ends),) * 2, dtype=bool))
+    sees &= np.arange(len(tree.ends))[:, None] < tree.ends[None, :]
+    for row in scored:
+        slots = tree.slots[row]
+        assert tree.input_ids[slots].tolist() == ids[row][:-1].tolist()
+        assert tree.position_ids[slots].tolist() == list(range(len(slots)))
+        assert tree.labels[slots][len(rows[row][0]) - 1 :].tolist() == rows[row][1]
+        for position, slot in enumerate(slots):
+            assert np.flatnonzero(sees[slot]).tolist() == slots[: position + 1].tolist()
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    return build(QWEN3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=trees(), multiple=st.sampled_from([1, 8]))
+def test_random_trees_score_as_row_by_row(qwen3, rows, multiple):
+    ids, mask, length = batch(*zip(*rows, strict=True), pad_to_multiple_of=multiple)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_sharing, "forward_cost", lambda config, device_type: TOKENS_ONLY)
+        patch.setattr(prefix_sharing, "_MARGIN", float("inf"))
+        if not any(completion for _, completion in rows):
+            assert shared_prefix_logps(qwen3, ids, mask, length) is None
+        else:
+            assert_equal_to_row_by_row(qwen3, ids, mask, length)
+
+
+FAMILIES = {
+    "gemma": GemmaConfig(**SHAPE, head_dim=8),
+    "gemma3_text": Gemma3TextConfig(
+        **SHAPE, head_dim=8, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=6, head_dim=8),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": QWEN3,
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1
+    ),
+    "smollm3": SmolLM3Config(**SHAPE),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", sorted(MODEL_TYPES))
+def test_families(family, tied, always_share):
+    config = type(FAMILIES[family]).from_dict({**FAMILIES[family].to_dict(), "tie_word_embeddings": tied})
+    assert_equal_to_row_by_row(build(config), *tools_tree())
+
+
+def test_qwen2_with_sliding_windows(always_share):
+    config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    assert "sliding_attention" in config.layer_types
+    assert_equal_to_row_by_row(build(config), *tools_tree())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant, always_share):
+    model = build(QWEN3)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model.train()
+    assert_equal_to_row_by_row(model, *tools_tree())
+
+
+def test_lora(always_share):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build(QWEN3), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first, and then no gradient reaches A
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert_equal_to_row_by_row(model, *tools_tree())
+
+
+def test_ddp(tmp_path, always_share):
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        assert_equal_to_row_by_row(torch.nn.parallel.DistributedDataParallel(build(QWEN3)), *tools_tree())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_bfloat16_is_within_its_own_noise(always_share):
+    exact = results(row_by_row, build(QWEN3), *tools_tree())
+    model = build(QWEN3, dtype=torch.bfloat16)
+    noisy, packed = (results(score, model, *tools_tree()) for score in (row_by_row, shared))
+    for field in (0, 1):
+        noise = relative_error(noisy[field], exact[field])
+        assert 0 < noise and relative_error(packed[field], exact[field]) <= 1.5 * noise
+    noise, error = (
+        torch.stack([(side[2][name] - exact[2][name]).norm() for name in exact[2]]).norm() for side in (noisy, packed)
+    )
+    assert 0 < noise and error <= 1.5 * noise
+
+
+def test_no_grad_and_no_entropy(qwen3, always_share):
+    ids, mask, length = tools_tree()
+    with torch.no_grad():
+        logps, entropies = shared_prefix_logps(qwen3, ids, mask, length)
+        expected, _ = row_by_row(qwen3, ids, mask, length)
+    assert entropies is None and not logps.requires_grad
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_is_untouched_once_sdpa_is_routed(qwen3, always_share):
+    prompt = torch.tensor([[5, 6, 7]])
+    fresh = build(QWEN3, attention="eager").generate(prompt, max_new_tokens=8, do_sample=False)
+    shared(qwen3, *tools_tree())
+    assert qwen3.generate(prompt, max_new_tokens=8, do_sample=False).tolist() == fresh.tolist()
+
+
+def test_declined_where_nothing_is_shared_and_nothing_padded(qwen3):
+    ids = torch.arange(4 * 40).reshape(4, 40) % 37 + torch.arange(4)[:, None]
+    assert shared_prefix_logps(qwen3, ids, torch.ones_like(ids), 30) is None
+
+
+def test_used_where_it_pays_with_the_modelled_cost():
+    wide = build(Qwen3Config(**{**SHAPE, "hidden_size": 256, "intermediate_size": 1024}))
+    ids, mask, length = batch([list(range(3, 33)) * 4] * 4, [[row + 3] * 20 for row in range(4)])
+    assert_equal_to_row_by_row(wide, ids, mask, length)
+
+
+def test_declined_where_all_completions_are_masked_or_a_mask_has_holes(qwen3, always_share):
+    ids, mask, length = batch([[5, 6], [5, 6]], [None, None])
+    assert shared_prefix_logps(qwen3, ids, mask, length) is None
+    ids, mask, length = batch([[5, 6], [5, 6]], [[7, 8, 9], [7, 8, 3]])
+    mask[0, 3] = 0
+    assert shared_prefix_logps(qwen3, ids, mask, length) is None
+
+
+def refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    yield "eager", build(QWEN3, attention="eager"), "attention 'eager'"
+    yield "softcap", build(Gemma2Config(**SHAPE, head_dim=8), attention="eager"), "gemma2"
+    yield "dynamic rope", build(LlamaConfig(**SHAPE, rope_parameters=rope)), "rotary"
+    yield "compiled", torch.compile(build(QWEN3)), "compiled"
+
+
+@pytest.mark.parametrize("model, reason", [pytest.param(*rest, id=name) for name, *rest in refused()])
+def test_refused_with_one_log_line(model, reason, caplog, always_share):
+    prefix_sharing._log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=prefix_sharing.__name__):
+        for _ in range(2):
+            assert shared_prefix_logps(model, *tools_tree()) is None
+    assert len(caplog.records) == 1 and reason in caplog.text
+
+
+def test_prompt_learning_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(build(QWEN3), config)
+    assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu"))
+
+
+def test_forward_cost_by_hand():
+    cost = forward_cost(QWEN3, "cpu")
+    # a layer: queries and output 32 x 32 each, keys and values 32 x 16 each, three matrices of 32 x 48; head 32 x 40
+    assert cost.token == 2 * (2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 32 * 40)
+    assert cost.pair == 2 * 4 * 32  # scores and weighted values, 2 FLOPs each, 32 numbers a layer
+
+
+def test_sibling_order_stays_within_a_step():
+    families = [[1, 1], [2, 2], [3, 3]]
+    rows = [np.array([*families[i % 3], i]) for i in range(12)]
+    order = sibling_order(rows, num_steps=2)
+    assert sorted(order[:6]) == list(range(6)) and sorted(order[6:]) == list(range(6, 12))
+    for step in (order[:6], order[6:]):
+        family = [rows[row][0] for row in step]
+        assert family == sorted(family)
+    with pytest.raises(ValueError, match="num_steps"):
+        sibling_order(rows, num_steps=5)
