@@ -64,9 +64,9 @@ class RowStops(StoppingCriteria):
     """
 
     def __init__(self, limits: Sequence[int], stop_strings: StopStringCriteria | None = None):
-        self.limits = limits
+        self.limits = [max(limit, 1) for limit in limits]  # `generate` samples at least one token
         self.stop_strings = stop_strings
-        self.lengths = torch.tensor(limits)
+        self.lengths = torch.tensor(self.limits)
         self._limits: torch.Tensor | None = None
         self._step = 0
 

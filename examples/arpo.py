@@ -1,0 +1,68 @@
+"""
+Train an agent with ARPO.
+
+```bash
+python examples/arpo.py \
+    --model_name_or_path Qwen/Qwen2.5-3B-Instruct \
+    --dataset_name dongguanting/ARPO-RL-Reasoning-10K \
+    --tool_protocol tags \
+    --tools search python --search_corpus wiki.jsonl \
+    --reward_funcs arpo_reward \
+    --num_generations 16 --num_initial_generations 8 \
+    --learning_rate 1e-6 \
+    --output_dir Qwen2.5-3B-ARPO
+```
+
+With LoRA, add `--use_peft --lora_r 32 --lora_alpha 16`; with vLLM, `--use_vllm`; to the Hub, `--push_to_hub`. From a file:
+`python examples/arpo.py --config recipe.yaml`. On several devices: `accelerate launch examples/arpo.py …`.
+"""
+
+from dataclasses import dataclass, field
+
+from common import ToolArguments, build_rewards, build_tools, load_questions
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+
+
+@dataclass
+class ARPOScriptArguments(ToolArguments, ScriptArguments):
+    """Arguments of the script, besides those of TRL."""
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["arpo_reward"],
+        metadata={"help": "Reward functions: names from arpo_trl.rewards, or dotted paths."},
+    )
+
+
+def main(script_args: ARPOScriptArguments, training_args: ARPOConfig, model_args: ModelConfig):
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+
+    def load(split):
+        return load_questions(script_args.dataset_name, split, script_args.dataset_config, training_args.tool_protocol)
+
+    trainer = ARPOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        reward_funcs=build_rewards(script_args.reward_funcs),
+        train_dataset=load(script_args.dataset_train_split),
+        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        tools=build_tools(script_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ARPOScriptArguments, ARPOConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,111 @@
+"""What the example scripts share: tools, reward functions and data sets by name."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+
+@dataclass
+class ToolArguments:
+    """Tools of the agent."""
+
+    tools: list[str] = field(
+        default_factory=lambda: ["search", "python"],
+        metadata={"help": "'search', 'python', 'browse', or dotted paths of functions (e.g. 'my_tools.weather')."},
+    )
+    search_corpus: str | None = field(
+        default=None,
+        metadata={
+            "help": "What 'search' looks in: a .jsonl or .parquet file of passages (column `contents`), a folder that "
+            "BM25Search.save wrote, a .json file of recorded searches, the http(s) address of a /retrieve server, or "
+            "'serper' for web search with the key in SERPER_API_KEY."
+        },
+    )
+    search_top_k: int = field(default=3, metadata={"help": "Passages that a search returns."})
+    python_sandbox: str = field(
+        default="bwrap", metadata={"help": "How 'python' is contained.", "choices": ["bwrap", "rlimits"]}
+    )
+
+
+def build_tools(args: ToolArguments) -> list[Callable]:
+    """The tools that `args` names."""
+    return [_build_tool(name, args) for name in args.tools]
+
+
+def _build_tool(name: str, args: ToolArguments) -> Callable:
+    if name == "python":
+        from arpo_trl.tools.python import PythonSandbox
+
+        return PythonSandbox(sandbox=args.python_sandbox).python
+    if name == "search":
+        return _build_search(args.search_corpus, args.search_top_k)
+    if name == "browse":
+        from arpo_trl.tools.browse import Browser
+
+        return Browser().browse
+    return import_by_path(name, "tools")
+
+
+def _build_search(corpus: str | None, top_k: int) -> Callable:
+    if corpus is None:
+        raise ValueError("`--tools search` needs `--search_corpus`: a file of passages, an index, or an address.")
+    if corpus.startswith(("http://", "https://")):
+        from arpo_trl.tools.http_search import RetrieveClient
+
+        return RetrieveClient(corpus, top_k=top_k).search
+    if corpus == "serper":
+        from arpo_trl.tools.http_search import SerperSearch
+
+        return SerperSearch(top_k=top_k).search
+    if corpus.endswith(".json"):
+        from arpo_trl.tools.replay_search import ReplaySearch
+
+        return ReplaySearch.from_json(corpus).search
+    from arpo_trl.tools.search import BM25Search
+
+    if Path(corpus).is_dir():
+        return BM25Search.load(corpus, top_k=top_k).search
+    read = BM25Search.from_parquet if corpus.endswith(".parquet") else BM25Search.from_jsonl
+    return read(corpus, top_k=top_k).search
+
+
+def build_rewards(names: list[str]) -> list[Callable]:
+    """Reward functions: names from `arpo_trl.rewards`, or dotted paths."""
+    rewards = importlib.import_module("arpo_trl.rewards")
+    return [getattr(rewards, name) if "." not in name else import_by_path(name, "reward_funcs") for name in names]
+
+
+def import_by_path(path: str, argument: str) -> Callable:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"`--{argument} {path}` is neither a known name nor a dotted path such as `my_module.{path}`."
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    return getattr(importlib.import_module(module), name)
+
+
+def load_questions(path: str, split: str, config: str | None = None, protocol: str = "chat_template") -> Dataset:
+    """
+    A data set of questions: a local .jsonl, .json or .parquet file, a folder that `save_to_disk` wrote, or a hub id.
+
+    The published ARPO sets are recognised by their columns and converted.
+    """
+    if Path(path).is_dir() and (Path(path) / "dataset_info.json").exists():
+        dataset = load_from_disk(path)
+    elif Path(path).is_file():
+        kind = "parquet" if path.endswith(".parquet") else "json"
+        dataset = load_dataset(kind, data_files=path, split="train")
+    else:
+        dataset = load_dataset(path, name=config, split=split)
+    if "reward_model" in dataset.column_names:
+        from arpo_trl.data import load_rl
+
+        return load_rl(path, protocol=protocol, split=split)
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`--dataset_name {path}` has no column `prompt` (it has {', '.join(dataset.column_names)}).")
+    return dataset
