@@ -180,7 +180,7 @@ function drawTree() {
   markCurrent();
 }
 
-const clampTicks = (width) => Math.min(Math.max(Math.round(width / 90), 2), 60);
+const clampTicks = (width) => Math.min(Math.max(Math.round(width / 70), 2), 60);
 
 function drawPart(part, row, left, middle, wide, out) {
   const label = `${partTitle(part)}, ${partFacts(part, row)}`;
@@ -448,7 +448,7 @@ async function openStep(step, target = {}) {
   $("step").value = position;
   $("previous-step").disabled = position === 0;
   $("next-step").disabled = position === stepsWithTrees.length - 1;
-  $("step-name").textContent = `step ${step}` + (stepsWithTrees.length > 1 ? ` of ${stepsWithTrees[0]} to ${stepsWithTrees.at(-1)}` : "");
+  $("step-name").textContent = `step ${step}` + (stepsWithTrees.length > 1 ? ` (${stepsWithTrees[0]} to ${stepsWithTrees.at(-1)})` : "");
   drawChart();
   openGroup(groups[target.group] ? target.group : 0, target);
 }

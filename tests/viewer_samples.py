@@ -1,7 +1,11 @@
-"""Rollout records made up for the viewer's tests and benchmark: trees with forks of forks, tools, rewards."""
+"""What the viewer's tests and benchmark share: made-up rollout records (trees with forks of forks, tools, rewards), a
+tokenizer of plain words, and a headless browser."""
 
 import json
 import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 WORDS = "the river was first crossed in winter so we need its year and the name of that bridge before we can answer".split()
@@ -111,3 +115,27 @@ def _continue(generator: random.Random, record: dict, segment_tokens: int) -> di
             mask += [0] * length
     accuracy = generator.choice([-1.0, 0.0, 0.0, 1.0, 1.1])
     return record | {"truncated": generator.random() < 0.1, "rewards": {"accuracy": accuracy, "length": 0.05}}
+
+
+def save_tokenizer(folder: Path, words: list[str]) -> None:
+    """Save a tokenizer whose token i is `words[i]`, and `w<i>` above that."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(words)}
+    vocabulary |= {f"w{index}": index for index in range(len(words), 1000)}
+    model = models.WordLevel(vocabulary, unk_token="w999")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)).save_pretrained(folder)
+
+
+@contextmanager
+def open_browser() -> Iterator:
+    """A headless Chromium of the system, as a Playwright browser."""
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["background-networking", "component-update", "sync", "gpu", "quic"]
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=arguments)
+        yield browser
+        browser.close()

@@ -1,0 +1,556 @@
+"""The rollout viewer: reading records, making the page, and the page itself in headless Chromium."""
+
+import itertools
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from viewer_samples import WORDS, make_group, open_browser, save_tokenizer, write_run
+
+from arpo_trl.viewer import page as viewer_page
+from arpo_trl.viewer import render, show
+from arpo_trl.viewer.records import find_steps, group_rows, read_file, step_metrics
+
+HOSTILE = [
+    "<script>window.pwned = 1</script>",
+    '</script><script>window.pwned = 1</script><img src=x onerror="window.pwned = 1">',
+    "<!-- <script> ${window.pwned = 1} $data",
+    "</textarea></style></pre></title><iframe srcdoc='<script>parent.pwned=1</script>'></iframe>",
+    "\u2028\u2029 & &lt;b&gt; \u202e reversed \U0001f600 'quoted' \"twice\" `back`",
+]
+
+
+def record(row=0, completion=10, segments=((0, 10),), calls=(), **changes):
+    """A record with zeros for tokens and readings that tell segments apart."""
+    return {
+        "step": 0,
+        "prompt_index": 0,
+        "row": row,
+        "kind": "initial",
+        "parent": None,
+        "fork_token": None,
+        "prompt_ids": [1, 2],
+        "completion_ids": [0] * completion,
+        "tool_mask": [1] * completion,
+        "segments": [
+            {"start": start, "end": end, "entropy": 0.5 + index, "entropy_gap": index or None}
+            | {"branch_probability": None, "forks": None}
+            for index, (start, end) in enumerate(segments)
+        ],
+        "tool_calls": list(calls),
+        "truncated": False,
+        "rewards": {"accuracy": 1.0},
+        "advantage": 0.0,
+        "shared_advantages": None,
+    } | changes
+
+
+def call(name="search", result="found", **changes):
+    filled = {"name": name, "arguments": {"query": "q"}, "result": result, "error": None, "seconds": 1.0}
+    return filled | {"cached": False, "shared": False} | changes
+
+
+def write(run_dir, name, records, tail=""):
+    folder = run_dir / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(each) + "\n" for each in records) + tail, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- records
+
+
+def test_steps_come_in_order_with_their_ranks(tmp_path):
+    for name in (
+        "step-000010-rank1.jsonl",
+        "step-000010-rank0.jsonl",
+        "step-000010-rank10.jsonl",
+        "step-000002.jsonl",
+    ):
+        write(tmp_path, name, [record()])
+    write(tmp_path, "notes.txt", [])
+
+    names = {step: [path.name for path in paths] for step, paths in find_steps(tmp_path).items()}
+
+    ranks = ["step-000010-rank0.jsonl", "step-000010-rank1.jsonl", "step-000010-rank10.jsonl"]
+    assert list(names.items()) == [(2, ["step-000002.jsonl"]), (10, ranks)]
+    assert find_steps(tmp_path / "rollouts").keys() == names.keys()  # the folder itself will do
+
+
+def test_a_missing_run_and_a_run_without_records_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run_dir='.*nowhere' is not a directory"):
+        render(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no rollout records .*log_rollouts=True"):
+        render(tmp_path)
+
+
+def test_half_written_lines_are_skipped_and_counted(tmp_path):
+    half = json.dumps(record(row=1))[:-7]
+    write(tmp_path, "step-000000.jsonl", [record(row=0)], tail=half)
+    rows, skipped = read_file(tmp_path / "rollouts" / "step-000000.jsonl")
+    assert ([row["row"] for row in rows], skipped) == ([0], 1)
+
+    write(tmp_path, "step-000000.jsonl", [], tail=half)
+    with pytest.raises(ValueError, match=r"no rollout record could be read.*step-000000.jsonl: 1 line skipped"):
+        render(tmp_path)
+
+
+def test_a_file_of_something_else_is_an_error(tmp_path):
+    write(tmp_path, "step-000000.jsonl", [record(), {"row": 1, "prompt_index": 0}])
+    with pytest.raises(ValueError, match=r"step-000000.jsonl line 2 is no rollout record: it lacks kind, parent"):
+        render(tmp_path)
+
+
+def test_parts_of_a_group_on_several_processes_are_joined():
+    def part(prompt, *rows, index=0):
+        return [record(row=row, prompt_ids=[prompt], prompt_index=index) for row in rows]
+
+    def shape(groups):
+        return [(group[0]["prompt_ids"][0], [row["row"] for row in group]) for group in groups]
+
+    # rank 0 ends inside group 8, rank 1 goes on with it
+    ranks = [part(7, 1, 0, 2) + part(8, 0, index=1), part(8, 1, 2) + part(9, 0, 1, 2, index=1)]
+    assert shape(group_rows(ranks)) == [(7, [0, 1, 2]), (8, [0, 1, 2]), (9, [0, 1, 2])]
+    # the same prompt twice is two groups
+    assert shape(group_rows([part(7, 0, 1), part(7, 0, 1)])) == [(7, [0, 1]), (7, [0, 1])]
+    # two generation batches of one step, each numbered from 0, over two processes
+    ranks = [part(7, 0) + part(7, 0), part(7, 1) + part(7, 1)]
+    assert shape(group_rows(ranks)) == [(7, [0, 1]), (7, [0, 1])]
+
+
+def test_metrics_count_what_is_shared_once():
+    parent = record(
+        segments=[(0, 4), (6, 10)],
+        calls=[call(seconds=3.0)],
+        rewards={"accuracy": 1.0, "format": 1.0},
+    )
+    fork = record(
+        row=1,
+        kind="fork",
+        parent=0,
+        fork_token=6,
+        segments=[(0, 4), (6, 10)],
+        calls=[call(seconds=3.0, shared=True), call("python", error="no such module")],
+        rewards={"accuracy": 0.0, "format": None},
+        truncated=True,
+    )
+    parent["segments"][0]["entropy"] = fork["segments"][0]["entropy"] = 0.5
+    parent["segments"][1]["entropy"], fork["segments"][1]["entropy"] = 1.0, 2.0
+
+    metrics = step_metrics([[parent, fork]])
+
+    expected = {
+        "rewards/accuracy/mean": 0.5,
+        "rewards/format/mean": 1.0,  # null does not count
+        "arpo/initial": 1,
+        "arpo/forks": 1,
+        "arpo/entropy_initial": 0.5,
+        "arpo/entropy_after_tool": 1.5,
+        "tools/calls_executed": 2,
+        "tools/calls_saved": 1,
+        "tools/search/calls": 1,
+        "tools/python/failures": 1,
+        "completions/mean_length": 10,
+        "completions/truncated": 0.5,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+
+
+# -------------------------------------------------------------------------------------------------------- the page
+
+
+def parts_of(*rows):
+    """The pieces of each row as the page gets them, token ids for text."""
+    return [row["parts"] for row in viewer_page._group(list(rows), None)["rows"]]
+
+
+def test_a_fork_brings_only_what_is_its_own():
+    parent = record(completion=12, segments=[(0, 4), (6, 12)], calls=[call(result="a")])
+    calls = [call(result="a", shared=True), call(result="b")]
+    fork = record(
+        row=1, kind="fork", parent=0, fork_token=6, completion=14, segments=[(0, 4), (6, 9), (11, 14)], calls=calls
+    )
+
+    first, second = parts_of(parent, fork)
+
+    assert [(part["kind"], part["start"], part["end"]) for part in first] == [
+        ("model", 0, 4),
+        ("tool", 4, 6),
+        ("model", 6, 12),
+    ]
+    assert [(part["kind"], part["start"], part["end"]) for part in second] == [
+        ("model", 6, 9),
+        ("tool", 9, 11),
+        ("model", 11, 14),
+    ]
+    assert [each["result"] for each in second[1]["calls"]] == ["b"]
+    (alone,) = parts_of(fork)  # its parent's line was lost: all of it is shown
+    assert [part["start"] for part in alone] == [0, 4, 6, 9, 11]
+
+
+def test_calls_are_placed_at_the_stretch_that_answers_them():
+    a, b, c = call(result="alpha"), call(result="beta"), call(result="gamma")
+    place = viewer_page._place_calls
+    assert place([a, b], ["x", "y"]) == ([[a], [b]], [])  # one each, whatever the text
+    assert place([a, b, c], ["alpha and beta", "gamma"]) == ([[a, b], [c]], [])
+    assert place([a, b, c], ["alpha", "beta gamma"]) == ([[a], [b, c]], [])
+    assert place([a, b], ["alpha"]) == ([[a]], [b])  # the row ended before it read b
+    assert place([a, b, c], ["1 2", "3 4"]) == ([[a], [b]], [c])  # token ids only: in order
+    assert place([a], []) == ([], [a])
+
+
+def test_a_call_that_the_row_never_read_is_shown_at_its_end():
+    ((model, unread),) = parts_of(record(calls=[call(result="late")]))
+    assert (unread["kind"], unread["start"], unread["end"]) == ("tool", 10, 10)
+    assert unread["calls"][0]["result"] == "late"
+
+
+def test_previews_leave_out_what_all_prompts_share():
+    prompts = ["system: be brief\nuser: who built it?\nassistant:", "system: be brief\nuser: where is it?\nassistant:"]
+    groups = [{"prompt": prompt} for prompt in prompts]
+    viewer_page._add_previews(groups)
+    assert [group["preview"] for group in groups] == ["who built", "where is"]
+    (alone,) = ({"prompt": "a" * 500 + "the question"},)
+    viewer_page._add_previews([alone])
+    assert alone["preview"].endswith("the question") and len(alone["preview"]) == 300
+
+
+def test_trees_are_kept_for_evenly_spaced_steps(tmp_path):
+    write_run(tmp_path, steps=7, groups=1, rows=4)
+    keep = viewer_page._steps_with_trees
+    assert keep(find_steps(tmp_path), 28) == set(range(7))
+    assert keep(find_steps(tmp_path), 16) == {0, 2, 4, 6}
+    assert keep(find_steps(tmp_path), 10) == {0, 3, 6}
+    with pytest.raises(ValueError, match="max_trajectories=0 must be at least 1"):
+        render(tmp_path, max_trajectories=0)
+
+
+def test_the_page_holds_no_byte_of_a_record_as_html(tmp_path):
+    lone_surrogate = "\ud800"  # JSON can hold it, UTF-8 cannot
+    write(tmp_path, "step-000000.jsonl", [record(calls=[call(result=text) for text in (*HOSTILE, lone_surrogate)])])
+    text = render(tmp_path)
+    assert "pwned" not in text and "reversed" not in text
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path):
+    write(tmp_path, "step-000000.jsonl", [record()])
+    with pytest.raises(ValueError, match=r"tokenizer='.*missing' could not be loaded"):
+        render(tmp_path, tokenizer=str(tmp_path / "missing"))
+
+
+def command_line(*arguments):
+    command = [sys.executable, "-m", "arpo_trl.viewer", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(tmp_path):
+    write(tmp_path, "step-000000.jsonl", [record()])
+    made = command_line(tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    failed = command_line(tmp_path / "nowhere", "-o", tmp_path / "x.html")
+    assert failed.returncode == 1 and not (tmp_path / "x.html").exists()
+    assert failed.stderr.count("\n") == 1 and "is not a directory" in failed.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if shutil.which("chromium") is None:
+        pytest.skip("needs chromium on the PATH (Debian: apt-get install chromium)")
+    pytest.importorskip("playwright", reason="needs playwright")
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def sample_run(tmp_path_factory):
+    """A run with a tokenizer, three steps of two groups, and a half-written last line."""
+    run_dir = tmp_path_factory.mktemp("sample-run")
+    write_run(run_dir, steps=3, groups=2, rows=8)
+    save_tokenizer(run_dir, list(dict.fromkeys(WORDS)))
+    with (run_dir / "rollouts" / "step-000002.jsonl").open("a") as file:
+        file.write('{"step": 2, "prompt_index": 2, "row": 0, "comp')
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def sample_page(sample_run):
+    path = sample_run / "report.html"
+    path.write_text(render(sample_run), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a page at an address; afterwards, nothing must have gone wrong and nothing else been asked for."""
+    pages, problems = [], []
+
+    def open_page(path: Path, address: str = "", scheme: str = "light", width: int = 1440):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
+        page.goto(f"{path.as_uri()}#{address}")
+        page.wait_for_selector("body[data-ready]")
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    assert problems == []
+
+
+def test_a_click_shows_the_segment(visit, sample_run, sample_page):
+    page = visit(sample_page, "step=1&group=1")
+    rows = group_rows([read_file(sample_run / "rollouts" / "step-000001.jsonl")[0]])[1]
+    fork = next(row for row in rows if row["kind"] == "fork" and row["segments"][-1]["entropy_gap"])
+    segment = fork["segments"][-1]
+
+    label = f"Model, tokens {segment['start']}–{segment['end']} · entropy {segment['entropy']:.3f}".rstrip("0")
+    page.locator(f'#tree [aria-label^="{label}"]').click()
+
+    words = list(dict.fromkeys(WORDS))
+    ids = fork["completion_ids"][segment["start"] : segment["end"]]
+    card = page.locator(".card.current")
+    assert card.locator("pre").text_content().split() == [words[i] if i < len(words) else f"w{i}" for i in ids]
+    assert "gap" in card.locator(".facts").text_content()
+    facts = page.locator("#transcript .sides .facts").first.text_content()
+    assert f"fork of row {fork['parent']} at token {fork['fork_token']}" in facts
+    assert f"row={fork['row']}" in page.url and f"token={segment['start']}" in page.url  # a link leads back here
+
+
+def test_a_click_on_a_tool_result_shows_the_call(visit, tmp_path):
+    shown = call(result="42", arguments={"code": "print(6 * 7)"}, cached=True, seconds=0.25)
+    write(tmp_path, "step-000000.jsonl", [record(segments=[(0, 4), (6, 10)], calls=[shown])])
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+
+    page.locator("#tree .result").click()
+
+    card = page.locator(".card.current")
+    assert card.locator("h3").text_content() == "search"
+    assert card.locator("pre.given").text_content() == "print(6 * 7)"
+    assert card.locator("pre.answer").text_content() == "42"
+    assert "0.25 s · from cache" in card.locator(".facts").first.text_content()
+    assert "token ids are shown" in page.locator("#notes").text_content()
+
+
+def test_every_row_is_a_branch_that_starts_where_it_forked(visit, sample_run, sample_page):
+    page = visit(sample_page, "step=0&group=0")
+    rows = group_rows([read_file(sample_run / "rollouts" / "step-000000.jsonl")[0]])[0]
+    forks = [row for row in rows if row["kind"] == "fork"]
+    assert page.locator("#tree .name").count() == len(rows) == page.locator("#tree .leaf").count()
+    assert page.locator("#tree path.fork").count() == len(forks) > 0
+    own = sum(len([s for s in row["segments"] if s["start"] >= (row["fork_token"] or 0)]) for row in rows)
+    assert page.locator("#tree .segment").count() == own  # what is shared is drawn once
+
+
+def test_the_keyboard_alone_is_enough(visit, sample_page):
+    page = visit(sample_page, "step=0&group=0&row=0&token=0")
+    page.locator('#tree [tabindex="0"]').focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".card.current").get_attribute("class").split()[1] == "tool"
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
+    assert "row=0&" not in page.url + "&" and "token=0" in page.url
+    assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "true"
+    page.locator("#next-step").press("Enter")
+    page.locator("#step-name", has_text="step 1 (").wait_for()
+    page.locator("#groups button").nth(1).press("Enter")
+    assert "group=1" in page.url
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, select, input, [role=button]')]"
+        ".filter((e) => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).map((e) => e.outerHTML)"
+    )
+    assert unnamed == []
+
+
+def test_filters_by_reward_and_tool(visit, tmp_path):
+    rows = [
+        record(0, segments=[(0, 4), (6, 10)], calls=[call("search")], rewards={"accuracy": 1.0, "format": 0.5}),
+        record(
+            1, segments=[(0, 4), (6, 10)], calls=[call("python", error="x")], rewards={"accuracy": 0.0, "format": 1}
+        ),
+        record(2, rewards={"accuracy": -1.0, "format": None}),
+        record(0, prompt_index=1, rewards={"accuracy": -1.0, "format": None}),
+    ]
+    write(tmp_path, "step-000000.jsonl", rows)
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+
+    def left():
+        dimmed = page.locator("#tree .name.out").all_text_contents()
+        return sorted({"0", "1", "2"} - {name.strip("└ ") for name in dimmed}), page.locator("#groups li").count()
+
+    assert left() == (["0", "1", "2"], 2)
+    page.locator("#reward-min").fill("1")  # of the sum
+    assert left() == (["0", "1"], 1)
+    page.locator("#reward").select_option("accuracy")
+    assert left() == (["0"], 1)
+    assert page.locator("#matches").text_content() == "1 of 4 trajectories match"
+    page.locator("#reward-min").fill("")
+    for choice, expected in [("tool python", ["1"]), ("failed", ["1"]), ("tool search", ["0"]), ("none", ["2"])]:
+        page.locator("#tool").select_option(choice)
+        assert left()[0] == expected
+
+
+def test_two_rows_side_by_side_share_what_came_before_the_fork(visit, tmp_path):
+    parent = record(completion=12, segments=[(0, 4), (6, 12)], calls=[call(result="a")])
+    fork = record(1, kind="fork", parent=0, fork_token=6, segments=[(0, 4), (6, 10)], calls=[call(shared=True)])
+    write(tmp_path, "step-000000.jsonl", [parent, fork])
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html", "row=0")
+
+    page.locator("#other").select_option("1")
+
+    assert page.locator("#transcript > .card").count() == 2  # the first segment and the tool result, once
+    sides = page.locator("#transcript .side")
+    assert [sides.nth(side).locator(".card").count() for side in (0, 1)] == [1, 1]
+    assert "tokens 6–12" in sides.nth(0).text_content() and "tokens 6–10" in sides.nth(1).text_content()
+
+
+def test_a_metric_over_the_steps(visit, sample_run, sample_page):
+    page = visit(sample_page, "step=1")
+    rows = read_file(sample_run / "rollouts" / "step-000001.jsonl")[0]
+    executed = sum(not each["shared"] for row in rows for each in row["tool_calls"])
+    page.locator("#metric").select_option("tools/calls_executed")
+    assert page.locator("#metric-value").text_content() == f"{executed} at step 1"
+    assert page.locator("#chart circle").count() == 3
+    box = page.locator("#chart").bounding_box()
+    page.mouse.click(box["x"] + box["width"] - 14, box["y"] + 50)  # the last point
+    page.locator("#step-name", has_text="step 2 (").wait_for()
+
+
+def test_a_half_written_line_leaves_one_visible_note(visit, sample_page):
+    page = visit(sample_page)
+    assert page.locator("#notes").is_visible()
+    assert page.locator("#notes").text_content().count("skipped") == 1
+    assert "step-000002.jsonl: 1 line skipped" in page.locator("#notes").text_content()
+
+
+def test_scripts_in_records_do_not_run(visit, tmp_path):
+    run_dir = tmp_path / "<img src=x onerror=window.pwned=1>"
+    calls = [call(text, text, arguments={text: text, "__proto__": text}, error=f"!{text}") for text in HOSTILE]
+    segments = [(2 * i, 2 * i + 1) for i in range(len(HOSTILE) + 1)]
+    hostile = record(
+        segments=segments,
+        completion=2 * len(HOSTILE) + 1,
+        completion_ids=[i // 2 % len(HOSTILE) for i in range(2 * len(HOSTILE) + 1)],
+        calls=calls,
+        prompt_ids=list(range(len(HOSTILE))),
+        rewards={HOSTILE[0]: 1.0, HOSTILE[1]: 0.0, "__proto__": 0.5},
+    )
+    write(run_dir, "step-000000.jsonl", [hostile])
+    save_tokenizer(run_dir, HOSTILE)
+    (tmp_path / "report.html").write_text(render(run_dir), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+
+    for piece in page.locator("#tree .piece").all():
+        piece.hover()
+        piece.click()
+    for metric in page.locator("#metric option").all_text_contents():
+        page.locator("#metric").select_option(metric)
+
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img, iframe, textarea, b:not(.facts b):not(.top b)").count() == 0
+    assert page.locator(".card.model pre").all_text_contents()[: len(HOSTILE)] == HOSTILE  # every character is there
+    assert page.locator(".card.tool h3").all_text_contents() == HOSTILE
+    assert page.locator(".card.tool pre.answer").all_text_contents() == HOSTILE
+    assert page.locator("h1").text_content() == run_dir.name
+
+
+def test_the_policy_stops_what_the_page_did_not_bring(browser, sample_page):
+    page = browser.new_page()
+    page.goto(sample_page.as_uri())
+    page.wait_for_selector("body[data-ready]")
+    page.evaluate(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.pwned = 1\">');"
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.pwned = 1'}))"
+    )
+    blocked = page.evaluate("fetch('http://localhost:9/').then(() => 'sent', (error) => 'refused')")
+    assert (page.evaluate("window.pwned"), blocked) == (None, "refused")
+    page.close()
+
+
+def test_five_thousand_trajectories_open(visit, tmp_path):
+    write_run(tmp_path, steps=5, groups=100, rows=10, segment_tokens=20)
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html", "step=4&group=99&row=9")
+    assert page.locator("#matches").text_content() == "1000 trajectories"
+    assert page.locator("#groups li").count() == 100
+    assert page.locator("#row").input_value() == "9"
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1440), ("dark", 1440), ("light", 1100), ("dark", 700)])
+def test_nothing_overlaps_and_all_is_legible(visit, sample_page, scheme, width):
+    page = visit(sample_page, "step=1&row=0&other=5", scheme, width)
+    assert page.evaluate("document.documentElement.classList.contains('dark')") == (scheme == "dark")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for container in ("#tree", "#chart", "header", "nav .bar", "#legend", "#middle > .bar"):
+        inside = f"{container} text, {container} :is(label, button, output, h1, #legend > span):not(label *)"
+        boxes = [box for each in page.locator(inside).all() if (box := each.bounding_box())]
+        for one, two in itertools.combinations(boxes, 2):
+            apart = one["x"] + one["width"] <= two["x"] + 1 or two["x"] + two["width"] <= one["x"] + 1
+            below = one["y"] + one["height"] <= two["y"] + 3 or two["y"] + two["height"] <= one["y"] + 3
+            assert apart or below, (container, one, two)
+    # WCAG 2 AA: 4.5 between a text and what it stands on
+    faint = page.evaluate(
+        """() => {
+          const canvas = Object.assign(document.createElement("canvas"), { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
+          const rgba = (colour) => {
+            canvas.clearRect(0, 0, 1, 1);
+            canvas.fillStyle = colour;
+            canvas.fillRect(0, 0, 1, 1);
+            return canvas.getImageData(0, 0, 1, 1).data;
+          };
+          const light = (colour) => rgba(colour).slice(0, 3).reduce((sum, part, i) => {
+            const value = part / 255;
+            return sum + [0.2126, 0.7152, 0.0722][i] * (value > 0.04045 ? ((value + 0.055) / 1.055) ** 2.4 : value / 12.92);
+          }, 0);
+          const under = (e) => rgba(getComputedStyle(e).backgroundColor)[3] === 255 ? e : under(e.parentElement);
+          const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), faint = new Set();
+          while (walker.nextNode()) {
+            const e = walker.currentNode.parentElement, style = getComputedStyle(e);
+            if (!walker.currentNode.data.trim() || !e.checkVisibility() || e.closest("script, style, option")) continue;
+            const pair = [light(e.closest("svg") ? style.fill : style.color), light(getComputedStyle(under(e)).backgroundColor)];
+            const ratio = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+            if (ratio < 4.5) faint.add(`${e.tagName}.${e.getAttribute("class")} ${ratio.toFixed(2)}`);
+          }
+          return [...faint];
+        }"""
+    )
+    assert faint == []
+    page.locator("#theme").click()
+    assert page.evaluate("document.documentElement.classList.contains('dark')") == (scheme == "light")
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(browser, sample_run, tmp_path, monkeypatch):
+    pytest.importorskip("IPython", reason="needs IPython")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data["text/html"]))
+    show(sample_run)
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><meta charset=utf-8>{shown[0]}", encoding="utf-8")
+    page = browser.new_page()
+    page.goto((tmp_path / "notebook.html").as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator("body[data-ready]").wait_for(state="attached")
+    frame.locator("#tree .segment").first.click()
+    assert frame.locator(".card.current").count() == 1
+    page.close()
+
+
+def test_the_sample_records_have_forks_of_forks():
+    """What the other tests look at is worth looking at."""
+    rows = {row["row"]: row for row in make_group(random.Random(0), 0, 0, 16, 60)}
+    forks = [row for row in rows.values() if row["kind"] == "fork"]
+    assert any(rows[row["parent"]]["kind"] == "fork" for row in forks)
+    for row in forks:
+        parent = rows[row["parent"]]
+        assert row["completion_ids"][: row["fork_token"]] == parent["completion_ids"][: row["fork_token"]]
