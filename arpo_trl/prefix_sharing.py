@@ -74,8 +74,6 @@ class PrefixTree:
         input_ids (`np.ndarray` of shape `(L,)`): Tokens.
         position_ids (`np.ndarray` of shape `(L,)`): Depth of each token in its row, from 0.
         labels (`np.ndarray` of shape `(L,)`): Next token where a row scores it, else -100.
-        ends (`np.ndarray` of shape `(L,)`): End of the subtree below each token: a token at `q` attends to the one at
-            `k` exactly if `k <= q < ends[k]`.
         slots (`list[np.ndarray]`): For each row, where its positions 0, 1, … stand in the pack; empty for a row that
             scores nothing.
         segments (`list[Segment]`): What each row adds; they tile the pack in order.
@@ -85,10 +83,17 @@ class PrefixTree:
     input_ids: np.ndarray
     position_ids: np.ndarray
     labels: np.ndarray
-    ends: np.ndarray
     slots: list[np.ndarray]
     segments: list[Segment]
     cost: float
+
+    def subtree_ends(self) -> np.ndarray:
+        """Where the subtree below each token ends: the token at `q` attends to the one at `k` if `k <= q < ends[k]`."""
+        ends = np.empty_like(self.input_ids)
+        for segment in self.segments:
+            path = self.slots[segment.row]
+            ends[path] = path[-1] + 1
+        return ends
 
 
 def shared_prefixes(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
@@ -162,14 +167,15 @@ def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) 
             segments.append(Segment(row, size, depth))
             size += length - depth
             flops += cost.row(length - depth, length)
-    ids, positions, ends = (np.empty(size, dtype=np.int64) for _ in range(3))
+    ids, positions = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    for row, start, depth in segments:
+        length = len(rows[row]) - 1
+        ids[start : start + length - depth] = rows[row][depth:-1]
+        positions[start : start + length - depth] = np.arange(depth, length)
     labels = np.full(size, -100, dtype=np.int64)
-    for segment in segments:
-        path, row = slots[segment.row], rows[segment.row]
-        ids[path], positions[path], ends[path] = row[:-1], np.arange(len(path)), path[-1] + 1
     for row in scored:
         labels[slots[row][prompt_lengths[row] - 1 :]] = rows[row][prompt_lengths[row] :]
-    return PrefixTree(ids, positions, labels, ends, slots, segments, flops)
+    return PrefixTree(ids, positions, labels, slots, segments, flops)
 
 
 class PathAttention:
@@ -244,7 +250,7 @@ def _block_mask(tree: PrefixTree, window: int | None, device: torch.device):
     """The tree as a block-sparse mask for flex_attention; `window` in tokens of depth."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    ends, depths = torch.from_numpy(tree.ends).to(device), torch.from_numpy(tree.position_ids).to(device)
+    ends, depths = torch.from_numpy(tree.subtree_ends()).to(device), torch.from_numpy(tree.position_ids).to(device)
 
     def sees(batch, head, query, key):
         seen = (key <= query) & (query < ends[key])

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,6 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
 )
+from transformers.integrations.flex_attention import WrappedFlexAttention
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -158,7 +160,7 @@ def test_pack_by_hand():
     assert tree.position_ids.tolist() == [0, 1, 2, 2, 3]
     assert tree.labels.tolist() == [-100, 7, 3, 8, 9]
     assert [slots.tolist() for slots in tree.slots] == [[0, 1, 3, 4], [0, 1, 2], [0, 1, 2], []]
-    assert tree.ends.tolist() == [5, 5, 3, 5, 5]
+    assert tree.subtree_ends().tolist() == [5, 5, 3, 5, 5]
     assert tree.cost == 5
 
 
@@ -196,8 +198,8 @@ def test_every_position_stands_once_and_sees_its_ancestors(rows):
     scored = [row for row, (_, completion) in enumerate(rows) if completion]
     distinct = {tuple(ids[row][: position + 2]) for row in scored for position in range(len(ids[row]) - 1)}
     assert len(tree.input_ids) == len(distinct) == tree.cost
-    sees = np.tril(np.ones((len(tree.ends),) * 2, dtype=bool))
-    sees &= np.arange(len(tree.ends))[:, None] < tree.ends[None, :]
+    sees = np.tril(np.ones((len(distinct),) * 2, dtype=bool))
+    sees &= np.arange(len(distinct))[:, None] < tree.subtree_ends()[None, :]
     for row in scored:
         slots = tree.slots[row]
         assert tree.input_ids[slots].tolist() == ids[row][:-1].tolist()
@@ -371,3 +373,17 @@ def test_sibling_order_stays_within_a_step():
         assert family == sorted(family)
     with pytest.raises(ValueError, match="num_steps"):
         sibling_order(rows, num_steps=5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_block_masks_of_flex_attention(family, monkeypatch, always_share):
+    # flex_attention has no backward on a CPU and is not offered there; its masks can still be held to sdpa, forward
+    # only and uncompiled.
+    monkeypatch.setattr(prefix_sharing, "unsupported_reason", lambda model, device: None)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+    ids, mask, length = tools_tree()
+    with torch.no_grad():
+        scores = shared(build(FAMILIES[family], attention="flex_attention"), ids, mask, length)
+        expected = row_by_row(build(FAMILIES[family]), ids, mask, length)
+    for value, reference in zip(scores, expected, strict=True):
+        assert relative_error(value, reference) <= 1e-5
