@@ -29,12 +29,12 @@ def compare(truth: str, answer: str) -> dict[str, bool]:
 
 
 def _decimals(gold: list) -> int:
-    """Six decimals, and as many more as a small number has zeros: 1e-7 is not 2e-7."""
+    """Six decimals, and more where they would leave a small number fewer than four digits: 1e-7 is not 2e-7."""
     try:
         size = abs(float(gold[0]))
     except (TypeError, ValueError, IndexError, OverflowError):
         return 6
-    return 6 - math.floor(math.log10(size)) if 0 < size < 1 else 6
+    return max(6, 3 - math.floor(math.log10(size))) if size > 0 else 6
 
 
 def main() -> None:
