@@ -1,0 +1,295 @@
+"""Tools from elsewhere as plain functions: those of an MCP server, and smolagents tools.
+
+The functions have the name, docstring, signature and type hints that a chat template's JSON schema is made from, so they
+go wherever a Python function goes: into `ARPOTrainer(tools=...)`, TRL's `GRPOTrainer(tools=...)` or [`tool`].
+
+What is lost on the way: a schema says more than type hints can. Patterns, ranges and the types inside nested objects
+are not shown to the model; the server still checks them and answers with an error. MCP resources, prompts, sampling and
+elicitation are not offered. Audio is named, not passed on.
+"""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import inspect
+import io
+import json
+import keyword
+import operator
+import re
+import shlex
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Literal
+
+from .attempts import LoopThread
+from .options import is_async
+
+_CONNECTION_CLOSED = -32000  # of the protocol
+
+_TYPES = {
+    "string": str,
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+@contextlib.contextmanager
+def mcp_tools(server: Any, timeout: float = 30.0) -> Iterator[list[Callable]]:
+    """Connect to an MCP server and hand out its tools as coroutine functions, until the `with` block ends.
+
+    Needs the package `mcp`. Calls of all rows share one connection and run at the same time. An error that the server
+    reports is raised as a `RuntimeError`, a lost connection as a `ConnectionError`.
+
+    Args:
+        server (`mcp.StdioServerParameters` or transport):
+            The command that starts a server on stdio, or what a client of `mcp` returns, such as
+            `streamable_http_client(url)`.
+        timeout (`float`, defaults to `30.0`):
+            Seconds that connecting may take. Calls take their time-out from [`tool`] or the executor.
+
+    Returns:
+        `list[Callable]`: The tools. Text answers are text; an answer with images is a list of content blocks.
+
+    Example:
+
+    ```python
+    from mcp import StdioServerParameters
+
+    from arpo_trl.tools.adapters import mcp_tools
+
+    with mcp_tools(StdioServerParameters(command="uvx", args=["mcp-server-time"])) as tools:
+        trainer = ARPOTrainer(..., tools=tools)
+        trainer.train()
+    ```
+    """
+    try:
+        from mcp import ClientSession, StdioServerParameters, stdio_client
+    except ImportError as e:
+        raise ImportError("`mcp_tools` needs the package mcp: pip install 'arpo-trl[mcp]'") from e
+
+    host = LoopThread("arpo-mcp")
+    stdio = isinstance(server, StdioServerParameters)
+    transport = stdio_client(server) if stdio else server
+    connected: Future[tuple[ClientSession, list[dict[str, Any]]]] = Future()
+    leave = asyncio.Event()
+
+    # A connection must be left by the task that entered it, so one task holds it
+    async def hold() -> None:
+        try:
+            async with asyncio.timeout(timeout) as clock:
+                async with transport as (read, write, *_), ClientSession(read, write) as session:
+                    await session.initialize()
+                    entries = await _list_tools(session)
+                    clock.reschedule(None)
+                    connected.set_result((session, entries))
+                    await leave.wait()
+        except BaseException as e:
+            if connected.done():
+                raise
+            cause = f"no answer within {timeout:g} s" if isinstance(e, TimeoutError) else _cause(e)
+            # Its environment may hold secrets
+            where = shlex.join([server.command, *server.args]) if stdio else type(server).__name__
+            connected.set_exception(ConnectionError(f"No connection to the MCP server ({where}): {cause}"))
+
+    holding = asyncio.run_coroutine_threadsafe(hold(), host.loop)
+    try:
+        session, entries = connected.result()
+        yield [_mcp_function(entry, session, host) for entry in entries]
+    finally:
+        host.loop.call_soon_threadsafe(leave.set)
+        # A server that fell over has been told by the calls; here only its end matters
+        with contextlib.suppress(Exception):
+            holding.result(timeout=10)
+        host.retire(cancel=True)
+        host.join(5)
+
+
+async def _list_tools(session: Any) -> list[dict[str, Any]]:
+    from mcp.types import PaginatedRequestParams
+
+    entries, cursor = [], None
+    while True:
+        page = await session.list_tools(params=PaginatedRequestParams(cursor=cursor) if cursor else None)
+        # The names of the protocol itself are the same in every version of the package
+        entries += [entry.model_dump(by_alias=True) for entry in page.tools]
+        cursor = page.model_dump(by_alias=True).get("nextCursor")
+        if not cursor:
+            return entries
+
+
+def _mcp_function(entry: dict[str, Any], session: Any, host: LoopThread) -> Callable:
+    name = entry["name"]
+
+    async def call(arguments: dict[str, Any]) -> str | list:
+        coroutine = session.call_tool(name, arguments)
+        try:
+            # The caller's loop is the executor's or TRL's; cancelling there cancels the request
+            result = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, host.loop))
+        except Exception as e:
+            coroutine.close()
+            # Told apart, since only a lost connection may be worth another try
+            lost = host.loop.is_closed() or getattr(getattr(e, "error", None), "code", None) == _CONNECTION_CLOSED
+            raise (ConnectionError if lost else RuntimeError)(f"MCP tool {name}: {_cause(e)}") from e
+        answer = result.model_dump(by_alias=True)
+        content = _mcp_content(answer)
+        if answer.get("isError"):
+            raise RuntimeError(content if isinstance(content, str) else f"MCP tool {name} failed.")
+        return content
+
+    return _as_function(name, entry.get("description") or entry.get("title") or name, entry["inputSchema"], call)
+
+
+def _mcp_content(answer: dict[str, Any]) -> str | list:
+    blocks: list[dict[str, Any]] = []
+    for block in answer.get("content") or []:
+        if block["type"] == "text":
+            blocks.append({"type": "text", "text": block["text"]})
+        elif block["type"] == "image":
+            from PIL import Image
+
+            blocks.append({"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(block["data"])))})
+        elif block["type"] == "resource" and "text" in block["resource"]:
+            blocks.append({"type": "text", "text": block["resource"]["text"]})
+        else:
+            blocks.append({"type": "text", "text": f"[{block['type']}: {block.get('uri') or block.get('mimeType')}]"})
+    if not blocks and answer.get("structuredContent") is not None:
+        return json.dumps(answer["structuredContent"], ensure_ascii=False)
+    if any(block["type"] == "image" for block in blocks):
+        return blocks
+    return "\n".join(block["text"] for block in blocks)
+
+
+def _cause(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # task groups wrap what went wrong
+        error = error.exceptions[0]
+    return f"{error}" if str(error) else type(error).__name__
+
+
+def smolagents_tool(smolagent: Any) -> Callable:
+    """Return a smolagents tool as a plain function.
+
+    One object serves the calls of all rows at the same time; wrap one that is not thread-safe:
+    `tool(smolagents_tool(t), max_concurrency=1)`.
+
+    Args:
+        smolagent (`smolagents.Tool`):
+            The tool, or anything with its `name`, `description`, `inputs` and `output_type` that can be called.
+    """
+    missing = [name for name in ("name", "description", "inputs", "output_type") if not hasattr(smolagent, name)]
+    if missing or not callable(smolagent):
+        raise TypeError(f"smolagents_tool() takes a smolagents.Tool; {smolagent!r} has no {', '.join(missing)}.")
+    lock = threading.Lock()
+
+    def call(arguments: dict[str, Any]) -> Any:
+        with lock:  # rows that call it for the first time together must not set it up together
+            if not getattr(smolagent, "is_initialized", True):
+                smolagent.setup()
+        result = smolagent(**arguments)
+        return [{"type": "image", "image": result}] if smolagent.output_type == "image" else result
+
+    schema = {
+        "properties": smolagent.inputs,
+        "required": [name for name, spec in smolagent.inputs.items() if not spec.get("nullable")],
+    }
+    return _as_function(smolagent.name, smolagent.description, schema, call)
+
+
+def _as_function(name: str, description: str, schema: dict[str, Any], call: Callable[[dict], Any]) -> Callable:
+    """Return a function of keyword arguments that looks as `schema` says and passes them to `call` as a dict."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    description, documented = _split_docstring(inspect.cleandoc(description))
+    original, parameters, lines = {}, [], []
+    # A parameter without a default cannot follow one with, so what is required comes first
+    for key in sorted(properties, key=lambda key: key not in required):
+        spec = _resolve(properties[key], schema)
+        parameter = re.sub(r"\W", "_", key)
+        if keyword.iskeyword(parameter) or not parameter.isidentifier():
+            parameter = f"{parameter}_" if keyword.iskeyword(parameter) else f"_{parameter}"
+        original[parameter] = key
+        hint = _type_hint(spec, schema)
+        default = inspect.Parameter.empty
+        if key not in required:
+            default = spec.get("default")
+            hint = hint | None if default is None and hint is not Any else hint
+        parameters.append(
+            inspect.Parameter(parameter, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+        )
+        text = " ".join(str(spec.get("description") or documented.get(key) or spec.get("title") or key).split())
+        fields = ", ".join(spec.get("properties") or {})
+        lines.append(f"    {parameter}: {text}" + (f" (an object with {fields})" if fields else ""))
+    signature = inspect.Signature(parameters, return_annotation=str)
+
+    def by_original_name(arguments: dict[str, Any]) -> dict[str, Any]:
+        # An argument that was left out stays out: the server knows its own default
+        try:
+            return {original[key]: value for key, value in signature.bind(**arguments).arguments.items()}
+        except TypeError as e:
+            raise TypeError(f"{name}() {e}") from None
+
+    if is_async(call):
+
+        async def function(**arguments: Any) -> Any:
+            return await call(by_original_name(arguments))
+    else:
+
+        def function(**arguments: Any) -> Any:
+            return call(by_original_name(arguments))
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = description + ("\n\nArgs:\n" + "\n".join(lines) if lines else "")
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": str}
+    return function
+
+
+def _split_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """Split a description that is a whole docstring, as servers often send, into its summary and argument texts."""
+    parts = re.split(r"\n\s*(?:Args|Arguments|Parameters|Returns|Raises|Yields|Example|Examples):\s*\n", f"{text}\n")
+    arguments = re.search(r"\n\s*(?:Args|Arguments|Parameters):\s*\n(.*?)(?:\n\s*\n|\Z)", f"{text}\n", re.DOTALL)
+    found = re.findall(r"^\s*(\w+)(?: *\([^)]*\))?:\s*(.+)$", arguments.group(1), re.MULTILINE) if arguments else []
+    return parts[0].strip(), dict(found)
+
+
+def _resolve(spec: Any, schema: dict[str, Any]) -> dict[str, Any]:
+    """Follow a `$ref` within the schema; what cannot be followed is unrestricted."""
+    seen = set()
+    while isinstance(spec, dict) and "$ref" in spec and spec["$ref"] not in seen:
+        seen.add(spec["$ref"])
+        target: Any = schema
+        for part in spec["$ref"].removeprefix("#/").split("/"):
+            target = target.get(part, {}) if isinstance(target, dict) else {}
+        spec = {**target, **{key: value for key, value in spec.items() if key != "$ref"}}
+    return spec if isinstance(spec, dict) else {}
+
+
+def _type_hint(spec: dict[str, Any], schema: dict[str, Any], depth: int = 5) -> Any:
+    """Return the type hint that says the most of what a JSON schema says."""
+    spec = _resolve(spec, schema)
+    if depth == 0:
+        return Any
+    choices = [spec["const"]] if "const" in spec else spec.get("enum")
+    if choices and all(isinstance(choice, str | int | bool | None) for choice in choices):
+        return Literal[tuple(choices)]
+    options = spec.get("anyOf") or spec.get("oneOf")
+    kinds = spec.get("type")
+    if options:
+        hints = [_type_hint(option, schema, depth - 1) for option in options]
+    elif isinstance(kinds, list):
+        hints = [_type_hint({**spec, "type": kind}, schema, depth - 1) for kind in kinds]
+    elif kinds == "array" and spec.get("items"):
+        item = _type_hint(spec["items"], schema, depth - 1)
+        hints = [list if item is Any else list[item]]  # type: ignore[valid-type]
+    else:
+        hints = [_TYPES.get(kinds, Any)]  # type: ignore[arg-type]
+    if spec.get("nullable"):
+        hints.append(type(None))
+    if Any in hints or not hints:
+        return Any
+    return functools.reduce(operator.or_, hints)

@@ -1,0 +1,299 @@
+import asyncio
+import inspect
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers.utils import get_json_schema
+
+from arpo_trl.tools import ToolCall, ToolExecutor, tool
+from arpo_trl.tools.adapters import _as_function, mcp_tools, smolagents_tool
+
+SERVER = str(Path(__file__).with_name("mcp_server.py"))
+
+
+@pytest.fixture(scope="module")
+def stdio():
+    mcp = pytest.importorskip("mcp.server.mcpserver", reason="needs mcp 2, whose server the tests start")
+    assert mcp
+    from mcp import StdioServerParameters
+
+    return lambda: StdioServerParameters(command=sys.executable, args=[SERVER])
+
+
+@pytest.fixture(scope="module")
+def tools(stdio):
+    with mcp_tools(stdio()) as tools:
+        yield {tool.__name__: tool for tool in tools}
+
+
+@pytest.fixture(scope="module")
+def executor():
+    with ToolExecutor(timeout=30) as executor:
+        yield executor
+
+
+def one(executor, function, **arguments):
+    return executor.run([(ToolCall(function.__name__, arguments), function)])[0]
+
+
+def parameters(function):
+    return get_json_schema(function)["function"]["parameters"]
+
+
+# --- MCP -------------------------------------------------------------------------------------------------------------
+
+
+def test_mcp_tools_look_like_functions(tools):
+    assert set(tools) == {"add", "look-up", "fail", "meet", "hang", "draw", "process_id", "die"}
+    assert all(inspect.iscoroutinefunction(tool) for tool in tools.values())
+    assert get_json_schema(tools["add"])["function"]["description"] == "Add two numbers."
+    assert parameters(tools["add"]) == {
+        "type": "object",
+        "properties": {
+            "a": {"type": "integer", "description": "The first number."},
+            "b": {"type": "integer", "description": "The second number."},
+        },
+        "required": ["a"],
+    }
+    assert parameters(tools["look-up"]) == {
+        "type": "object",
+        "properties": {
+            "where": {"type": "object", "description": "Place (an object with city, country)"},
+            "unit": {"type": "string", "enum": ["celsius", "kelvin"], "description": "Unit"},
+            "days": {"type": "array", "items": {"type": "integer"}, "nullable": True, "description": "Days"},
+        },
+        "required": ["where"],
+    }
+
+
+def test_mcp_tools_answer(tools, executor):
+    assert one(executor, tools["add"], a=1, b=2).result == "1 + 2 = 3"
+    assert one(executor, tools["add"], a=1).result == "1 + 10 = 11"  # the server's default
+    assert one(executor, tools["look-up"], where={"city": "Paris"}, days=[1]).result == "Paris, France: celsius [1]"
+    assert asyncio.run(tools["add"](a=4)) == "4 + 10 = 14"  # on any loop, as TRL's
+
+
+def test_mcp_tools_answer_all_rows_at_once(tools, executor):
+    calls = executor.run([(ToolCall("meet", {"count": 32}), tools["meet"]) for _ in range(32)])
+    assert [call.result for call in calls] == ["met"] * 32
+
+
+def test_mcp_errors_are_told(tools, executor):
+    call = one(executor, tools["fail"], reason="no such thing")
+    assert "no such thing" in call.error and call.error.startswith("RuntimeError: ")
+    assert "city" in one(executor, tools["look-up"], where={"town": "Paris"}).error
+    assert one(executor, tools["add"], a="1").error == "TypeError: add() argument 'a' must be int, not str ('1')"
+    assert one(executor, tools["add"], c=1).error == "TypeError: add() missing a required argument: 'a'"
+    assert one(executor, tools["add"], a=1, c=1).error == "TypeError: add() got an unexpected keyword argument 'c'"
+
+
+def test_mcp_images_are_content_blocks(tools, executor):
+    (block,) = one(executor, tools["draw"]).result
+    assert block["type"] == "image"
+    assert block["image"].convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_mcp_tools_take_options(tools, executor):
+    call = one(executor, tool(tools["hang"], timeout=0.3))
+    assert call.error == "TimeoutError: Tool hang gave no answer within 0.3 s."
+    assert one(executor, tools["add"], a=1).result == "1 + 10 = 11"
+
+
+def test_a_dead_mcp_server_is_an_error_and_nothing_is_left(stdio, executor):
+    before = threading.active_count()
+    with mcp_tools(stdio()) as tools:
+        tools = {tool.__name__: tool for tool in tools}
+        pid = int(one(executor, tools["process_id"]).result)
+        assert psutil.pid_exists(pid)
+        assert one(executor, tools["die"]).error == "ConnectionError: MCP tool die: Connection closed"
+        assert one(executor, tools["add"], a=1).error.startswith("ConnectionError: MCP tool add: ")
+    assert not psutil.pid_exists(pid)
+    assert one(executor, tools["add"], a=1).error.startswith("ConnectionError: MCP tool add: ")
+    assert threading.active_count() == before
+
+
+def test_leaving_ends_the_server(stdio, executor):
+    with mcp_tools(stdio()) as tools:
+        tools = {tool.__name__: tool for tool in tools}
+        pid = int(one(executor, tools["process_id"]).result)
+        hanging = executor.submit(ToolCall("hang"), tools["hang"])
+    assert not psutil.pid_exists(pid)
+    assert hanging.result(timeout=20).error is not None
+
+
+def test_a_server_that_does_not_start_is_told():
+    pytest.importorskip("mcp")
+    from mcp import StdioServerParameters
+
+    before, children = set(threading.enumerate()), psutil.Process().children()
+    for arguments in (["-c", "raise SystemExit(1)"], ["-c", "import time; time.sleep(3600)"]):
+        with pytest.raises(ConnectionError, match="No connection to the MCP server"):
+            with mcp_tools(StdioServerParameters(command=sys.executable, args=arguments), timeout=1):
+                pass
+    with pytest.raises(ConnectionError, match="No connection to the MCP server"):
+        with mcp_tools(StdioServerParameters(command="no-such-program")):
+            pass
+    assert set(threading.enumerate()) <= before
+    assert children == psutil.Process().children()
+
+
+def test_mcp_over_http(stdio, executor):
+    pytest.importorskip("mcp.client.streamable_http")
+    from mcp.client.streamable_http import streamable_http_client
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, SERVER, str(port)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        with mcp_tools(streamable_http_client(f"http://127.0.0.1:{port}/mcp")) as tools:
+            tools = {tool.__name__: tool for tool in tools}
+            assert one(executor, tools["add"], a=1).result == "1 + 10 = 11"
+    finally:
+        server.kill()
+        server.wait()
+
+
+# --- schemas ---------------------------------------------------------------------------------------------------------
+
+
+def test_schemas_of_all_kinds():
+    schema = {
+        "properties": {
+            "class": {"type": "string"},
+            "max-results": {"type": "integer", "default": 5},
+            "1st": {"type": ["number", "null"]},
+            "any": {},
+            "either": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]},
+            "tree": {"$ref": "#/$defs/Tree"},
+            "fixed": {"const": "x"},
+        },
+        "required": ["class"],
+        "$defs": {"Tree": {"type": "object", "properties": {"left": {"$ref": "#/$defs/Tree"}}}},
+    }
+    function = _as_function("web.search", "Search.", schema, lambda arguments: arguments)
+    assert function.__name__ == "web.search"
+    assert parameters(function)["properties"] == {
+        "class_": {"type": "string", "description": "class"},
+        "max_results": {"type": "integer", "description": "max-results"},
+        "_1st": {"type": "number", "nullable": True, "description": "1st"},
+        "any": {"description": "any"},
+        "either": {
+            "anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}],
+            "nullable": True,
+            "description": "either",
+        },
+        "tree": {"type": "object", "nullable": True, "description": "tree (an object with left)"},
+        "fixed": {"type": "string", "enum": ["x"], "nullable": True, "description": "fixed"},
+    }
+    # the original names come back, and what was left out stays out
+    assert function(class_="c", max_results=3) == {"class": "c", "max-results": 3}
+
+
+def test_a_tool_without_parameters():
+    function = _as_function("now", "Tell the time.", {"type": "object"}, lambda arguments: arguments)
+    assert parameters(function) == {"type": "object", "properties": {}}
+    assert function() == {}
+
+
+def test_a_description_that_is_a_docstring():
+    description = """Search the web.
+
+    Takes its time.
+
+    Args:
+        query (str): What to look for.
+        k: How many.
+
+    Returns:
+        str: What was found.
+    """
+    schema = {"properties": {"query": {"type": "string", "title": "Query"}, "k": {"type": "integer"}}}
+    described = get_json_schema(_as_function("search", description, schema, dict))["function"]
+    assert described["description"] == "Search the web.\n\nTakes its time."
+    assert described["parameters"]["properties"]["query"]["description"] == "What to look for."
+    assert described["parameters"]["properties"]["k"]["description"] == "How many."
+
+
+# --- smolagents ------------------------------------------------------------------------------------------------------
+
+
+class Stand:
+    """Anything with the attributes of a smolagents tool."""
+
+    name = "repeat"
+    description = "Repeat a word."
+    inputs = {
+        "word": {"type": "string", "description": "The word."},
+        "times": {"type": "integer", "description": "How often.", "nullable": True},
+    }
+    output_type = "string"
+    is_initialized = False
+    set_up = 0
+
+    def setup(self):
+        self.set_up += 1
+        time.sleep(0.05)
+        self.is_initialized = True
+
+    def __call__(self, word, times=2):
+        if not word:
+            raise ValueError("the word is empty")
+        return word * times
+
+
+def test_smolagents_tools_are_duck_typed(executor):
+    stand = Stand()
+    repeat = smolagents_tool(stand)
+    assert repeat.__name__ == "repeat" and not inspect.iscoroutinefunction(repeat)
+    assert parameters(repeat) == {
+        "type": "object",
+        "properties": {
+            "word": {"type": "string", "description": "The word."},
+            "times": {"type": "integer", "nullable": True, "description": "How often."},
+        },
+        "required": ["word"],
+    }
+    calls = executor.run([(ToolCall("repeat", {"word": "ab"}), repeat) for _ in range(8)])
+    assert [call.result for call in calls] == ["abab"] * 8
+    assert stand.set_up == 1  # though all rows called it for the first time together
+    assert one(executor, repeat, word="a", times=3).result == "aaa"
+    assert one(executor, repeat, word="").result == str({"error": "the word is empty"})
+    with pytest.raises(TypeError, match="takes a smolagents.Tool; .* has no name, description, inputs, output_type"):
+        smolagents_tool(print)
+
+
+def test_smolagents_tools(executor):
+    smolagents = pytest.importorskip("smolagents")
+
+    @smolagents.tool
+    def shout(text: str, mark: str = "!") -> str:
+        """Shout a text.
+
+        Args:
+            text: What to shout.
+            mark: What to end with.
+        """
+        return text.upper() + mark
+
+    function = smolagents_tool(shout)
+    described = get_json_schema(function)["function"]
+    assert (described["name"], described["description"]) == ("shout", "Shout a text.")
+    assert described["parameters"]["properties"]["text"] == {"type": "string", "description": "What to shout."}
+    assert one(executor, function, text="hey").result == "HEY!"
+    assert one(executor, function, text="hey", mark="?").result == "HEY?"
+
+    answer = smolagents_tool(smolagents.FinalAnswerTool())
+    assert one(executor, answer, answer={"x": 1}).result == "{'x': 1}"
