@@ -1,7 +1,12 @@
 """The Python tool: runs code that a model wrote, which is to be treated as hostile.
 
-[`PythonSandbox`] runs it on this machine, [`RemoteSandbox`] sends it to a
-[SandboxFusion](https://github.com/bytedance/SandboxFusion) server.
+[`PythonSandbox`] runs it on this machine; [`~arpo_trl.tools.http_python.RemoteSandbox`] has another machine run it.
+
+```python
+from arpo_trl.tools.python import PythonSandbox
+
+trainer = ARPOTrainer(..., tools=[PythonSandbox(timeout=10).python])
+```
 
 With `sandbox="bwrap"` a call cannot
 - reach the network, not even this machine's loopback, nor concurrent calls;
@@ -22,6 +27,7 @@ network and can start more processes than the machine holds.
 import atexit
 import contextlib
 import json
+import math
 import os
 import select
 import shutil
@@ -40,6 +46,8 @@ from typing import Literal
 
 from . import python_worker
 from .errors import TransientToolError
+
+NO_OUTPUT = "(no output)"  # an answer like any other: the code ran, so it is not run again
 
 _FLOOD_BYTES = 1 << 20  # output beyond what is shown that code may write before it is stopped
 _START_SECONDS = 60  # importing the preloaded modules from a cold, shared disk
@@ -100,8 +108,8 @@ class PythonSandbox:
             ("max_output_chars", max_output_chars),
             ("workers", workers),
         ]:
-            if value <= 0:
-                raise ValueError(f"{name} must be positive, not {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value!r}.")
         self.sandbox = sandbox
         self.timeout = timeout
         self.memory_mb = memory_mb
@@ -111,12 +119,13 @@ class PythonSandbox:
         self._slots = threading.BoundedSemaphore(workers)
         config = {
             "timeout": timeout,
-            "memory_mb": memory_mb,
+            "memory": int(memory_mb * 2**20),
             "namespaces": sandbox == "bwrap",
             "paths": [path for path in site.getsitepackages() if os.path.isdir(path)],
         }
         # Forking a process takes longer the more it has imported, so code that uses none of the modules is spared them.
-        self._bare, self._loaded = [_Server({**config, "preload": names}) for names in ([], self._preload)]
+        self._bare = _Server({**config, "preload": []})
+        self._loaded = _Server({**config, "preload": self._preload})
         _open.add(self)
         try:
             for server in (self._bare, self._loaded):
@@ -137,12 +146,14 @@ class PythonSandbox:
         Returns:
             The output of the code.
         """
+        if not isinstance(code, str):
+            raise PythonError(f"code must be a string of Python code, not {type(code).__name__}.")
         uses_preloaded = any(name in code for name in self._preload)
         output, report = self._run(code, self._loaded if uses_preloaded else self._bare)
-        text = _cut(output, self.max_output_chars)
+        text = cut_output(output.decode("utf-8", "backslashreplace"), self.max_output_chars)
         kind, _, detail = report.partition(" ")
         if report == f"exit {python_worker.FINISHED}":
-            return text or "(no output)"
+            return text or NO_OUTPUT
         if report == f"exit {python_worker.RAISED}" and text:
             raise PythonError(text)
         raise PythonError("\n".join(filter(None, [text, self._explain(kind, detail)])))
@@ -170,7 +181,7 @@ class PythonSandbox:
         if kind == "exit":
             return f"The code ended the interpreter with exit code {detail} before it had run to its end."
         if kind == "signal":
-            return f"The code crashed the interpreter ({signal.Signals(int(detail)).name})."
+            return f"The code crashed the interpreter ({signal.strsignal(int(detail))})."
         return {
             "timeout": f"The code ran longer than {self.timeout:g} s and was stopped.",
             "memory": f"The code used more than {self.memory_mb} MB of memory and was stopped.",
@@ -221,8 +232,20 @@ class PythonSandbox:
 
 
 _open: "weakref.WeakSet[PythonSandbox]" = weakref.WeakSet()
-atexit.register(lambda: [sandbox.close() for sandbox in list(_open)])
-os.register_at_fork(after_in_child=lambda: [sandbox._after_fork() for sandbox in list(_open)])
+
+
+@atexit.register
+def _close_all() -> None:
+    for sandbox in list(_open):
+        sandbox.close()
+
+
+def _forget_all() -> None:
+    for sandbox in list(_open):
+        sandbox._after_fork()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 class _Server:
@@ -246,8 +269,7 @@ class _Server:
                     return
                 except OSError:
                     self._end()
-            self._start()
-            socket.send_fds(self._socket, [b"."], fds)
+            socket.send_fds(self._start(), [b"."], fds)
 
     def stop(self) -> None:
         with self._lock:
@@ -266,13 +288,13 @@ class _Server:
             self._socket.close()
             self._socket = None
 
-    def _start(self) -> None:
+    def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
         with theirs, tempfile.TemporaryFile() as errors:
             self._socket = ours
             self._process = subprocess.Popen(
                 _bwrap_command(self._config) if self._config["namespaces"] else _plain_command(self._config),
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 env={},
@@ -283,7 +305,7 @@ class _Server:
             with contextlib.suppress(OSError):
                 if ours.recv(1):
                     ours.settimeout(None)
-                    return
+                    return ours
             self._end()
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -314,9 +336,9 @@ def _read_available(fd: int, into: bytearray, limit: int) -> bool:
     return False
 
 
-def _cut(output: bytes, limit: int) -> str:
-    """The text of `output` without what does not fit from its middle; the end holds the result or the error."""
-    text = output.decode("utf-8", "backslashreplace").rstrip()
+def cut_output(text: str, limit: int) -> str:
+    """Leave out what does not fit from the middle of `text`: the end holds the result or the error."""
+    text = text.rstrip()
     if len(text) <= limit:
         return text
     tail = limit // 2
@@ -340,7 +362,7 @@ def _bwrap_command(config: dict) -> list[str]:
     base = Path(sys.base_prefix)
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     # bwrap would give a folder that it makes for a private file to root alone
-    mounts = [("--dir", folder) for folder in ["/dev", "/python", "/python/bin", "/tmp", "/usr"]]
+    mounts: list[tuple] = [("--dir", folder) for folder in ["/dev", "/python", "/python/bin", "/tmp", "/usr"]]
     mounts += [("--ro-bind", executable, f"/python/bin/{executable.name}")]
     for folder in dict.fromkeys(["lib", sys.platlibdir]):
         mounts.append(("--ro-bind", (base / folder).resolve(), f"/python/{folder}"))

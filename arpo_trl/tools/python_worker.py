@@ -71,9 +71,11 @@ def run_cell(source: str) -> bool:
     stdout = sys.stdout
     try:
         tree = ast.parse(source, name)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        last = tree.body[-1] if tree.body else None
+        if isinstance(last, ast.Expr):
+            del tree.body[-1]
         exec(compile(tree, name, "exec"), main.__dict__)
-        if last is not None:
+        if isinstance(last, ast.Expr):
             value = eval(compile(ast.Expression(last.value), name, "eval"), main.__dict__)
             if value is not None:
                 print(repr(value))
@@ -202,7 +204,7 @@ def _limit_resources(config: dict) -> None:
     with open("/proc/self/statm") as f:
         own_memory = int(f.read().split()[0]) * resource.getpagesize()
     for limit, value in [
-        (resource.RLIMIT_AS, own_memory + (config["memory_mb"] << 20)),
+        (resource.RLIMIT_AS, own_memory + config["memory"]),
         (resource.RLIMIT_CPU, int(config["timeout"]) + 1),
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
         (resource.RLIMIT_NOFILE, MAX_FILES),
@@ -211,13 +213,16 @@ def _limit_resources(config: dict) -> None:
         # Counted for each user namespace; without one of its own it would count all that the user runs.
         *([(resource.RLIMIT_NPROC, MAX_PROCESSES)] if config["namespaces"] else []),
     ]:
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
 
 
 def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str) -> None:
     try:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setsid()
-        with open("/proc/self/oom_score_adj", "w") as f:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
             f.write("1000")  # where memory does run out, the kernel takes this process and not the training run
         _limit_resources(config)
         if config["namespaces"]:
@@ -226,6 +231,7 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
             _mount_tmpfs(b"/proc", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4096,nr_inodes=1,mode=0555")
             _drop_capabilities()
             _deny_system_calls()
+        _prctl(_PR_SET_DUMPABLE, 0)  # a limit of 0 on core dumps does not stop those that go to a program of the host
         os.chdir(home)
         with open(code_fd, encoding="utf-8", errors="surrogatepass") as f:
             source = f.read()
@@ -238,7 +244,6 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
         sys.argv = [""]
         os.environ.clear()
         os.environ.update(HOME=home, LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()  # `random` reseeds itself after a fork
     except BaseException as error:
@@ -304,7 +309,7 @@ def _wait(pid: int, report_fd: int, config: dict) -> str:
             reason = "timeout"
         elif len(processes) > MAX_PROCESSES:
             reason = "processes"
-        elif sum(max(0, _private_memory(p) - own_memory) for p in processes) > config["memory_mb"] << 20:
+        elif sum(max(0, _private_memory(p) - own_memory) for p in processes) > config["memory"]:
             reason = "memory"
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -329,9 +334,9 @@ def _supervise(config: dict, code_fd: int, output_fd: int, report_fd: int) -> No
         if not config["namespaces"]:
             while leftovers := _descendants(os.getpid())[1:]:
                 for pid in leftovers:
-                    os.kill(pid, signal.SIGKILL)
-                    with contextlib.suppress(ChildProcessError):
-                        os.waitpid(pid, 0)
+                    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)  # descendants further down become children when their parents end
             shutil.rmtree(home, ignore_errors=True)
     except BaseException as error:
         report = f"unusable: {error}"
@@ -360,8 +365,8 @@ def serve(config: dict) -> None:
     """Answer requests until the other end of standard input is closed, which also happens when its owner dies.
 
     Args:
-        config (`dict`): `timeout` in seconds, `memory_mb`, `namespaces` (whether calls get their own, which asks for
-            the sandbox that `bwrap` makes), `paths` to import from, names of the modules to `preload`.
+        config (`dict`): `timeout` in seconds, `memory` in bytes, `namespaces` (whether calls get their own, which
+            asks for the sandbox that `bwrap` makes), `paths` to import from, names of the modules to `preload`.
     """
     if os.geteuid() == 0 and config["namespaces"]:
         # The kernel does not hold root to a number of processes.
@@ -369,7 +374,7 @@ def serve(config: dict) -> None:
         os.setresgid(*[UNPRIVILEGED_ID] * 3)
         os.setresuid(*[UNPRIVILEGED_ID] * 3)
         _prctl(_PR_SET_DUMPABLE, 1)  # gives it back its own /proc/self
-    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))] + config["paths"]
+    sys.path += config["paths"]
     for name in [*_STANDARD, *config["preload"]]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
