@@ -352,6 +352,22 @@ def test_every_row_is_a_branch_that_starts_where_it_forked(visit, sample_run, sa
     assert page.locator("#tree .segment").count() == own  # what is shared is drawn once
 
 
+def test_colour_and_thickness_follow_the_entropy(visit, tmp_path):
+    write(tmp_path, "step-000000.jsonl", [record(segments=[(0, 4), (6, 10)], calls=[call()])])  # 0.5 and 1.5 nats
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+
+    def drawn(position):
+        segment = page.locator("#tree .segment").nth(position)
+        return float(segment.get_attribute("height")), segment.evaluate("(e) => getComputedStyle(e).fill")
+
+    (thin, pale), (thick, strong) = drawn(0), drawn(1)
+    assert thin < thick and pale != strong
+    page.locator("#measure").select_option("gap")
+    assert "unread" in page.locator("#tree .segment").first.get_attribute("class")  # a first segment has no gap
+    assert page.locator("#legend").text_content().startswith("≤ −1")
+
+
 def test_the_keyboard_alone_is_enough(visit, sample_page):
     page = visit(sample_page, "step=0&group=0&row=0&token=0")
     page.locator('#tree [tabindex="0"]').focus()
