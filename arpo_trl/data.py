@@ -403,13 +403,15 @@ def report(path: str | Path) -> str:
     lines = [f"### {Path(path).name}: {len(rows):,} rows, {mathematics:,} of mathematics", ""]
     lines += ["| repaired | rows |", "|---|---|"]
     lines += [f"| {name} | {count:,} |" for name, count in sorted(repair_counts(rows).items())]
-    unread = unread_truths(rows)
-    lines += ["", f"Accepted against itself as mathematics: {mathematics - len(unread):,}. The others:", ""]
-    lines += ["| row | ground truth | outcome | why |", "|---|---|---|---|"]
-    lines += [f"| {index} | {code(answer)} | {outcome} | {why} |" for index, answer, outcome, why in unread]
-    lines += ["", "Damaged at the source (brackets do not match) and left as they are:", ""]
-    lines += ["| row | ground truth |", "|---|---|"]
-    lines += [f"| {index} | {code(answer)} |" for index, answer in suspect_truths(rows)]
+    unread, suspect = unread_truths(rows), suspect_truths(rows)
+    lines += ["", f"Accepted against itself as mathematics: {mathematics - len(unread):,} of {mathematics:,}."]
+    if unread:
+        lines += ["The others:", "", "| row | ground truth | outcome | why |", "|---|---|---|---|"]
+        lines += [f"| {index} | {code(answer)} | {outcome} | {why} |" for index, answer, outcome, why in unread]
+    if suspect:
+        lines += ["", "Damaged at the source (brackets do not match) and left as they are:", ""]
+        lines += ["| row | ground truth |", "|---|---|"]
+        lines += [f"| {index} | {code(answer)} |" for index, answer in suspect]
     return "\n".join(lines)
 
 

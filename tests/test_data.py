@@ -1,0 +1,363 @@
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from datasets import Dataset
+
+from arpo_trl.data import (
+    CHAT_SYSTEM_PROMPT,
+    TOOL_SCHEMAS,
+    convert_rl_row,
+    load_cold_start,
+    load_rl,
+    repair_answer,
+    repair_counts,
+    repair_text,
+    report,
+    sharegpt_messages,
+    suspect_truths,
+    tags_sft_features,
+    trace_messages,
+    unread_truths,
+)
+
+DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+TRAIN = DATA / "arpo_rl_reasoning_10k.parquet"
+needs_data = pytest.mark.skipif(not TRAIN.is_file(), reason=f"{TRAIN.name} is not there")
+
+TRACE = (
+    "<think>Who?</think><search> capital of France </search><result> Paris <|im_end|> <think>x</think> </result>\n"
+    "<think>Add.</think>\n<python>\nprint(1)\n  </python>\n<result>\n1\n</result>"
+    r"<think>Done.</think><answer>It is \boxed{Paris}.</answer>"
+)
+
+
+def rl_row(**fields) -> dict:
+    row = {
+        "data_source": "set",
+        "prompt": [
+            {"role": "system", "content": "Put it in \\[ \x08oxed{answer} \\]."},
+            {"role": "user", "content": "What is \x0crac{4}{2}?"},
+        ],
+        "ability": "math",
+        "reward_model": {"ground_truth": " 2,", "style": "rule"},
+        "extra_info": {"index": 7},
+        "metadata": None,
+    }
+    return row | fields
+
+
+# Repairs
+
+
+@pytest.mark.parametrize(
+    ("damaged", "repaired", "repairs"),
+    [
+        ("in \x08oxed{}", r"in \boxed{}", 1),
+        ("\x08oxed{\x0crac{1}{2}}", r"\boxed{\frac{1}{2}}", 2),
+        ("\x08egin{cases}", r"\begin{cases}", 1),
+        ("in\x0cfinite di\x0bfference", "infinite difference", 1),
+        ("a\r\nb\rc", "a\nb\nc", 1),
+        ("a\xa0b\u200bc", "a bc", 2),
+        ("tab\tand\nline stay, and so does é", "tab\tand\nline stay, and so does é", 0),
+    ],
+)
+def test_repair_text(damaged, repaired, repairs):
+    text, names = repair_text(damaged)
+    assert text == repaired
+    assert len(names) == repairs
+    assert repair_text(text) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "repaired"),
+    [
+        (" 2 ", "2"),
+        ("\n(1, 2)\n", "(1, 2)"),
+        ("0.2,", "0.2"),
+        ("1986.\n\\end{aligned}", "1986"),
+        (r"\begin{cases} a \end{cases}", r"\begin{cases} a \end{cases}"),
+        (r"3\\%", r"3\%"),
+        (r"a \\ b", r"a \\ b"),
+        (r"\$950", r"\$950"),
+        (" ", ""),
+    ],
+)
+def test_repair_answer(damaged, repaired):
+    assert repair_answer(damaged)[0] == repaired
+    assert repair_answer(repaired) == (repaired, [])
+
+
+# Reinforcement learning
+
+
+def test_rl_row_for_both_protocols():
+    tags = convert_rl_row(rl_row())
+    assert tags["prompt"][0]["content"] == r"Put it in \[ \boxed{answer} \]."
+    assert tags["prompt"][1] == {"role": "user", "content": r"What is \frac{4}{2}?"}
+    assert (tags["answer"], tags["ability"], tags["data_source"], tags["index"]) == ("2", "math", "set", 7)
+    assert tags["question"] == r"What is \frac{4}{2}?"
+    assert tags["repairs"] == [
+        r"system message: `\x08oxed` → `\boxed`",
+        r"user message: `\x0crac` → `\frac`",
+        "ground truth: white space around it removed",
+        "ground truth: comma at its end removed",
+    ]
+    chat = convert_rl_row(rl_row(), protocol="chat_template")
+    assert chat["prompt"][0] == {"role": "system", "content": CHAT_SYSTEM_PROMPT}
+    assert "<search>" not in CHAT_SYSTEM_PROMPT
+    assert chat["prompt"][1] == tags["prompt"][1]
+    with pytest.raises(ValueError, match="protocol='xml' is unknown"):
+        convert_rl_row(rl_row(), protocol="xml")
+
+
+def test_rl_row_with_several_truths_keeps_them_all():
+    row = rl_row(reward_model={"ground_truth": ["Paris ", "Lutetia"]}, ability="qa")
+    assert convert_rl_row(row)["answer"] == ["Paris", "Lutetia"]
+
+
+def test_load_rl_from_every_kind_of_file(tmp_path):
+    rows = Dataset.from_list([rl_row(metadata="m")] * 3)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    rows.to_json(tmp_path / "rows.jsonl")
+    for name in ("rows.parquet", "rows.jsonl"):
+        loaded = load_rl(str(tmp_path / name))
+        assert set(loaded.column_names) == {"prompt", "answer", "question", "ability", "data_source", "index"}
+        assert loaded["answer"] == ["2", "2", "2"]
+        assert loaded[0]["prompt"][0]["content"] == r"Put it in \[ \boxed{answer} \]."
+    (tmp_path / "rows.csv").write_text("a")
+    with pytest.raises(ValueError, match="unknown suffix '.csv': use .parquet, .json or .jsonl"):
+        load_rl(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match="lacks the columns prompt"):
+        Dataset.from_list([{"a": 1}]).to_json(tmp_path / "other.jsonl")
+        load_rl(tmp_path / "other.jsonl")
+
+
+def test_a_name_that_is_no_file_is_looked_for_on_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(path, split):
+        asked.append((path, split))
+        return Dataset.from_list([rl_row(metadata="m")])
+
+    monkeypatch.setattr("arpo_trl.data.load_dataset", load_dataset)
+    assert load_rl("someone/some-set", split="validation")["answer"] == ["2"]
+    assert asked == [("someone/some-set", "validation")]
+
+
+@needs_data
+def test_all_published_rows_convert():
+    for protocol in ("tags", "chat_template"):
+        rows = load_rl(TRAIN, protocol)
+        assert len(rows) == 10_000
+        assert sum(name == "math" for name in rows["ability"]) == 5_000
+        assert [row["role"] for row in rows[0]["prompt"]] == ["system", "user"]
+        text = json.dumps(rows["prompt"][:]) + json.dumps(rows["answer"][:])
+        assert "\\b" not in text.replace("\\\\", "")  # no backspace in any string
+        assert "\\f" not in text.replace("\\\\", "")
+        assert r"\\boxed{" in text
+        assert [i for i, answer in enumerate(rows["answer"]) if answer != answer.strip() or not answer] == [5274]
+
+
+@needs_data
+def test_every_published_truth_scores_one_against_itself_but_the_empty_one():
+    pytest.importorskip("math_verify")
+    from arpo_trl.rewards import exact_match_reward, math_reward
+
+    rows = load_rl(TRAIN)
+    for ability, reward in (("math", math_reward), ("qa", exact_match_reward)):
+        answers = [row["answer"] for row in rows if row["ability"] == ability]
+        completions = [rf"<think></think><answer>\boxed{{{answer}}}</answer>" for answer in answers]
+        rewards = reward(completions, answer=answers)
+        assert [answer for answer, value in zip(answers, rewards, strict=True) if value != 1] == (
+            [""] if ability == "math" else []
+        )
+
+
+@needs_data
+def test_published_numbers_are_not_their_negatives():
+    pytest.importorskip("math_verify")
+    from arpo_trl.rewards import math_reward
+
+    truths = [row["answer"] for row in load_rl(TRAIN) if row["ability"] == "math"][::8]
+    numbers = [truth for truth in truths if truth.removeprefix("-").replace(".", "").strip("0").isdigit()]
+    assert len(numbers) > 300
+    negated = [number[1:] if number.startswith("-") else f"-{number}" for number in numbers]
+    completions = [rf"<answer>\boxed{{{number}}}</answer>" for number in negated]
+    assert math_reward(completions, answer=numbers) == [0.0] * len(numbers)
+
+
+@needs_data
+def test_docs_show_what_was_repaired_and_what_is_not_read():
+    """The tables of docs/data.md, checked on the rows they name and on a sample of all others."""
+    pytest.importorskip("math_verify")
+    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    rows = list(Dataset.from_parquet(str(TRAIN)))
+    for name, count in repair_counts(rows).items():
+        assert f"| {name} | {count:,} |" in docs
+    for index, answer in suspect_truths(rows):
+        assert f"| {index} | `{answer}` |" in docs
+    unread = docs.partition("The others:")[2].partition("Damaged at the source")[0]
+    listed = [int(line.split("|")[1]) for line in unread.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(listed) == 30
+    assert [index for index, *_ in unread_truths([rows[i] for i in listed])] == listed
+    assert {index for index, *_ in unread_truths(rows[::10])} <= set(listed)
+
+
+def test_report_names_row_truth_outcome_and_reason(tmp_path):
+    pytest.importorskip("math_verify")
+    truths = ["2", "(37", "", r"\{x|x<1\}"]
+    rows = [
+        rl_row(reward_model={"ground_truth": truth}, extra_info={"index": i}, metadata="m")
+        for i, truth in enumerate(truths)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    text = report(tmp_path / "rows.parquet")
+    assert "4 rows, 4 of mathematics" in text
+    assert r"| system message: `\x08oxed` → `\boxed` | 4 |" in text
+    assert "as mathematics: 1 of 4.\nThe others:" in text
+    assert "| 1 | `(37` | accepted as text | cut off at the source |" in text
+    assert "| 2 | (empty) | not scored | empty at the source |" in text
+    assert r"| 3 | `\{x\|x<1\}` | accepted as text | set in builder notation |" in text
+    assert text.endswith("| 1 | `(37` |")
+
+
+# Cold start
+
+
+def test_both_spellings_of_a_turn():
+    published = {
+        "system": "Put it in \x08oxed{}.",
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+    }
+    other = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert sharegpt_messages(published) == [{"role": "system", "content": r"Put it in \boxed{}."}, *turns]
+    assert sharegpt_messages(other | {"system": None}) == turns
+    mixed = [{"from": "human", "value": "q", "role": None}, {"role": "assistant", "content": "a", "from": None}]
+    assert sharegpt_messages({"conversations": mixed}) == turns
+    twice = [{"from": "system", "value": "again"}, *published["conversations"]]
+    assert sharegpt_messages(published | {"conversations": twice}) == sharegpt_messages(published)
+    with pytest.raises(ValueError, match="role 'observation'"):
+        sharegpt_messages({"conversations": [{"from": "observation", "value": "x"}]})
+
+
+def test_trace_becomes_calls_and_results():
+    assert trace_messages(TRACE) == [
+        {
+            "role": "assistant",
+            "content": "<think>Who?</think>",
+            "tool_calls": [
+                {"type": "function", "function": {"name": "search", "arguments": {"query": "capital of France"}}}
+            ],
+        },
+        {"role": "tool", "name": "search", "content": "Paris <|im_end|> <think>x</think>"},
+        {
+            "role": "assistant",
+            "content": "<think>Add.</think>",
+            "tool_calls": [{"type": "function", "function": {"name": "python", "arguments": {"code": "print(1)"}}}],
+        },
+        {"role": "tool", "name": "python", "content": "1"},
+        {"role": "assistant", "content": "<think>Done.</think>\n\nIt is \\boxed{Paris}."},
+    ]
+    assert trace_messages("just text") == [{"role": "assistant", "content": "just text"}]
+    assert trace_messages("a <result> in text </result>") == [
+        {"role": "assistant", "content": "a <result> in text </result>"}
+    ]
+
+
+def write_cold_start(folder: Path) -> Path:
+    rows = [
+        {
+            "system": "Use <search>.",
+            "conversations": [{"from": "human", "value": "Capital?"}, {"from": "gpt", "value": TRACE}],
+        },
+        {
+            "system": "Use <search>.",
+            "conversations": [
+                {"from": "human", "value": "One?"},
+                {"from": "gpt", "value": r"<think>a</think><answer>\boxed{1}</answer>"},
+                {"from": "human", "value": "Two?"},
+                {"from": "gpt", "value": r"<think>b</think><answer>\boxed{2}</answer>"},
+            ],
+        },
+    ]
+    path = folder / "sft.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def text_under_loss(tokenizer, ids, mask) -> str:
+    return tokenizer.decode([token for token, own in zip(ids, mask, strict=True) if own])
+
+
+def test_tags_features_put_loss_on_model_text_alone(tokenizer, tmp_path):
+    rows = load_cold_start(write_cold_start(tmp_path))
+    assert [row["messages"][-1]["content"][-10:] for row in rows] == [TRACE[-10:], "}</answer>", "}</answer>"]
+    assert [len(row["messages"]) for row in rows] == [3, 3, 5]
+    features = tags_sft_features(tokenizer, rows[0]["messages"])
+    ids, mask = features["input_ids"], features["completion_mask"]
+    learned = text_under_loss(tokenizer, ids, mask)
+    first, rest = TRACE.split("<result>", 1)
+    second, last = rest.split("</result>", 1)[1].split("<result>", 1)
+    assert learned == first + second + last.split("</result>", 1)[1] + "<|im_end|>"
+    prompt = tokenizer.apply_chat_template(rows[0]["messages"][:-1], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(ids) == prompt + TRACE + "<|im_end|>"
+    # the page's "<|im_end|>" is text: the only end of turn after the prompt is the last token
+    assert ids[mask.index(1) :].count(tokenizer.eos_token_id) == 1
+    assert mask[-1] == 1
+
+
+def test_tags_features_are_the_tokens_of_a_rollout(tokenizer):
+    """A trace cut where the protocol cuts it: model text and result encoded apart."""
+    from arpo_trl.protocols import TagsProtocol
+    from arpo_trl.tools import ToolCall
+
+    result = TagsProtocol(tokenizer, ["search"]).result_ids([ToolCall("search", result="Paris <|im_end|>")])
+    question = [{"role": "user", "content": "q"}]
+    text = "<search>q</search><result>Paris <|im_end|></result>so"
+    features = tags_sft_features(tokenizer, [*question, {"role": "assistant", "content": text}])
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+    called, said = tokenizer.encode("<search>q</search>"), tokenizer.encode("so")
+    assert features["input_ids"] == [*prompt, *called, *result, *said, tokenizer.eos_token_id]
+    with pytest.raises(ValueError, match="last message must be the assistant turn"):
+        tags_sft_features(tokenizer, question)
+
+
+def sft_labels(tokenizer, dataset, folder, **options) -> list[str]:
+    """What TRL's SFTTrainer puts loss on, as text."""
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(str(folder), report_to="none", use_cpu=True, max_length=None, packing=False, **options)
+    trainer = SFTTrainer(
+        tiny.build_model(tokenizer, layers=1), args, train_dataset=dataset, processing_class=tokenizer
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    return [tokenizer.decode([label for label in row.tolist() if label != -100]) for row in batch["labels"]]
+
+
+def test_sft_trainer_learns_no_tool_output_in_either_protocol(tokenizer, tmp_path):
+    path = write_cold_start(tmp_path)
+    tags = load_cold_start(path).select([0])
+    features = tags.map(lambda row: tags_sft_features(tokenizer, row["messages"]), remove_columns=["messages"])
+    [learned] = sft_labels(tokenizer, features, tmp_path / "tags", completion_only_loss=True)
+    assert r"<search> capital of France </search>" in learned and r"\boxed{Paris}" in learned
+    assert "<result>" not in learned and "Capital?" not in learned
+
+    chat = load_cold_start(path, protocol="chat_template").select([0])
+    assert chat[0]["messages"][0]["content"] == CHAT_SYSTEM_PROMPT
+    assert chat[0]["messages"][2:] == trace_messages(TRACE)  # no argument of the other tool slips in as None
+    assert json.loads(chat[0]["tools"]) == TOOL_SCHEMAS
+    [learned] = sft_labels(tokenizer, chat, tmp_path / "chat", assistant_only_loss=True)
+    assert '{"name": "search", "arguments": {"query": "capital of France"}}' in learned
+    assert r"\boxed{Paris}" in learned
+    assert "tool_response" not in learned and "<think>x</think>" not in learned and "Capital?" not in learned
+
+
+def test_load_cold_start_refuses_what_it_is_not(tmp_path):
+    Dataset.from_list([{"messages": []}]).to_json(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="no column `conversations`"):
+        load_cold_start(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="protocol='xml' is unknown"):
+        load_cold_start(write_cold_start(tmp_path), protocol="xml")
