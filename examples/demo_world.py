@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from arpo_trl.tools.passages import format_passages
 
 # Questions in each split; no two questions of a world, whatever their split, are about the same pair of entities
-SPLITS = {"cold_start": 5000, "rl": 1000, "held_out": 300}
+SPLITS = {"cold_start": 12000, "rl": 1000, "held_out": 300}
 
 # What goes wrong in a demonstration, and in which share of them. A model trained on them makes the same choices with
 # about the same probabilities.
@@ -92,7 +92,7 @@ class World:
 
     Args:
         seed (`int`, *optional*, defaults to `0`): Seed of names, facts, questions and demonstrations.
-        num_people (`int`, *optional*, defaults to `2400`): People; of each the year of birth and the birthplace is
+        num_people (`int`, *optional*, defaults to `4000`): People; of each the year of birth and the birthplace is
             known.
         num_towns (`int`, *optional*, defaults to `60`): Towns; of each the year of foundation is known.
 
@@ -102,7 +102,7 @@ class World:
         founded (`dict[str, int]`): Year of foundation of each town.
     """
 
-    def __init__(self, seed: int = 0, num_people: int = 2400, num_towns: int = 60):
+    def __init__(self, seed: int = 0, num_people: int = 4000, num_towns: int = 60):
         self.seed = seed
         rng = random.Random(f"world {seed}")
         num_names = int((2 * num_people) ** 0.5)

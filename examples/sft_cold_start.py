@@ -1,0 +1,165 @@
+r"""Cold start: supervised fine-tuning on traces with tool calls, before ARPO.
+
+Loss falls on what the assistant wrote, never on what a tool answered.
+
+```bash
+python examples/sft_cold_start.py \
+    --model_name_or_path Qwen/Qwen3-1.7B \
+    --dataset_name traces.jsonl \
+    --tool_protocol tags \
+    --max_length 8192 \
+    --output_dir outputs/cold_start
+```
+
+From a file, on all GPUs, to the Hub:
+
+```bash
+accelerate launch examples/sft_cold_start.py --config cold_start.yaml --push_to_hub
+```
+
+With LoRA:
+
+```bash
+python examples/sft_cold_start.py --config cold_start.yaml --use_peft --lora_r 32 --lora_alpha 64 --learning_rate 2e-4
+```
+
+The data set is a local JSON, JSONL or parquet file, or the id of one on the Hub, in either shape:
+
+- `conversations`, possibly `system`: ShareGPT, the shape of the published cold-start set, whose traces speak the tags
+  protocol; for the chat template they are rewritten as tool calls and tool turns;
+- `messages`, possibly `tools`: TRL's conversational shape, the traces in the protocol that `--tool_protocol` names.
+
+Does NOT make traces, and does NOT check that they end in the right answer.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from arpo_trl.data import load_cold_start, tags_sft_features
+
+
+@dataclass
+class ColdStartArguments(ScriptArguments):
+    """
+    Script arguments of the cold start: TRL's, and how the traces speak to tools.
+
+    Args:
+        tool_protocol (`str`, *optional*, defaults to `"tags"`):
+            `"tags"` or `"chat_template"`, as in [`~arpo_trl.ARPOConfig`].
+    """
+
+    tool_protocol: str = field(
+        default="tags",
+        metadata={
+            "help": "How the traces call tools and read results: 'tags' or 'chat_template'.",
+            "choices": ["tags", "chat_template"],
+        },
+    )
+
+
+def load_traces(path: str, split: str = "train", config: str | None = None, protocol: str = "tags") -> Dataset:
+    """
+    A data set of traces in TRL's conversational shape.
+
+    Args:
+        path (`str`): Local .json, .jsonl or .parquet file, or a hub id.
+        split (`str`, *optional*, defaults to `"train"`): Split of a hub data set; a local file is one split.
+        config (`str`, *optional*): Configuration of a hub data set.
+        protocol (`str`, *optional*, defaults to `"tags"`): `"tags"` or `"chat_template"`.
+
+    Returns:
+        `Dataset`: With a column `messages`, and possibly `tools`.
+    """
+    if Path(path).is_file():
+        kind = "parquet" if path.endswith(".parquet") else "json"
+        traces = load_dataset(kind, data_files=path, split="train")
+    else:
+        traces = load_dataset(path, name=config, split=split)
+    if "conversations" in traces.column_names:
+        return load_cold_start(path, protocol, split)
+    if "messages" not in traces.column_names:
+        raise ValueError(
+            f"`--dataset_name {path}` has neither the column `messages` nor `conversations` "
+            f"(it has {', '.join(traces.column_names)})."
+        )
+    return traces
+
+
+def mask_tool_results(
+    traces: Dataset, tokenizer: PreTrainedTokenizerBase, protocol: str, training_args: SFTConfig
+) -> Dataset:
+    """
+    Make sure that no loss falls on tool results: sets what `SFTTrainer` needs for it in `training_args`.
+
+    Args:
+        traces (`Dataset`): Data set with a column `messages`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the model.
+        protocol (`str`): `"tags"` or `"chat_template"`.
+        training_args ([`~trl.SFTConfig`]): Changed in place.
+
+    Returns:
+        `Dataset`: For `"tags"` the tokens and their mask; for `"chat_template"` the messages, from which `SFTTrainer`
+        makes both with the training variant of the chat template.
+    """
+    if protocol == "chat_template":
+        training_args.assistant_only_loss = True
+        return traces
+    training_args.completion_only_loss = True
+    return traces.map(
+        lambda row: tags_sft_features(tokenizer, row["messages"]),
+        remove_columns=traces.column_names,
+        desc="Tokenizing",
+    )
+
+
+def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
+    """Train, save, and push if asked to."""
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        # here, and not only in the trainer: the tags protocol is tokenized before there is one
+        **({"eos_token": training_args.eos_token} if training_args.eos_token else {}),
+    )
+
+    def load(split: str) -> Dataset:
+        traces = load_traces(script_args.dataset_name, split, script_args.dataset_config, script_args.tool_protocol)
+        return mask_tool_results(traces, tokenizer, script_args.tool_protocol, training_args)
+
+    trainer = SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=load(script_args.dataset_train_split),
+        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ColdStartArguments, SFTConfig, ModelConfig)).parse_args_and_config()).end()
