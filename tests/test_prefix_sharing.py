@@ -26,15 +26,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import prefix_sharing
-from arpo_trl.prefix_sharing import (
-    MODEL_TYPES,
-    Cost,
-    forward_cost,
-    pack,
-    shared_prefix_logps,
-    shared_prefixes,
-    sibling_order,
-)
+from arpo_trl.prefix_sharing import MODEL_TYPES, forward_cost, shared_prefix_logps
+from arpo_trl.prefix_tree import Cost, pack, shared_prefixes, sibling_order
 
 SHAPE = {
     "vocab_size": 40,
@@ -164,13 +157,14 @@ def test_pack_by_hand():
     assert tree.cost == 5
 
 
-def test_pack_computes_a_prefix_again_that_is_not_worth_a_masked_call():
-    # Row 2 shares 2 positions of its 9. Alone: 9 tokens and 9 x 9 pairs; shared: 7 tokens and 7 x 9 pairs plus a call
-    # either way. Sharing always saves tokens and pairs, so it pays whatever a call costs.
+@pytest.mark.parametrize("causal, depth, flops", [(1.0, 2, 190 + 170), (0.5, 0, 2 * 149.5)])
+def test_pack_computes_a_prefix_again_that_is_not_worth_a_mask(causal, depth, flops):
+    # Two rows of 9 positions that share 2. Computed alone, the second costs 9 tokens and 81 pairs, or 40.5 where the
+    # kernel leaves out the upper half; sharing costs 7 tokens and 7 x 9 pairs under a mask.
     rows = [np.arange(10), np.array([0, 1, 2, *range(20, 27)])]
-    tree = pack(rows, [1, 1], Cost(token=1, pair=1, call=100))
-    assert len(tree.input_ids) == 9 + 7
-    assert tree.cost == (9 + 81 + 100) + (7 + 63 + 100)
+    tree = pack(rows, [1, 1], Cost(token=1, pair=1, call=100, causal=causal))
+    assert [segment.depth for segment in tree.segments] == [0, depth]
+    assert tree.cost == flops
 
 
 tokens = st.integers(3, 5)  # few, so that rows agree by chance; 0 is padding, whose embedding is zero
@@ -363,16 +357,23 @@ def test_forward_cost_by_hand():
     assert cost.pair == 2 * 4 * 32  # scores and weighted values, 2 FLOPs each, 32 numbers a layer
 
 
-def test_sibling_order_stays_within_a_step():
-    families = [[1, 1], [2, 2], [3, 3]]
-    rows = [np.array([*families[i % 3], i]) for i in range(12)]
-    order = sibling_order(rows, num_steps=2)
-    assert sorted(order[:6]) == list(range(6)) and sorted(order[6:]) == list(range(6, 12))
-    for step in (order[:6], order[6:]):
-        family = [rows[row][0] for row in step]
-        assert family == sorted(family)
-    with pytest.raises(ValueError, match="num_steps"):
-        sibling_order(rows, num_steps=5)
+@pytest.mark.parametrize(
+    "steps_per_generation, accumulation, part",
+    [(4, 2, 6), (4, 4, 12), (2, 4, 12), (4, 6, 6), (3, 2, 4), (1, 1, 12)],
+)
+def test_sibling_order_stays_within_a_step(steps_per_generation, accumulation, part):
+    rows = [np.array([i % 3, i % 3, i]) for i in range(12)]
+    order = sibling_order(rows, steps_per_generation, accumulation)
+    for start in range(0, 12, part):
+        assert sorted(order[start : start + part]) == list(range(start, start + part))
+        families = [row % 3 for row in order[start : start + part]]
+        assert families == sorted(families)
+
+
+def test_sibling_order_wants_a_whole_generation_batch():
+    with pytest.raises(ValueError, match="steps_per_generation"):
+        sibling_order([np.array([1])] * 12, steps_per_generation=5)
+    assert sibling_order([]) == []
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
