@@ -129,7 +129,7 @@ def test_load_rl_from_every_kind_of_file(tmp_path):
     (tmp_path / "rows.csv").write_text("a")
     with pytest.raises(ValueError, match="unknown suffix '.csv': use .parquet, .json or .jsonl"):
         load_rl(tmp_path / "rows.csv")
-    with pytest.raises(ValueError, match="lacks the columns prompt"):
+    with pytest.raises(ValueError, match="lacks the columns ability, data_source, prompt, reward_model"):
         Dataset.from_list([{"a": 1}]).to_json(tmp_path / "other.jsonl")
         load_rl(tmp_path / "other.jsonl")
 
@@ -198,6 +198,7 @@ def test_docs_show_what_was_repaired_and_what_is_not_read():
         assert f"| {name} | {count:,} |" in docs
     for index, answer in suspect_truths(rows):
         assert f"| {index} | `{answer}` |" in docs
+    assert "Accepted against itself as mathematics: 4,970 of 5,000." in docs
     unread = docs.partition("The others:")[2].partition("Damaged at the source")[0]
     listed = [int(line.split("|")[1]) for line in unread.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert len(listed) == 30

@@ -34,7 +34,7 @@ def _decimals(gold: list) -> int:
         size = abs(float(gold[0]))
     except (TypeError, ValueError, IndexError, OverflowError):
         return 6
-    return max(6, 3 - math.floor(math.log10(size))) if size > 0 else 6
+    return max(6, 3 - math.floor(math.log10(size))) if 0 < size < 1 else 6
 
 
 def main() -> None:
