@@ -123,6 +123,7 @@ def test_parts_of_a_group_on_several_processes_are_joined():
 
 def test_metrics_count_what_is_shared_once():
     parent = record(
+        tool_mask=[1] * 4 + [0] * 2 + [1] * 4,
         segments=[(0, 4), (6, 10)],
         calls=[call(seconds=3.0)],
         rewards={"accuracy": 1.0, "format": 1.0},
@@ -153,7 +154,7 @@ def test_metrics_count_what_is_shared_once():
         "tools/calls_saved": 1,
         "tools/search/calls": 1,
         "tools/python/failures": 1,
-        "completions/mean_length": 10,
+        "completions/mean_length": 9,  # model tokens: 8 and, for this test, 10
         "completions/truncated": 0.5,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

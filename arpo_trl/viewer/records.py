@@ -18,8 +18,8 @@ from ..tools.executor import ToolCall
 Row = dict[str, Any]
 
 _FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
-_REQUIRED = ("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "segments")
-_REQUIRED += ("tool_calls", "truncated", "rewards", "advantage", "shared_advantages")
+_REQUIRED = ("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask")
+_REQUIRED += ("segments", "tool_calls", "truncated", "rewards", "advantage", "shared_advantages")
 _SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
 _CALL = ("name", "arguments", "result", "error", "seconds", "cached")
 
@@ -136,7 +136,7 @@ def step_metrics(groups: list[list[Row]]) -> dict[str, float]:
     rolled_out = [_rolled_out(group) for group in groups]
     tools = sorted({call["name"] for row in rows for call in row["tool_calls"]})
     metrics |= rollout_metrics(rollout_sums(rolled_out), slowest_calls(rolled_out, tools), tools)
-    metrics["completions/mean_length"] = _mean(len(row["completion_ids"]) for row in rows)
+    metrics["completions/mean_length"] = _mean(sum(row["tool_mask"]) for row in rows)  # model tokens, as TRL counts
     metrics["completions/truncated"] = _mean(row["truncated"] for row in rows)
     return {name: value for name, value in metrics.items() if value is not None}
 

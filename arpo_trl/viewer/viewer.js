@@ -89,7 +89,7 @@ function partFacts(part, row) {
 const callFacts = (call) =>
   joined([
     call.error != null && "failed",
-    call.seconds != null && `${number(call.seconds)} s`,
+    call.seconds != null && (call.seconds < 0.001 ? "under 1 ms" : `${number(call.seconds)} s`),
     call.cached && "from cache",
     call.shared && "shared, not run again",
   ]);
@@ -207,6 +207,7 @@ function drawLegend() {
     entry(sample(svg("rect", { class: "result", x: 1, y: 2, width: 24, height: 10, rx: 2 })), "tool result"),
     entry(sample([svg("rect", { class: "result failed", x: 1, y: 2, width: 24, height: 10, rx: 2 }), svg("path", { class: "cross", d: "M10 4 l6 6 m0 -6 l-6 6" })]), "failed call"),
     entry(sample([svg("path", { class: "fork", d: "M6 3 V8 q0 4 4 4 H24" }), svg("circle", { class: "fork-dot", cx: 6, cy: 3, r: 3 })]), "fork"),
+    entry(node("b", {}, "+"), "supplement"),
     entry(sample([-1, 0, 1].map((value, i) => svg("circle", { class: "leaf", cx: 5 + 8 * i, cy: 7, r: 4.5, "--colour": rewardColour(value * largestReward) }))), "reward −, 0, +"),
   );
 }
@@ -264,9 +265,9 @@ function callCard(call, named) {
   const given = call.arguments && typeof call.arguments === "object" ? Object.entries(call.arguments) : [["arguments", call.arguments ?? ""]];
   return [
     named && node("div", { class: "facts" }, node("b", {}, call.name), " ", callFacts(call)),
-    given.map(([name, value]) => [node("div", { class: "argument" }, name), textOf(asText(value), { class: "given" })]),
-    node("div", { class: "argument" }, "result"),
-    textOf(call.result, { class: "answer" }),
+    node("div", { class: "call" },
+      given.map(([name, value]) => [node("div", {}, name), textOf(asText(value), { class: "given" })]),
+      node("div", {}, "result"), textOf(call.result, { class: "answer" })),
     call.error != null && call.error !== call.result && node("pre", { class: "failed-text" }, call.error),
   ];
 }
