@@ -47,7 +47,7 @@ PHRASES = (
     *("system\n", "user\n", "assistant\n"),
     *("How many years older is ", "How many years younger is ", " than ", "?"),
     *("How old was the birthplace of ", " when they were born?"),
-    *("Page 1: ", " was born in ", " was founded in ", " in "),
+    *("Page 1: ", " was born in ", " was founded in ", " in ", "foundation of "),
     *("<think>", "</think>", "<search>", "</search>", "<python>", "</python>", "<result>", "</result>"),
     *("<answer>", "</answer>", "\\boxed{", "print("),
     PLAN,
@@ -115,10 +115,14 @@ class World:
         self.birthplace = {person: rng.choice(towns) for person in people}
 
     def passage(self, entity: str) -> str:
-        """All that the corpus says of a person or town: the passage that a search for the name finds first."""
+        """All that the corpus says of a person or town."""
         if entity in self.founded:
             return f"{entity} was founded in {self.founded[entity]}."
         return f"{entity} was born in {self.born[entity]} in {self.birthplace[entity]}."
+
+    def query(self, entity: str) -> str:
+        """The search that finds the passage of a person or town first."""
+        return f"foundation of {entity}" if entity in self.founded else entity
 
     @property
     def passages(self) -> list[str]:
@@ -212,7 +216,7 @@ class World:
         )
 
     def _look_up(self, entity: str) -> str:
-        return f"<search>{entity}</search><result>{format_passages([self.passage(entity)])}</result>"
+        return f"<search>{self.query(entity)}</search><result>{format_passages([self.passage(entity)])}</result>"
 
 
 def invent_names(rng: random.Random, count: int, patterns: tuple[str, ...]) -> list[str]:
