@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import (
     ModelConfig,
     ScriptArguments,
@@ -97,31 +97,47 @@ def load_traces(path: str, split: str = "train", config: str | None = None, prot
     return traces
 
 
-def mask_tool_results(
-    traces: Dataset, tokenizer: PreTrainedTokenizerBase, protocol: str, training_args: SFTConfig
-) -> Dataset:
+def cold_start_trainer(
+    model: str | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    traces: Dataset,
+    eval_traces: Dataset | None = None,
+    protocol: str = "tags",
+    **kwargs,
+) -> SFTTrainer:
     """
-    Make sure that no loss falls on tool results: sets what `SFTTrainer` needs for it in `training_args`.
+    A trainer whose loss leaves tool results out.
 
     Args:
-        traces (`Dataset`): Data set with a column `messages`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer of the model.
-        protocol (`str`): `"tags"` or `"chat_template"`.
-        training_args ([`~trl.SFTConfig`]): Changed in place.
+        model (`str` or [`~transformers.PreTrainedModel`]): Model, or where it is.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with a chat template.
+        args ([`~trl.SFTConfig`]): Training arguments; the one that chooses where loss falls is set here.
+        traces (`Dataset`): Data set with a column `messages`, and possibly `tools`.
+        eval_traces (`Dataset`, *optional*): As `traces`.
+        protocol (`str`, *optional*, defaults to `"tags"`): `"tags"` or `"chat_template"`.
+        **kwargs: Passed to [`~trl.SFTTrainer`].
 
     Returns:
-        `Dataset`: For `"tags"` the tokens and their mask; for `"chat_template"` the messages, from which `SFTTrainer`
-        makes both with the training variant of the chat template.
+        [`~trl.SFTTrainer`]: For the chat template it finds the assistant's tokens with TRL's training variant of the
+        template; for tags it gets tokens and mask from here.
     """
     if protocol == "chat_template":
-        training_args.assistant_only_loss = True
-        return traces
-    training_args.completion_only_loss = True
-    return traces.map(
-        lambda row: tags_sft_features(tokenizer, row["messages"]),
-        remove_columns=traces.column_names,
-        desc="Tokenizing",
+        args.assistant_only_loss = True
+    else:
+        args.completion_only_loss = True
+        traces = _tokenize_tags(traces, tokenizer)
+        eval_traces = eval_traces and _tokenize_tags(eval_traces, tokenizer)
+    return SFTTrainer(
+        model, args, train_dataset=traces, eval_dataset=eval_traces, processing_class=tokenizer, **kwargs
     )
+
+
+def _tokenize_tags(traces: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    def tokenize(row):
+        return tags_sft_features(tokenizer, row["messages"])
+
+    return traces.map(tokenize, remove_columns=traces.column_names, desc="Tokenizing")
 
 
 def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: ModelConfig) -> SFTTrainer:
@@ -141,15 +157,15 @@ def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: 
     )
 
     def load(split: str) -> Dataset:
-        traces = load_traces(script_args.dataset_name, split, script_args.dataset_config, script_args.tool_protocol)
-        return mask_tool_results(traces, tokenizer, script_args.tool_protocol, training_args)
+        return load_traces(script_args.dataset_name, split, script_args.dataset_config, script_args.tool_protocol)
 
-    trainer = SFTTrainer(
-        model=model_args.model_name_or_path,
-        args=training_args,
-        train_dataset=load(script_args.dataset_train_split),
-        eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
-        processing_class=tokenizer,
+    trainer = cold_start_trainer(
+        model_args.model_name_or_path,
+        tokenizer,
+        training_args,
+        load(script_args.dataset_train_split),
+        load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
+        script_args.tool_protocol,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
