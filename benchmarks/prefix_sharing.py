@@ -1,0 +1,252 @@
+"""
+The training step with shared prefixes against TRL's row by row: forward and backward of the same rows, both sides in
+one run and interleaved, medians of several repeats.
+
+    python benchmarks/prefix_sharing.py --json outputs/prefix_sharing.json
+    python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
+
+Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and finding
+the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
+holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared micro-batch that needs no
+more memory than row by row at 4. Memory is the peak of the resident set, each measurement in a process of its own.
+
+Not covered: the optimiser, generation, and anything but a CPU unless `--device cuda` is given.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, Qwen3Config
+from trl import GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from arpo_trl.prefix_sharing import shared_prefix_logps
+from arpo_trl.prefix_tree import Cost, pack, sibling_order
+
+VOCABULARY = 1030
+REFERENCE = 4  # micro-batch of the row-by-row side that others are held against
+SIDES = ("row by row", "shared")
+
+
+def grow(rng: np.random.Generator, prompt: int, completion: int, roots: int, rounds: list[list[int]]) -> list:
+    """
+    One group: `roots` rows from a prompt, then forks. `rounds[d]` holds, for each fork that leaves at the end of tool
+    round d of `len(rounds) + 1` segments of equal length, the index of the row that it leaves.
+    """
+    start = rng.integers(0, VOCABULARY, prompt)
+    rows = [np.r_[start, rng.integers(0, VOCABULARY, completion)] for _ in range(roots)]
+    for depth, parents in enumerate(rounds, start=1):
+        cut = prompt + depth * completion // (len(rounds) + 1)
+        rows += [
+            np.r_[rows[parent][:cut], rng.integers(0, VOCABULARY, prompt + completion - cut)] for parent in parents
+        ]
+    return rows
+
+
+def forked_once(rng: np.random.Generator) -> list:
+    """8 roots, each forked once at token 220 of 400."""
+    start = rng.integers(0, VOCABULARY, 300)
+    roots = [np.r_[start, rng.integers(0, VOCABULARY, 400)] for _ in range(8)]
+    return roots + [np.r_[root[:520], rng.integers(0, VOCABULARY, 180)] for root in roots]
+
+
+def four_rounds(rng: np.random.Generator) -> list:
+    """2 roots that branch after each of four tool rounds: 2, 4, 4 and 4 forks."""
+    return grow(rng, 300, 400, roots=2, rounds=[[0, 1], [0, 1, 2, 3], [0, 1, 4, 5], [2, 3, 6, 7]])
+
+
+def four_rounds_default(rng: np.random.Generator) -> list:
+    """The default of 8 roots, with 2 forks after each of four tool rounds."""
+    return grow(rng, 300, 400, roots=8, rounds=[[0, 1], [2, 8], [3, 10], [4, 12]])
+
+
+def nothing_shared(rng: np.random.Generator) -> list:
+    """8 rows with prompts of their own, all of one length: nothing shared and nothing padded."""
+    return [rng.integers(0, VOCABULARY, 700) for _ in range(8)]
+
+
+def ragged(rng: np.random.Generator) -> list:
+    """8 rows with prompts of their own, completions of 40 to 400 tokens: nothing shared, but padding to leave out."""
+    return [rng.integers(0, VOCABULARY, 300 + length) for length in rng.integers(40, 401, 8)]
+
+
+# name: (rows, ratio to reach)
+CASES: dict[str, tuple[Callable[[np.random.Generator], list], float]] = {
+    "forked-once": (forked_once, 2.0),
+    "four-rounds": (four_rounds, 2.5),
+    "four-rounds-8-roots": (four_rounds_default, 1.0),
+    "nothing-shared": (nothing_shared, 0.97),
+    "ragged": (ragged, 0.97),
+}
+PROMPT = 300
+
+
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        intermediate_size=3 * args.hidden,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 128,
+        head_dim=64,
+        vocab_size=VOCABULARY,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(args.device)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model.train()
+
+
+def shuffled_rows(case: str) -> list:
+    rng = np.random.default_rng(0)
+    rows = CASES[case][0](rng)
+    return [rows[place] for place in rng.permutation(len(rows))]
+
+
+def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device: str) -> None:
+    """Forward and backward of all rows, in micro-batches, gradients accumulated."""
+    score = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
+    trainer = SimpleNamespace(accelerator=Accelerator(cpu=device == "cpu"))
+    if side == "shared":
+        rows = [rows[place] for place in sibling_order(rows, len(rows) // micro_batch, len(rows) // micro_batch)]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], mask[place, : len(row)] = torch.from_numpy(row), 1
+    for part, kept in zip(ids.to(device).split(micro_batch), mask.to(device).split(micro_batch), strict=True):
+        scores = shared_prefix_logps(model, part, kept, width - PROMPT, True) if side == "shared" else None
+        if scores is None:
+            scores = score(trainer, model, part, kept, width - PROMPT, compute_entropy=True)
+        (scores[0].sum() + scores[1].sum()).backward()
+
+
+def seconds(function: Callable[[], None], device: str) -> tuple[float, float]:
+    """Wall-clock and CPU seconds of a call; the second is the steadier one on a machine with other work."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def peak_memory(case: str, side: str, micro_batch: int, args: argparse.Namespace) -> float:
+    """Peak of one step in MiB, from a process that does nothing else."""
+    options = ["--hidden", args.hidden, "--layers", args.layers, "--device", args.device]
+    command = [sys.executable, __file__, "--peak-of", case, side, micro_batch, *options]
+    answer = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
+    return float(answer.stdout.split()[-1])
+
+
+def print_peak(case: str, side: str, micro_batch: int, args: argparse.Namespace) -> None:
+    model, rows = build_model(args), shuffled_rows(case)
+    step(model, rows, side, micro_batch, args.device)
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        kilobyte = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**20)
+
+
+def measure(case: str, args: argparse.Namespace) -> dict:
+    model, rows = build_model(args), shuffled_rows(case)
+    sizes = [size for size in args.micro_batches if len(rows) % size == 0]
+    runs = [(side, size) for size in sizes for side in SIDES]
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {run: [] for run in runs}
+    for repeat in range(args.repeats + 1):  # the first warms up
+        for side, size in runs:
+            model.zero_grad()
+            taken = seconds(lambda side=side, size=size: step(model, rows, side, size, args.device), args.device)
+            if repeat:
+                times[side, size].append(taken)
+    lines = []
+    for side, size in runs:
+        wall, cpu = (statistics.median(column) for column in zip(*times[side, size], strict=True))
+        peak = peak_memory(case, side, size, args)
+        lines.append({"side": side, "micro_batch": size, "seconds": wall, "cpu_seconds": cpu, "peak_mib": peak})
+    whole = pack(rows, [PROMPT] * len(rows), Cost(token=1, pair=0, call=0))
+    return {
+        "case": case,
+        "what": " ".join((CASES[case][0].__doc__ or "").split()),
+        "rows": len(rows),
+        "distinct_token_fraction": len(whole.input_ids) / (len(rows) * (max(map(len, rows)) - 1)),
+        "target": CASES[case][1],
+        **headline(lines),
+        "runs": lines,
+    }
+
+
+def headline(lines: list[dict]) -> dict:
+    """The fastest sharing run that needs no more memory than row by row at `REFERENCE`, and what it gains."""
+    baseline = {line["micro_batch"]: line for line in lines if line["side"] == "row by row"}
+    reference = baseline[REFERENCE if REFERENCE in baseline else min(baseline)]
+    fitting = [line for line in lines if line["side"] == "shared" and line["peak_mib"] <= 1.01 * reference["peak_mib"]]
+    if not fitting:
+        return {"ratio": None}
+    best = min(fitting, key=lambda line: line["seconds"])
+    return {
+        "micro_batch": best["micro_batch"],
+        "ratio": reference["seconds"] / best["seconds"],
+        "cpu_ratio": reference["cpu_seconds"] / best["cpu_seconds"],
+        "ratio_to_best_row_by_row": min(line["seconds"] for line in baseline.values()) / best["seconds"],
+        "memory_ratio": best["peak_mib"] / reference["peak_mib"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 128")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        case, side, micro_batch = args.peak_of
+        return print_peak(case, side, int(micro_batch), args)
+
+    print(f"{'case':<21}{'side':<12}{'micro-batch':>11}{'seconds':>9}{'CPU s':>8}{'peak MiB':>10}{'x':>7}{'x CPU':>7}")
+    results = []
+    for case in args.cases:
+        result = measure(case, args)
+        results.append(result)
+        reference = {line["micro_batch"]: line for line in result["runs"] if line["side"] == "row by row"}
+        for line in result["runs"]:
+            same = reference[line["micro_batch"]]
+            print(
+                f"{case:<21}{line['side']:<12}{line['micro_batch']:>11}{line['seconds']:>9.2f}"
+                f"{line['cpu_seconds']:>8.2f}{line['peak_mib']:>10.0f}{same['seconds'] / line['seconds']:>7.2f}"
+                f"{same['cpu_seconds'] / line['cpu_seconds']:>7.2f}"
+            )
+        if result["ratio"] is None:
+            print(f"  → no sharing run fits the memory of row by row at {REFERENCE}")
+        else:
+            print(
+                f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; {result['ratio_to_best_row_by_row']:.2f}x"
+                f" the fastest row by row) at {result['memory_ratio']:.2f} of the memory; target {result['target']:.2f}x;"
+                f" {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
+                flush=True,
+            )
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"hidden": args.hidden, "layers": args.layers, "device": args.device, "repeats": args.repeats}
+        settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+        args.json.write_text(json.dumps({"settings": settings, "cases": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
