@@ -106,6 +106,7 @@ def test_mcp_tools_take_options(tools, executor):
 
 
 def test_a_dead_mcp_server_is_an_error_and_nothing_is_left(stdio, executor):
+    executor.run([(ToolCall("sleep", {"delay": 0}), asyncio.sleep)])  # its own threads have started
     before = threading.active_count()
     with mcp_tools(stdio()) as tools:
         tools = {tool.__name__: tool for tool in tools}
