@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from .protocols import encode_plain
-from .rewards.completions import TOOL_TAGS, result_spans
+from .rewards.completions import result_spans
 
 ToolProtocolName = Literal["tags", "chat_template"]
 
@@ -204,8 +204,8 @@ def trace_messages(trace: str) -> list[dict[str, Any]]:
     r"""
     A trace of the tags protocol as the turns of the chat-template protocol.
 
-    Every `<search>…</search>` or `<python>…</python>` that is followed by a `<result>` becomes a call of the assistant
-    turn that holds the text before it, the result a tool turn; the `<answer>` tags come off.
+    Every `<search>…</search>` (or `<python>`, or any other tag) that is followed by a `<result>` becomes a call of the
+    assistant turn that holds the text before it, the result a tool turn; the `<answer>` tags come off.
 
     Args:
         trace (`str`): An assistant turn of the cold-start set.
@@ -219,7 +219,7 @@ def trace_messages(trace: str) -> list[dict[str, Any]]:
         before = trace[position:start].rstrip().removesuffix(f"</{name}>")
         text, opened, body = before.rpartition(f"<{name}>")
         if opened:
-            function = {"name": name, "arguments": {TOOL_ARGUMENTS[name]: body.strip()}}
+            function = {"name": name, "arguments": {TOOL_ARGUMENTS.get(name, "text"): body.strip()}}
             call = {"type": "function", "function": function}
             turns.append({"role": "assistant", "content": text.strip(), "tool_calls": [call]})
             result = trace[start:end].removeprefix("<result>").removesuffix("</result>").strip()
@@ -281,9 +281,7 @@ def _structured(messages: list[dict[str, str]]) -> list[dict[str, Any]]:
     return structured
 
 
-def tags_sft_features(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], tool_tags: Sequence[str] = TOOL_TAGS
-) -> dict[str, list[int]]:
+def tags_sft_features(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """
     Tokens of a conversation of the tags protocol, and a mask that leaves tool output out of the loss.
 
@@ -293,7 +291,6 @@ def tags_sft_features(
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with a chat template.
         messages (`list[dict]`): Conversation whose last message is the assistant turn to learn.
-        tool_tags (`Sequence[str]`): Tags whose `<result>` is tool output.
 
     Returns:
         `dict`: `input_ids` (`list[int]`) and `completion_mask` (`list[int]`), 1 on tokens that carry loss: the last
@@ -305,7 +302,7 @@ def tags_sft_features(
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     mask = [0] * len(ids)
     text, position = messages[-1]["content"], 0
-    for start, end in [(start, end) for _, start, end in result_spans(text, tool_tags)] + [(len(text), len(text))]:
+    for start, end in [(start, end) for _, start, end in result_spans(text)] + [(len(text), len(text))]:
         written = tokenizer.encode(text[position:start], add_special_tokens=False)
         result = encode_plain(tokenizer, text[start:end])
         ids += written + result

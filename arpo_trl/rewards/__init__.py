@@ -9,7 +9,7 @@ nothing to say about. A new one goes into a file of its own and needs no entry a
 """
 
 from .completions import executed_tools, extract_answer, extract_boxed
-from .composite import arpo_reward, make_arpo_reward
+from .composite import arpo_chat_reward, arpo_reward, make_arpo_reward
 from .format import chat_format_error, chat_format_reward, tags_format_error, tags_format_reward
 from .judge import make_judge_reward
 from .mathematics import MathVerifier, math_reward
@@ -17,6 +17,7 @@ from .qa import exact_match, exact_match_reward, normalize_answer, token_f1, tok
 
 __all__ = [
     "MathVerifier",
+    "arpo_chat_reward",
     "arpo_reward",
     "chat_format_error",
     "chat_format_reward",

@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-TOOL_TAGS = ("search", "python")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
+# of any tool: a call's closing tag, right before a result
+_CALL_END = re.compile(r"</(?!(?:think|answer|result)>)([\w.-]+)>\s*(?=<result>)")
 _END_TOKEN = re.compile(r"(<\|[^|<>\s]{1,40}\|>|</s>|<eos>)\Z")
 
 
@@ -82,9 +83,7 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-def executed_tools(
-    completions: list, tool_calls: list[list[dict]] | None = None, tool_tags: Sequence[str] = TOOL_TAGS
-) -> list[set[str]]:
+def executed_tools(completions: list, tool_calls: list[list[dict]] | None = None) -> list[set[str]]:
     """
     Names of the tools that were executed in each row and answered without an error.
 
@@ -92,20 +91,19 @@ def executed_tools(
         completions (`list`): Completions, read where `tool_calls` is not given.
         tool_calls (`list[list[dict]]`, *optional*): Executed calls per row, as [`ARPOTrainer`] passes them. A call that
             an ancestor executed before a fork belongs to the row.
-        tool_tags (`Sequence[str]`): Tags that call a tool in the tags protocol.
     """
     if tool_calls is not None:
         return [{call["name"] for call in calls if not call.get("error")} for calls in tool_calls]
-    return [_answered_tools(completion, tool_tags) for completion in completions]
+    return [_answered_tools(completion) for completion in completions]
 
 
-def _answered_tools(completion: Any, tool_tags: Sequence[str]) -> set[str]:
+def _answered_tools(completion: Any) -> set[str]:
     if is_structured(completion):
         # TRL answers a call that failed with the text of {"error": …}
         results = [message for message in completion if message["role"] == "tool"]
         return {m["name"] for m in results if m.get("name") and not str(m["content"]).startswith("{'error':")}
     text = "\n".join(assistant_texts(completion))
-    return {name for name, start, end in result_spans(text, tool_tags)}
+    return {name for name, _, _ in result_spans(text)}
 
 
 def is_structured(completion: Any) -> bool:
@@ -135,16 +133,16 @@ def message_text(message: dict) -> str:
     return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
 
 
-def strip_results(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> str:
+def strip_results(text: str) -> str:
     """`text` without the tool results of the tags protocol."""
     kept, position = [], 0
-    for _, start, end in result_spans(text, tool_tags):
+    for _, start, end in result_spans(text):
         kept.append(text[position:start])
         position = end
     return "".join([*kept, text[position:]])
 
 
-def result_spans(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> list[tuple[str, int, int]]:
+def result_spans(text: str) -> list[tuple[str, int, int]]:
     """
     Where the tool results of the tags protocol are.
 
@@ -155,9 +153,8 @@ def result_spans(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> list[tuple[
         `list[tuple[str, int, int]]`: Name of the tool, start and end of `<result>…</result>`.
     """
     spans: list[tuple[str, int, int]] = []
-    call_end = re.compile(rf"</({'|'.join(map(re.escape, tool_tags))})>\s*(?=<result>)")
     position = 0
-    while found := call_end.search(text, position):
+    while found := _CALL_END.search(text, position):
         closing = text.find("</result>", found.end())
         position = len(text) if closing < 0 else closing + len("</result>")
         spans.append((found.group(1), found.end(), position))

@@ -95,6 +95,8 @@ def _select(columns: dict[str, Any], rows: list[int]) -> dict[str, Any]:
 
 
 arpo_reward = make_arpo_reward()
-arpo_reward.__doc__ = (
-    """The paper's reward for the tags protocol, token F1 for questions. See [`~rewards.make_arpo_reward`]."""
-)
+arpo_reward.__doc__ = "The paper's reward for the tags protocol. See [`~rewards.make_arpo_reward`]."
+
+arpo_chat_reward = make_arpo_reward("chat_template")
+arpo_chat_reward.__name__ = "arpo_chat_reward"
+arpo_chat_reward.__doc__ = "The paper's reward for the chat-template protocol. See [`~rewards.make_arpo_reward`]."

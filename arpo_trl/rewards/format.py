@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .completions import (
-    TOOL_TAGS,
     assistant_texts,
     closing_text,
     extract_boxed,
     mean,
     model_texts,
+    result_spans,
     strip_end,
 )
+
+TOOL_TAGS = ("search", "python")
 
 
 def tags_format_error(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> str | None:
@@ -34,10 +36,9 @@ def tags_format_error(text: str, tool_tags: Sequence[str] = TOOL_TAGS) -> str | 
         `str` or `None`: The first fault; `None` if the format is good.
     """
     text = strip_end(text)
-    tools = "|".join(map(re.escape, tool_tags))
-    if re.search(rf"</({tools})>\s*<result>", text):
+    if result_spans(text):
         return "the model wrote a tool result itself"
-    tag = re.compile(rf"<(/?)(think|answer|result|{tools})>")
+    tag = re.compile(rf"<(/?)({'|'.join(['think', 'answer', 'result', *map(re.escape, tool_tags)])})>")
     blocks, position = [], 0
     while found := tag.search(text, position):
         closing, name = found.groups()
