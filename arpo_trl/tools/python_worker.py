@@ -85,7 +85,8 @@ def run_cell(source: str) -> bool:
         text = "" if stop.code in (None, 0) else f"SystemExit: {stop.code}\n"
     except BaseException as error:
         try:
-            text = "".join(forget_library_frames(traceback.TracebackException.from_exception(error)).format())
+            shown = traceback.TracebackException(type(error), error, error.__traceback__.tb_next)
+            text = "".join(forget_library_frames(shown).format())
         except BaseException:  # an exception class of the model's own can fail at being printed, too
             text = f"{type(error).__name__}\n"
     sys.stdout.flush()
