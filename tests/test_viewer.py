@@ -476,7 +476,7 @@ def test_scripts_in_records_do_not_run(visit, tmp_path):
         page.locator("#metric").select_option(metric)
 
     assert page.evaluate("window.pwned") is None
-    assert page.locator("img, iframe, textarea, b:not(.facts b):not(.top b)").count() == 0
+    assert page.locator("img, iframe, textarea").count() == 0
     assert page.locator(".card.model pre").all_text_contents()[: len(HOSTILE)] == HOSTILE  # every character is there
     assert page.locator(".card.tool h3").all_text_contents() == HOSTILE
     assert page.locator(".card.tool pre.answer").all_text_contents() == HOSTILE

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import html
 import json
+import math
 import os
 from importlib.resources import files
 from itertools import pairwise
@@ -273,7 +274,7 @@ def _scales(groups: list[dict]) -> dict[str, float]:
 def _upper(values: list[float | None]) -> float:
     """Size that 2 % exceed: under the maximum, one outlier would make all the others look alike."""
     sizes = sorted(abs(value) for value in values if value)
-    return sizes[int(0.98 * (len(sizes) - 1))] if sizes else 1.0
+    return sizes[math.ceil(0.98 * (len(sizes) - 1))] if sizes else 1.0
 
 
 def _assemble(title: str, blocks: list[tuple[str, Any]]) -> str:

@@ -27,26 +27,31 @@ async function unpack(id) {
 
 const index = await unpack("index");
 const stepsWithTrees = index.steps.filter((step) => step.tree).map((step) => step.step);
-const TOTAL = "";
+const metrics = [...new Set(index.steps.flatMap((step) => Object.keys(step.metrics)))];
 
-// What the page shows; all of it is kept in the address, so that a link leads to the same segment.
-const state = { step: null, group: 0, row: null, token: null, other: null, measure: "entropy", metric: null, theme: null };
+// What the page shows. The address keeps it, so that a link leads to the same segment.
+const state = {
+  step: null, group: 0, row: null, token: null, other: null, measure: "entropy", metric: null, theme: null,
+};
 let groups = []; // of the step that is shown
 let group = null;
 let largestReward = 1;
 let shapes = new Map(); // part → its shape in the tree
 
-// ---------------------------------------------------------------------------------------------- values and words
+// ----------------------------------------------------------------------------------------------- values and words
 
 const number = (value, digits = 3) => (value == null ? "–" : String(+value.toFixed(digits)).replace("-", "−"));
-const signed = (value) => (value > 0 ? "+" : "") + number(value);
-const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const signed = (value, digits) => (value > 0 ? "+" : "") + number(value, digits);
+const plural = (count, word, words = word + "s") => `${count} ${count === 1 ? word : words}`;
 const joined = (facts) => facts.filter(Boolean).join(" · ");
+const unique = (values) => [...new Set(values)];
 const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
+const failed = (part) => part.kind === "tool" && part.calls.some((call) => call.error != null);
 
+// Of the function that is chosen, or the sum of all.
 function reward(row) {
   const name = $("reward").value;
-  if (name !== TOTAL) return row.rewards[name] ?? null;
+  if (name) return row.rewards[name] ?? null;
   const present = Object.values(row.rewards).filter((value) => value != null);
   return present.length ? present.reduce((a, b) => a + b, 0) : null;
 }
@@ -56,21 +61,21 @@ function rewardColour(value) {
   return `color-mix(in oklab, var(--zero), var(${value < 0 ? "--negative" : "--positive"}) ${amount}%)`;
 }
 
-function rowTitle(row) {
-  if (row.kind !== "fork") return `Row ${row.row} · ${row.kind}`;
-  return `Row ${row.row} · ` + (row.parent == null ? "fork, its parent is missing" : `fork of row ${row.parent} at token ${row.fork}`);
-}
-
-function partTitle(part) {
-  if (part.kind === "model") return "Model";
-  const names = [...new Set(part.calls.map((call) => call.name))];
-  return names.length ? names.join(", ") : "Not sampled by the model";
-}
-
 // Under hard attribution a stretch that rows share has an advantage of its own.
 function advantage(row, part) {
   const span = row.shared_advantages?.find((each) => each.start <= part.start && part.start < each.end);
   return (span ?? row).advantage;
+}
+
+function rowTitle(row) {
+  if (row.kind !== "fork") return `Row ${row.row} · ${row.kind}`;
+  if (row.parent == null) return `Row ${row.row} · fork, its parent is missing`;
+  return `Row ${row.row} · fork of row ${row.parent} at token ${row.fork}`;
+}
+
+function partTitle(part) {
+  if (part.kind === "model") return "Model";
+  return unique(part.calls.map((call) => call.name)).join(", ") || "Not sampled by the model";
 }
 
 function partFacts(part, row) {
@@ -86,15 +91,26 @@ function partFacts(part, row) {
   ]);
 }
 
-const callFacts = (call) =>
-  joined([
+function callFacts(call) {
+  return joined([
     call.error != null && "failed",
     call.seconds != null && (call.seconds < 0.001 ? "under 1 ms" : `${number(call.seconds)} s`),
     call.cached && "from cache",
     call.shared && "shared, not run again",
   ]);
+}
 
-// ------------------------------------------------------------------------------------------------------- the tree
+// Round numbers between two values, about `count` of them.
+function ticks(low, high, count) {
+  const raw = (high - low || 1) / count;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const size = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
+  const first = Math.ceil(low / size - 1e-9), last = Math.floor(high / size + 1e-9);
+  return Array.from({ length: last - first + 1 }, (_, i) => +((first + i) * size).toPrecision(12));
+}
+const ticksFor = (pixels) => Math.max(Math.round(pixels / 70), 2);
+
+// -------------------------------------------------------------------------------------------------------- the tree
 
 // Parts of a trajectory from its start: those of its ancestors up to the fork, then its own. → [[part, owner], …]
 function path(row) {
@@ -102,6 +118,7 @@ function path(row) {
   if (row.parent == null) return own;
   return [...path(group.byRow.get(row.parent)).filter(([part]) => part.start < row.fork), ...own];
 }
+const partsOf = (row) => path(row).map(([part]) => part);
 
 // Rows from top to bottom: a fork under its parent, the later fork the nearer one, so that no two lines cross.
 function lanes() {
@@ -110,24 +127,13 @@ function lanes() {
   return children(null).flatMap(below);
 }
 
-// 0…1 of the colour scale, and its sign.
-function amount(part, row) {
-  const value = state.measure === "advantage" ? advantage(row, part) : part[state.measure];
-  return value == null ? null : Math.min(Math.abs(value) / (index.scales[state.measure] || 1), 1) * (value < 0 ? -1 : 1);
-}
 const isSigned = () => state.measure === "gap" || state.measure === "advantage";
 
-function ticks(low, high, count) {
-  const raw = (high - low || 1) / count;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const size = [1, 2, 5, 10].find((factor) => factor * power >= raw) * power;
-  const first = Math.ceil(low / size - 1e-9);
-  return Array.from({ length: Math.floor(high / size + 1e-9) - first + 1 }, (_, i) => +((first + i) * size).toPrecision(12));
+// The part on the colour scale, −1…1.
+function amount(part, row) {
+  const value = state.measure === "advantage" ? advantage(row, part) : part[state.measure];
+  return value == null ? null : Math.max(-1, Math.min(value / index.scales[state.measure], 1));
 }
-
-const stripes = () =>
-  svg("pattern", { id: "stripes", width: 6, height: 6, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-    svg("rect", { class: "stripe-back", width: 6, height: 6 }), svg("line", { class: "stripe", x1: 1, x2: 1, y2: 6 }));
 
 function drawTree() {
   const LANE = 27, TOP = 24, LEFT = 54, RIGHT = 84;
@@ -135,81 +141,111 @@ function drawTree() {
   const length = Math.max(...order.map((row) => row.length), 1);
   const width = Math.max(($("tree").clientWidth - LEFT - RIGHT - 2) * $("zoom").value, 120);
   const x = (token) => LEFT + (token / length) * width;
-  const y = (row) => TOP + (order.indexOf(row) + 0.5) * LANE;
+  const middles = new Map(order.map((row, lane) => [row, TOP + (lane + 0.5) * LANE]));
   const bottom = TOP + order.length * LANE;
   const current = group.byRow.get(state.row);
-  const onPath = new Set(current ? path(current).map(([part]) => part) : []);
-
-  const under = ticks(0, length, clampTicks(width)).flatMap((token) => [
-    svg("line", { class: "grid", x1: x(token), x2: x(token), y1: TOP - 4, y2: bottom }),
-    svg("text", { x: x(token), y: 14, "text-anchor": "middle" }, token ? number(token) : "token 0"),
-  ]);
-  const over = [], dots = [];
+  const onPath = new Set(partsOf(current));
+  const back = [], lines = [], front = [], dots = [];
   shapes = new Map();
-  for (const row of order) {
-    const out = matches(row) ? "" : " out";
-    const middle = y(row);
-    const parent = row.parent == null ? null : path(row).filter(([part]) => part.end <= row.fork).at(-1)?.[1];
-    if (parent) {
-      const from = y(parent), at = x(row.fork);
-      under.push(svg("path", { class: "fork" + out, d: `M${at} ${from} V${middle - 5} q0 5 5 5` }));
-      dots.push(svg("circle", { class: "fork-dot" + out, cx: at, cy: from, r: 3.5 }));
-    }
-    over.push(svg("text", { class: "name" + out + (row === current ? " current" : ""), x: 8, y: middle + 4, onclick: () => select(row) },
-      (row.kind === "fork" ? "└ " : row.kind === "supplement" ? "+ " : "") + row.row));
-    for (const part of row.parts) {
-      const left = x(part.start) + (parent && part === row.parts[0] ? 5 : 0.75);
-      const wide = Math.max(x(part.end) - left - 0.75, 3);
-      const shape = drawPart(part, row, left, middle, wide, out);
-      if (onPath.has(part)) under.unshift(svg("rect", { class: "on-path", x: x(part.start), y: middle - LANE / 2, width: x(part.end) - x(part.start), height: LANE }));
-      shape.addEventListener("click", () => select(row, part));
-      shape.addEventListener("keydown", moveByKey);
-      hint(shape, row, part);
-      shapes.set(part, shape);
-      over.push(shape);
-      if (part.calls?.some((call) => call.error != null) && wide > 12)
-        over.push(svg("path", { class: "cross" + out, "pointer-events": "none", d: `M${left + wide / 2 - 3} ${middle - 3} l6 6 m0 -6 l-6 6` }));
-    }
-    const value = reward(row), end = x(row.length) + 12;
-    over.push(svg("circle", { class: "leaf" + out, cx: end, cy: middle, r: 6, "--colour": rewardColour(value) }));
-    over.push(svg("text", { class: "score" + out, x: end + 10, y: middle + 4 }, signed(value) + (row.truncated ? " cut" : "")));
+
+  for (const token of ticks(0, length, ticksFor(width))) {
+    lines.push(svg("line", { class: "grid", x1: x(token), x2: x(token), y1: TOP - 4, y2: bottom }));
+    lines.push(svg("text", { x: x(token), y: 14, "text-anchor": "middle" }, token ? number(token) : "token 0"));
   }
-  const drawing = svg("svg", { width: LEFT + width + RIGHT, height: bottom + 8, role: "group", "aria-label": `Tree of group ${state.group}` },
-    svg("defs", {}, stripes()), under, over, dots);
-  $("tree").replaceChildren(drawing);
+  for (const [row, middle] of middles) {
+    const out = matches(row) ? "" : " out";
+    const sign = { fork: "└ ", supplement: "+ ", initial: "" }[row.kind];
+    const name = { class: `name${out}${row === current ? " current" : ""}`, x: 8, y: middle + 4 };
+    front.push(svg("text", { ...name, onclick: () => select(row) }, sign + row.row));
+    if (row.parent != null) {
+      const owner = path(row).findLast(([part]) => part.end <= row.fork)[1], at = x(row.fork);
+      lines.push(svg("path", { class: "fork" + out, d: `M${at} ${middles.get(owner)} V${middle - 5} q0 5 5 5` }));
+      dots.push(svg("circle", { class: "fork-dot" + out, cx: at, cy: middles.get(owner), r: 3.5 }));
+    }
+    for (const part of row.parts) {
+      const afterFork = row.parent != null && part === row.parts[0];
+      const left = x(part.start) + (afterFork ? 5 : 0.75), wide = Math.max(x(part.end) - left - 0.75, 3);
+      const shape = drawPart(part, row, { x: left, width: wide }, middle, out);
+      shapes.set(part, shape);
+      front.push(shape);
+      if (failed(part) && wide > 12) front.push(cross(left + wide / 2, middle, out));
+      if (onPath.has(part)) {
+        const span = { x: x(part.start), width: x(part.end) - x(part.start) };
+        back.push(svg("rect", { class: "on-path", ...span, y: middle - LANE / 2, height: LANE }));
+      }
+    }
+    const leaf = x(row.length) + 12, score = signed(reward(row)) + (row.truncated ? " cut" : "");
+    const colour = { "--colour": rewardColour(reward(row)) };
+    front.push(svg("circle", { class: "leaf" + out, cx: leaf, cy: middle, r: 6, ...colour }));
+    front.push(svg("text", { class: "score" + out, x: leaf + 10, y: middle + 4 }, score));
+  }
+  const frame = { width: LEFT + width + RIGHT, height: bottom + 8, role: "group" };
+  $("tree").replaceChildren(
+    svg("svg", { ...frame, "aria-label": `Tree of group ${state.group}` },
+      svg("defs", {}, stripes()), back, lines, front, dots));
   markCurrent();
 }
 
-const clampTicks = (width) => Math.min(Math.max(Math.round(width / 70), 2), 60);
-
-function drawPart(part, row, left, middle, wide, out) {
+function drawPart(part, row, span, middle, out) {
   const label = `${partTitle(part)}, ${partFacts(part, row)}`;
-  const attributes = { x: left, width: wide, rx: 2, role: "button", tabindex: -1, "aria-label": label };
-  if (part.kind === "tool") {
-    const failed = part.calls.some((call) => call.error != null);
-    return svg("rect", { ...attributes, class: `piece result${failed ? " failed" : ""}${out}`, y: middle - 5, height: 10 });
+  const shape = svg("rect", { ...span, rx: 2, role: "button", tabindex: -1, "aria-label": label });
+  if (part.kind === "tool")
+    fill(shape, { class: `piece result${failed(part) ? " failed" : ""}${out}`, y: middle - 5, height: 10 }, []);
+  else {
+    const share = amount(part, row), size = Math.abs(share ?? 0);
+    const height = share == null ? 10 : 5 + 15 * size;
+    const kind = share == null ? "unread" : !isSigned() ? "" : share < 0 ? "negative" : "positive";
+    const colour = { class: `piece segment ${kind}${out}`, "--amount": `${100 * size}%` };
+    fill(shape, { ...colour, y: middle - height / 2, height }, []);
   }
-  const share = amount(part, row);
-  const thick = share == null ? 10 : 5 + 15 * Math.abs(share);
-  const kind = share == null ? "unread" : !isSigned() ? "" : share < 0 ? "negative" : "positive";
-  return svg("rect", { ...attributes, class: `piece segment ${kind}${out}`, y: middle - thick / 2, height: thick, "--amount": `${100 * Math.abs(share ?? 0)}%` });
+  shape.addEventListener("click", () => select(row, part));
+  shape.addEventListener("keydown", moveByKey);
+  shape.addEventListener("pointermove", (event) => showTip(event, partTip(part, row)));
+  shape.addEventListener("pointerleave", hideTip);
+  return shape;
+}
+
+const cross = (x, y, out = "") => svg("path", { class: "cross" + out, d: `M${x - 3} ${y - 3} l6 6 m0 -6 l-6 6` });
+
+function stripes() {
+  const size = { width: 6, height: 6 };
+  const tiling = { id: "stripes", ...size, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" };
+  return svg("pattern", tiling,
+    svg("rect", { class: "stripe-back", ...size }), svg("line", { class: "stripe", x1: 1, x2: 1, y2: 6 }));
+}
+
+function partTip(part, row) {
+  const text = (part.kind === "model" ? part.text : part.calls.map((call) => call.result).join("\n")).trim();
+  const title = joined([partTitle(part), ...(part.calls ?? []).map(callFacts)]);
+  return [
+    node("div", { class: "facts" },
+      node("b", {}, title), node("br"), rowTitle(row), node("br"), partFacts(part, row)),
+    node("pre", {}, text.length > 280 ? text.slice(0, 280) + "…" : text || "(empty)"),
+  ];
 }
 
 function drawLegend() {
-  const top = index.scales[state.measure];
-  const sample = (shape) => svg("svg", { width: 26, height: 14 }, shape);
-  const entry = (picture, text) => node("span", {}, picture, text);
-  const ramp = node("span", { class: "ramp" + (isSigned() ? " signed" : "") });
-  const unit = state.measure === "entropy" ? " nats" : "";
-  $("legend").replaceChildren(
-    node("span", {}, isSigned() ? `≤ −${number(top, 2)}` : "0", ramp, (state.measure === "probability" ? "1" : `≥ ${number(top, 2)}`) + unit),
-    entry(sample(svg("rect", { class: "segment unread", x: 1, y: 2, width: 24, height: 10, rx: 2 })), "no reading"),
-    entry(sample(svg("rect", { class: "result", x: 1, y: 2, width: 24, height: 10, rx: 2 })), "tool result"),
-    entry(sample([svg("rect", { class: "result failed", x: 1, y: 2, width: 24, height: 10, rx: 2 }), svg("path", { class: "cross", d: "M10 4 l6 6 m0 -6 l-6 6" })]), "failed call"),
-    entry(sample([svg("path", { class: "fork", d: "M6 3 V8 q0 4 4 4 H24" }), svg("circle", { class: "fork-dot", cx: 6, cy: 3, r: 3 })]), "fork"),
-    entry(node("b", {}, "+"), "supplement"),
-    entry(sample([-1, 0, 1].map((value, i) => svg("circle", { class: "leaf", cx: 5 + 8 * i, cy: 7, r: 4.5, "--colour": rewardColour(value * largestReward) }))), "reward −, 0, +"),
-  );
+  const box = { x: 1, y: 2, width: 24, height: 10, rx: 2 };
+  const sample = (...drawn) => svg("svg", { width: 26, height: 14 }, drawn);
+  const leaf = (value, i) =>
+    svg("circle", { class: "leaf", cx: 5 + 8 * i, cy: 7, r: 4.5, "--colour": rewardColour(value * largestReward) });
+  const top = number(index.scales[state.measure], 2);
+  const high = { entropy: `≥ ${top} nats`, probability: "1" }[state.measure] ?? `≥ ${top}`;
+  const entries = [
+    [isSigned() ? `≤ −${top}` : "0", node("span", { class: "ramp" + (isSigned() ? " signed" : "") }), high],
+    [sample(svg("rect", { class: "segment unread", ...box })), "no reading"],
+    [sample(svg("rect", { class: "result", ...box })), "tool result"],
+    [sample(svg("rect", { class: "result failed", ...box }), cross(13, 7)), "failed call"],
+    [
+      sample(
+        svg("path", { class: "fork", d: "M6 3 V8 q0 4 4 4 H24" }),
+        svg("circle", { class: "fork-dot", cx: 6, cy: 3, r: 3 })),
+      "fork",
+    ],
+    ["+", "supplement"],
+    [sample([-1, 0, 1].map(leaf)), "reward −, 0, +"],
+  ];
+  $("legend").replaceChildren(...entries.map((entry) => node("span", {}, entry)));
 }
 
 // One shape is in the tab order; the arrow keys move from it.
@@ -223,38 +259,46 @@ function markCurrent() {
 }
 
 function moveByKey(event) {
-  const key = event.key;
-  if (key === "Enter" || key === " ") event.target.dispatchEvent(new MouseEvent("click"));
-  else if (key.startsWith("Arrow")) {
-    const row = group.byRow.get(state.row), parts = path(row).map(([part]) => part), at = parts.indexOf(currentPart());
-    if (key === "ArrowRight") select(row, parts[Math.min(at + 1, parts.length - 1)]);
-    if (key === "ArrowLeft") select(row, parts[Math.max(at - 1, 0)]);
-    if (key === "ArrowUp" || key === "ArrowDown") {
-      const order = lanes(), next = order[order.indexOf(row) + (key === "ArrowUp" ? -1 : 1)];
-      if (next) select(next, path(next).map(([part]) => part).findLast((part) => part.start <= (state.token ?? 0)));
-    }
-    shapes.get(currentPart())?.focus();
-  } else return;
+  const row = group.byRow.get(state.row), parts = partsOf(row), at = parts.indexOf(currentPart());
+  const order = lanes(), lane = order.indexOf(row);
+  const go = {
+    ArrowRight: () => select(row, parts[Math.min(at + 1, parts.length - 1)]),
+    ArrowLeft: () => select(row, parts[Math.max(at - 1, 0)]),
+    ArrowDown: () => selectNear(order[lane + 1]),
+    ArrowUp: () => selectNear(order[lane - 1]),
+    Enter: () => event.target.dispatchEvent(new MouseEvent("click")),
+    " ": () => event.target.dispatchEvent(new MouseEvent("click")),
+  }[event.key];
+  if (!go) return;
   event.preventDefault();
+  go();
+  shapes.get(currentPart())?.focus();
 }
 
-// ------------------------------------------------------------------------------------------------- the trajectory
+function selectNear(row) {
+  if (row) select(row, partsOf(row).findLast((part) => part.start <= (state.token ?? 0)));
+}
+
+// -------------------------------------------------------------------------------------------------- the trajectory
 
 function currentPart() {
   const row = group.byRow.get(state.row);
-  return state.token == null || !row ? null : path(row).map(([part]) => part).find((part) => part.start === state.token) ?? null;
+  return partsOf(row).find((part) => part.start === state.token) ?? null;
 }
 
-function textOf(text, attributes = {}) {
-  return node("pre", { tabindex: 0, ...attributes }, text === "" ? "(empty)" : text);
-}
+const textOf = (text, attributes = {}) => node("pre", { tabindex: 0, ...attributes }, text === "" ? "(empty)" : text);
 
 function card(part, owner, row) {
-  const failed = part.kind === "tool" && part.calls.some((call) => call.error != null);
   const current = part === currentPart() && row.row === state.row;
-  return node("article", { class: `card ${part.kind}${failed ? " failed" : ""}${current ? " current" : ""}`, "aria-current": current },
+  const kind = `card ${part.kind}${failed(part) ? " failed" : ""}${current ? " current" : ""}`;
+  const facts = [
+    partFacts(part, row),
+    owner !== row && `shared with row ${owner.row}`,
+    part.calls?.length === 1 && callFacts(part.calls[0]),
+  ];
+  return node("article", { class: kind, "aria-current": current },
     node("h3", {}, partTitle(part)),
-    node("div", { class: "facts" }, joined([partFacts(part, row), owner !== row && `shared with row ${owner.row}`, part.calls?.length === 1 && callFacts(part.calls[0])])),
+    node("div", { class: "facts" }, joined(facts)),
     part.kind === "model" ? textOf(part.text) : [
       part.calls.map((call) => callCard(call, part.calls.length > 1)),
       part.text && node("details", {}, node("summary", {}, "as the model read it"), textOf(part.text)),
@@ -262,7 +306,8 @@ function card(part, owner, row) {
 }
 
 function callCard(call, named) {
-  const given = call.arguments && typeof call.arguments === "object" ? Object.entries(call.arguments) : [["arguments", call.arguments ?? ""]];
+  const isObject = call.arguments !== null && typeof call.arguments === "object";
+  const given = isObject ? Object.entries(call.arguments) : [["arguments", call.arguments ?? ""]];
   return [
     named && node("div", { class: "facts" }, node("b", {}, call.name), " ", callFacts(call)),
     node("div", { class: "call" },
@@ -273,135 +318,134 @@ function callCard(call, named) {
 }
 
 function rowFacts(row) {
-  return node("div", { class: "facts" },
-    node("b", {}, rowTitle(row)), node("br"),
-    joined([
-      ...Object.entries(row.rewards).map(([name, value]) => `${name} ${signed(value)}`),
-      row.advantage != null && `advantage ${signed(row.advantage)}`,
-      plural(row.length, "token"),
-      row.truncated && "cut at a length or call limit",
-    ]));
+  const facts = [
+    ...Object.entries(row.rewards).map(([name, value]) => `${name} ${signed(value)}`),
+    row.advantage != null && `advantage ${signed(row.advantage)}`,
+    plural(row.length, "token"),
+    row.truncated && "cut at a length or call limit",
+  ];
+  return node("div", { class: "facts" }, node("b", {}, rowTitle(row)), node("br"), joined(facts));
 }
 
 // One row, or two: what they share once, then each on its own side.
 function drawTranscript() {
   const row = group.byRow.get(state.row), other = group.byRow.get(state.other);
-  document.querySelector("main").classList.toggle("comparing", other != null);
-  const name = (each) => [each.row, `${each.row} (${each.kind}, ${signed(reward(each))})`];
-  options($("row"), group.rows.map(name));
-  options($("other"), [["", "–"], ...group.rows.filter((each) => each !== row).map(name)]);
+  const entry = (each) => [each.row, `${each.row} (${each.kind}, ${signed(reward(each))})`];
+  options($("row"), group.rows.map(entry));
+  options($("other"), [["", "–"], ...group.rows.filter((each) => each !== row).map(entry)]);
   $("row").value = row.row;
   $("other").value = other?.row ?? "";
+  document.querySelector("main").classList.toggle("comparing", other != null);
 
   const rows = other ? [row, other] : [row];
   const paths = rows.map(path);
-  const differs = other ? paths[0].findIndex(([part], i) => part !== paths[1][i]?.[0]) : 0;
-  const shared = differs < 0 ? paths[0].length : differs;
+  const differ = paths[0].findIndex(([part], i) => part !== paths[1]?.[i]?.[0]);
+  const shared = differ < 0 ? paths[0].length : differ;
+  const side = (parts, i) =>
+    node("div", { class: "side" }, parts.slice(shared).map(([part, owner]) => card(part, owner, rows[i])));
+  const prompt = [node("summary", {}, `Prompt · ${plural(group.prompt_tokens, "token")}`), textOf(group.prompt)];
   $("transcript").replaceChildren(
-    node("details", { class: "prompt" }, node("summary", {}, `Prompt · ${plural(group.prompt_tokens, "token")}`), textOf(group.prompt)),
+    node("details", { class: "prompt" }, prompt),
     node("div", { class: "sides" }, rows.map(rowFacts)),
     ...paths[0].slice(0, shared).map(([part, owner]) => card(part, owner, row)),
-    ...(other ? [node("div", { class: "divider" }, shared ? "Here they part" : "They share the prompt alone")] : []),
-    node("div", { class: "sides" }, paths.map((parts, side) =>
-      node("div", { class: "side" }, parts.slice(shared).map(([part, owner]) => card(part, owner, rows[side]))))),
+    other ? node("div", { class: "divider" }, shared ? "Here they part" : "They share the prompt alone") : "",
+    node("div", { class: "sides" }, paths.map(side)),
   );
   document.querySelector(".card.current")?.scrollIntoView({ block: "nearest" });
 }
 
-// -------------------------------------------------------------------------------------- groups, filters, metrics
+// --------------------------------------------------------------------------------------- groups, filters, metrics
 
 function matches(row) {
   const value = reward(row), low = $("reward-min").value, high = $("reward-max").value, tool = $("tool").value;
   if (low !== "" && !(value >= +low)) return false;
   if (high !== "" && !(value <= +high)) return false;
   if (tool === "any") return true;
-  const calls = row.calls;
-  if (tool === "none") return calls.length === 0;
-  return calls.some((call) => (tool === "failed" ? call.error != null : `tool ${call.name}` === tool));
+  if (tool === "none") return row.calls.length === 0;
+  return row.calls.some((call) => (tool === "failed" ? call.error != null : `tool ${call.name}` === tool));
 }
 
 function drawGroups() {
-  largestReward = 1e-9;
-  for (const each of groups) for (const row of each.rows) largestReward = Math.max(largestReward, Math.abs(reward(row) ?? 0));
-  let matching = 0, all = 0;
-  const items = groups.map((each, at) => {
-    const found = each.rows.filter(matches), values = each.rows.map(reward).filter((value) => value != null);
-    matching += found.length;
-    all += each.rows.length;
-    if (!found.length) return null;
-    const mean = values.length ? values.reduce((a, b) => a + b, 0) / values.length : null;
-    const forks = each.rows.filter((row) => row.kind === "fork").length;
-    return node("li", {}, node("button", { "aria-current": at === state.group, onclick: () => openGroup(at) },
-      node("div", { class: "top" }, node("b", {}, `Group ${at}`), node("span", {}, joined([`reward ${signed(mean == null ? null : +mean.toFixed(2))}`, plural(forks, "fork")]))),
+  const all = groups.flatMap((each) => each.rows), found = new Set(all.filter(matches));
+  largestReward = all.reduce((largest, row) => Math.max(largest, Math.abs(reward(row) ?? 0)), 1e-9);
+  $("matches").textContent = found.size === all.length
+    ? plural(all.length, "trajectory", "trajectories")
+    : `${found.size} of ${plural(all.length, "trajectory", "trajectories")} match`;
+  const shown = groups.map((each, at) => [each, at]).filter(([each]) => each.rows.some((row) => found.has(row)));
+  $("groups").replaceChildren(...shown.map(([each, at]) => groupItem(each, at, found)));
+}
+
+function groupItem(each, at, found) {
+  const rewards = each.rows.map(reward).filter((value) => value != null);
+  const mean = rewards.length ? rewards.reduce((a, b) => a + b, 0) / rewards.length : null;
+  const forks = each.rows.filter((row) => row.kind === "fork").length;
+  const leaf = (row) => node("i", { class: found.has(row) ? "" : "out", "--colour": rewardColour(reward(row)) });
+  return node("li", {},
+    node("button", { "aria-current": at === state.group, onclick: () => openGroup(at) },
+      node("div", { class: "top" },
+        node("b", {}, `Group ${at}`),
+        node("span", {}, `reward ${signed(mean, 2)} · ${plural(forks, "fork")}`)),
       node("div", { class: "preview" }, each.preview),
-      node("div", { class: "leaves" }, each.rows.map((row) => node("i", { class: found.includes(row) ? "" : "out", "--colour": rewardColour(reward(row)) })))));
-  });
-  $("groups").replaceChildren(...items.filter(Boolean));
-  $("matches").textContent = matching === all ? plural(all, "trajectory").replace("ys", "ies") : `${matching} of ${all} trajectories match`;
+      node("div", { class: "leaves" }, each.rows.map(leaf))));
 }
 
 function drawChart() {
-  const chart = $("chart"), width = chart.clientWidth, height = 120, LEFT = 46, RIGHT = 12, TOP = 8, BOTTOM = 20;
-  const points = index.steps.map((step) => [step.step, step.metrics[state.metric], step.tree]);
-  const values = points.map(([, value]) => value).filter((value) => value != null);
-  if (!width || !values.length) return chart.replaceChildren();
-  let low = Math.min(...values), high = Math.max(...values);
-  if (low === high) [low, high] = [low - 0.5, high + 0.5];
-  const [first, last] = [points[0][0], points.at(-1)[0]];
-  const x = (step) => LEFT + ((step - first) / (last - first || 1)) * (width - LEFT - RIGHT) * (last > first) + (last === first) * (width - LEFT - RIGHT) / 2;
-  const y = (value) => TOP + ((high - value) / (high - low)) * (height - TOP - BOTTOM);
-  let line = "", pen = "M";
-  for (const [step, value] of points) {
-    if (value == null) pen = "M";
-    else { line += `${pen}${x(step)} ${y(value)}`; pen = "L"; }
-  }
+  const chart = $("chart"), LEFT = 46, RIGHT = 12, TOP = 8, HEIGHT = 120, BOTTOM = HEIGHT - 20;
+  const right = chart.clientWidth - RIGHT;
+  const points = index.steps.map(({ step, tree, metrics }) => ({ step, tree, value: metrics[state.metric] }));
+  const present = points.filter((point) => point.value != null), values = present.map((point) => point.value);
+  const now = points.find((point) => point.step === state.step);
+  $("metric-value").textContent = now ? `${number(now.value)} at step ${state.step}` : "";
+  if (right < LEFT || !values.length) return chart.replaceChildren();
+
+  const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
+  const padded = (low, high) => (low === high ? [low - 0.5, high + 0.5] : [low, high]);
+  const steps = padded(points[0].step, points.at(-1).step), range = padded(Math.min(...values), Math.max(...values));
+  const x = scale(...steps, LEFT, right), y = scale(...range, BOTTOM, TOP);
+  const curve = points.map(({ step, value }, i) => {
+    const pen = i && points[i - 1].value != null ? "L" : "M"; // a step without a value leaves a gap
+    return value == null ? "" : `${pen}${x(step)} ${y(value)}`;
+  });
+  const isNow = (point) => point.step === state.step;
+  const dot = (point) =>
+    svg("circle", {
+      class: point.tree ? "" : "bare", cx: x(point.step), cy: y(point.value), r: isNow(point) ? 4.5 : 2.5,
+    });
   chart.replaceChildren(
-    ...ticks(low, high, 3).flatMap((value) => [
-      svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) }),
+    ...ticks(...range, 3).flatMap((value) => [
+      svg("line", { class: "grid", x1: LEFT, x2: right, y1: y(value), y2: y(value) }),
       svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, number(value)),
     ]),
-    ...ticks(first, last, clampTicks(width - LEFT)).filter(Number.isInteger).map((step) => svg("text", { x: x(step), y: height - 4, "text-anchor": "middle" }, step)),
-    svg("line", { class: "now", x1: x(state.step), x2: x(state.step), y1: TOP, y2: height - BOTTOM }),
-    svg("path", { class: "curve", d: line }),
-    ...points.filter(([, value]) => value != null).filter(([step], i, all) => all.length <= 120 || step === state.step)
-      .map(([step, value, tree]) => svg("circle", { class: tree ? "" : "bare", cx: x(step), cy: y(value), r: step === state.step ? 4.5 : 2.5 })),
+    ...ticks(...steps, ticksFor(right - LEFT)).filter(Number.isInteger).map((step) =>
+      svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": "middle" }, step)),
+    svg("line", { class: "now", x1: x(state.step), x2: x(state.step), y1: TOP, y2: BOTTOM }),
+    svg("path", { class: "curve", d: curve.join("") }),
+    ...present.filter((point) => present.length <= 120 || isNow(point)).map(dot),
   );
-  const nearest = (event, steps) => {
-    const at = event.clientX - chart.getBoundingClientRect().left;
-    return steps.reduce((best, step) => (Math.abs(x(step) - at) < Math.abs(x(best) - at) ? step : best));
+  const nearest = (event, among) => {
+    const distance = (step) => Math.abs(x(step) + chart.getBoundingClientRect().left - event.clientX);
+    return among.reduce((best, step) => (distance(step) < distance(best) ? step : best));
   };
   chart.onclick = (event) => openStep(nearest(event, stepsWithTrees));
   chart.onpointermove = (event) => {
-    const step = nearest(event, points.map(([each]) => each));
-    showTip(event, [`step ${step}: ${number(points.find(([each]) => each === step)[1])}`]);
+    const step = nearest(event, points.map((point) => point.step));
+    showTip(event, [`step ${step}: ${number(points.find((point) => point.step === step).value)}`]);
   };
   chart.onpointerleave = hideTip;
-  const now = points.find(([step]) => step === state.step);
-  $("metric-value").textContent = now ? `${number(now[1])} at step ${state.step}` : "";
 }
 
-// ---------------------------------------------------------------------------------------------------- small things
+// ------------------------------------------------------------------------------------- tip, address, light and dark
 
 function showTip(event, children) {
   const tip = $("tip");
   tip.replaceChildren(...children);
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
+  const fitsBelow = event.clientY + 18 + height <= innerHeight;
   tip.style.left = `${Math.max(Math.min(event.clientX + 14, innerWidth - width - 8), 8)}px`;
-  tip.style.top = `${event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18}px`;
+  tip.style.top = `${event.clientY + (fitsBelow ? 18 : -height - 12)}px`;
 }
 const hideTip = () => ($("tip").hidden = true);
-
-function hint(shape, row, part) {
-  shape.addEventListener("pointermove", (event) => {
-    const text = (part.kind === "model" ? part.text : part.calls.map((call) => call.result).join("\n")).trim();
-    showTip(event, [
-      node("div", { class: "facts" }, node("b", {}, joined([partTitle(part), ...(part.calls ?? []).map(callFacts)])), node("br"), rowTitle(row), node("br"), partFacts(part, row)),
-      node("pre", {}, text.length > 280 ? text.slice(0, 280) + "…" : text || "(empty)"),
-    ]);
-  });
-  shape.addEventListener("pointerleave", hideTip);
-}
 
 function saveAddress() {
   const kept = Object.entries(state).filter(([, value]) => value != null);
@@ -411,15 +455,14 @@ function saveAddress() {
 
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
-  for (const name of ["step", "group", "row", "token", "other"]) {
-    const value = given.get(name);
-    state[name] = value == null || value === "" || Number.isNaN(+value) ? null : +value;
-  }
+  for (const name of ["step", "group", "row", "token", "other"])
+    state[name] = /^\d+$/.test(given.get(name)) ? +given.get(name) : null;
   state.metric = metrics.includes(given.get("metric")) ? given.get("metric") : metrics[0];
   state.measure = given.get("measure") in index.scales ? given.get("measure") : "entropy";
   state.theme = given.get("theme");
 }
 
+// The theme that was chosen, or else the system's.
 function setTheme() {
   const dark = state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.classList.toggle("dark", dark);
@@ -436,22 +479,34 @@ async function openStep(step, target = {}) {
   groups = loaded;
   for (group of groups) {
     group.byRow = new Map(group.rows.map((row) => [row.row, row]));
-    for (const row of group.rows) row.calls = path(row).flatMap(([part]) => part.calls ?? []);
+    for (const row of group.rows) row.calls = partsOf(row).flatMap((part) => part.calls ?? []);
   }
-  const kept = [$("reward").value, $("tool").value];
-  const rewards = [...new Set(groups.flatMap((each) => each.rows.flatMap((row) => Object.keys(row.rewards))))];
-  const tools = [...new Set(groups.flatMap((each) => each.rows.flatMap((row) => row.calls.map((call) => call.name))))].sort();
-  options($("reward"), rewards.length > 1 ? [[TOTAL, "sum of all"], ...rewards.map((name) => [name])] : rewards.map((name) => [name]));
-  options($("tool"), [["any"], ["none", "none called"], ["failed", "a call failed"], ...tools.map((name) => [`tool ${name}`, name])]);
-  for (const [i, select_] of [$("reward"), $("tool")].entries())
-    if ([...select_.options].some((option) => option.value === kept[i])) select_.value = kept[i];
-  const position = stepsWithTrees.indexOf(step);
-  $("step").value = position;
-  $("previous-step").disabled = position === 0;
-  $("next-step").disabled = position === stepsWithTrees.length - 1;
-  $("step-name").textContent = `step ${step}` + (stepsWithTrees.length > 1 ? ` (${stepsWithTrees[0]} to ${stepsWithTrees.at(-1)})` : "");
+  offerFilters();
+  const at = stepsWithTrees.indexOf(step), last = stepsWithTrees.length - 1;
+  $("step").value = at;
+  $("previous-step").disabled = at === 0;
+  $("next-step").disabled = at === last;
+  $("step-name").textContent = `step ${step}` + (last ? ` (${stepsWithTrees[0]} to ${stepsWithTrees[last]})` : "");
   drawChart();
   openGroup(groups[target.group] ? target.group : 0, target);
+}
+
+// Reward functions and tools of the step; what was chosen before stays chosen if it is there.
+function offerFilters() {
+  const rows = groups.flatMap((each) => each.rows);
+  const names = unique(rows.flatMap((row) => Object.keys(row.rewards)));
+  const tools = unique(rows.flatMap((row) => row.calls.map((call) => call.name))).sort();
+  const offered = {
+    reward: [...(names.length > 1 ? [["", "sum of all"]] : []), ...names.map((name) => [name])],
+    tool: [
+      ["any"], ["none", "none called"], ["failed", "a call failed"], ...tools.map((name) => [`tool ${name}`, name]),
+    ],
+  };
+  for (const [id, entries] of Object.entries(offered)) {
+    const before = $(id).value;
+    options($(id), entries);
+    if (entries.some(([value]) => value === before)) $(id).value = before;
+  }
 }
 
 function openGroup(at, target = {}) {
@@ -468,16 +523,16 @@ function select(row, part = null) {
   if (state.other === row.row) state.other = null;
   state.row = row.row;
   state.token = part?.start ?? null;
-  drawTree();
-  drawTranscript();
   if (!part) $("reader").scrollTop = 0;
+  drawTranscript();
+  drawTree();
   saveAddress();
 }
 
 function draw() {
   drawGroups();
   drawLegend();
-  drawTranscript(); // before the tree: comparing changes how wide the tree is
+  drawTranscript(); // before the tree: two rows side by side leave it less room
   drawTree();
   saveAddress();
 }
@@ -490,23 +545,40 @@ function restore() {
   return openStep(stepsWithTrees.includes(state.step) ? state.step : stepsWithTrees[0], { ...state });
 }
 
-const metrics = [...new Set(index.steps.flatMap((step) => Object.keys(step.metrics)))];
 options($("metric"), metrics.map((name) => [name]));
 $("notes").textContent = index.notes.join("\n");
 $("notes").hidden = !index.notes.length;
 $("step").max = stepsWithTrees.length - 1;
-$("step").oninput = (event) => openStep(stepsWithTrees[+event.target.value]);
+$("step").oninput = () => openStep(stepsWithTrees[+$("step").value]);
 $("previous-step").onclick = () => openStep(stepsWithTrees[+$("step").value - 1]);
 $("next-step").onclick = () => openStep(stepsWithTrees[+$("step").value + 1]);
-$("theme").onclick = () => { state.theme = setTheme() ? "light" : "dark"; setTheme(); saveAddress(); };
-$("metric").onchange = (event) => { state.metric = event.target.value; drawChart(); saveAddress(); };
-$("measure").onchange = (event) => { state.measure = event.target.value; draw(); };
+$("theme").onclick = () => {
+  state.theme = setTheme() ? "light" : "dark";
+  setTheme();
+  saveAddress();
+};
+$("metric").onchange = () => {
+  state.metric = $("metric").value;
+  drawChart();
+  saveAddress();
+};
+$("measure").onchange = () => {
+  state.measure = $("measure").value;
+  draw();
+};
+$("other").onchange = () => {
+  state.other = $("other").value === "" ? null : +$("other").value;
+  draw();
+};
+$("row").onchange = () => select(group.byRow.get(+$("row").value));
 $("zoom").oninput = drawTree;
 for (const id of ["reward", "reward-min", "reward-max", "tool"]) $(id).oninput = draw;
-$("row").onchange = (event) => select(group.byRow.get(+event.target.value));
-$("other").onchange = (event) => { state.other = event.target.value === "" ? null : +event.target.value; draw(); };
 matchMedia("(prefers-color-scheme: dark)").onchange = setTheme;
 addEventListener("hashchange", restore);
-new ResizeObserver(() => { drawChart(); if (group) drawTree(); }).observe($("middle"));
+
 await restore();
+new ResizeObserver(() => {
+  drawChart();
+  drawTree();
+}).observe($("middle"));
 document.body.dataset.ready = "";
