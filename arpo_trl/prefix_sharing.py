@@ -165,7 +165,7 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
         `str` or `None`
     """
     chain = _unwrapped(model)
-    config = chain[-1].config.get_text_config()
+    config = chain[-1].config
     if config.model_type not in MODEL_TYPES:
         return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
     implementation = config._attn_implementation
@@ -177,6 +177,8 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
         return "its rotary embedding depends on the length of the batch"
     if any(isinstance(module, torch._dynamo.OptimizedModule) for module in chain):
         return "the model is compiled"
+    if any(isinstance(module, nn.DataParallel) for module in chain):
+        return "DataParallel splits a batch by rows; launch with `accelerate launch`"
     adapters = [adapter for module in chain[:-1] for adapter in getattr(module, "peft_config", {}).values()]
     if any(adapter.is_prompt_learning for adapter in adapters):
         return "a prompt-learning adapter adds tokens to each row"
@@ -242,7 +244,7 @@ def shared_prefix_logps(
     if reason := unsupported_reason(model, device):
         _log_once(reason)
         return None
-    config = _unwrapped(model)[-1].config.get_text_config()
+    config = _unwrapped(model)[-1].config
     ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
     prompt_lengths = mask[:, :-logits_to_keep].sum(1)
     stretches = mask[:, 0].astype(int) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)

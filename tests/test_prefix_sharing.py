@@ -331,6 +331,7 @@ def refused():
     yield "eager", build(QWEN3, attention="eager"), "attention 'eager'"
     yield "softcap", build(Gemma2Config(**SHAPE, head_dim=8), attention="eager"), "gemma2"
     yield "dynamic rope", build(LlamaConfig(**SHAPE, rope_parameters=rope)), "rotary"
+    yield "data parallel", torch.nn.DataParallel(build(QWEN3)), "DataParallel"
     yield "compiled", torch.compile(build(QWEN3)), "compiled"
 
 
@@ -376,6 +377,7 @@ def test_sibling_order_wants_a_whole_generation_batch():
     assert sibling_order([]) == []
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_block_masks_of_flex_attention(family, monkeypatch, always_share):
     # flex_attention has no backward on a CPU and is not offered there; its masks can still be held to sdpa, forward
