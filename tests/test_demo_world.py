@@ -137,8 +137,8 @@ def test_tokenizer_is_compact(world, tokenizer):
     person = next(iter(world.born))
     first, last = person.split()
     assert pieces(f"<search>{person}</search>") == ["<search>", f"{first} ", last, "</search>"]
-    assert pieces("<python>print(1987-34)</python>") == [*("<python>", "print(", *"1987-34)", "</python>")]
-    assert pieces("<answer>\\boxed{53}</answer>") == ["<answer>", "\\boxed{", "5", "3", "}", "</answer>"]
+    assert pieces("<python>print(1987-34)</python>") == ["<python>", "print(", "19", "87", "-", "34", ")", "</python>"]
+    assert pieces("<answer>\\boxed{53}</answer>") == ["<answer>", "\\boxed{", "53", "}", "</answer>"]
 
 
 def test_a_name_is_the_same_tokens_wherever_it_stands(world, tokenizer):
