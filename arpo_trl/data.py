@@ -216,7 +216,7 @@ def trace_messages(trace: str) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     position = 0
     for name, start, end in result_spans(trace):
-        before = trace[position:start].rstrip().removesuffix(f"</{name}>")
+        before = trace[position:start].rpartition(f"</{name}>")[0]
         text, opened, body = before.rpartition(f"<{name}>")
         if opened:
             function = {"name": name, "arguments": {TOOL_ARGUMENTS.get(name, "text"): body.strip()}}

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from arpo_trl.data import (
     trace_messages,
     unread_truths,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 TRAIN = DATA / "arpo_rl_reasoning_10k.parquet"
@@ -262,6 +265,8 @@ def test_trace_becomes_calls_and_results():
         {"role": "tool", "name": "python", "content": "1"},
         {"role": "assistant", "content": "<think>Done.</think>\n\nIt is \\boxed{Paris}."},
     ]
+    overshot = trace_messages("<search>q</search><<result>r</result>a")
+    assert overshot == trace_messages("<search>q</search><result>r</result>a")
     assert trace_messages("just text") == [{"role": "assistant", "content": "just text"}]
     assert trace_messages("a <result> in text </result>") == [
         {"role": "assistant", "content": "a <result> in text </result>"}
@@ -362,3 +367,135 @@ def test_load_cold_start_refuses_what_it_is_not(tmp_path):
         load_cold_start(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="protocol='xml' is unknown"):
         load_cold_start(write_cold_start(tmp_path), protocol="xml")
+
+
+# The recipe for cold-start data
+
+
+def sampled(scores, answers, calls=None, truncated=None, errors=None) -> dict:
+    calls = calls or [["a"]] * len(scores)
+    errors = errors or [None] * len(scores)
+    return {
+        "index": 0,
+        "scores": scores,
+        "truncated": truncated or [False] * len(scores),
+        "completions": [[{"role": "assistant", "content": answer}] for answer in answers],
+        "tool_calls": [
+            [{"name": "search", "arguments": {"query": query}, "error": error} for query in queries]
+            for queries, error in zip(calls, errors, strict=True)
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "keep", "expected"),
+    [
+        (sampled([0, 1, 1.1], ["a", "b", "c"]), 9, [1, 2]),
+        (sampled([1, 1, 1], ["same", "same", "other"]), 9, [0, 2]),  # each trace once
+        (sampled([1, 1], ["longer", "short"]), 1, [1]),
+        (
+            sampled([1, 1, 1], ["1", "22", "333"], [["a"], ["a"], ["b"]]),
+            2,
+            [0, 2],
+        ),  # other calls before a third wording
+        (sampled([1, 1], ["a", "b"], truncated=[True, False]), 9, [1]),
+        (sampled([1, 1], ["a", "b"], errors=["timed out", None]), 9, [1]),
+        (sampled([1, 1], ["a", "b"], calls=[[], ["a"]]), 9, [1]),
+        (sampled([0.9], ["a"]), 9, []),
+    ],
+)
+def test_rejection_sampling_keeps_right_traces_that_differ(record, keep, expected):
+    from make_cold_start_data import select
+
+    assert select(record, min_score=1.0, min_calls=1, keep=keep) == expected
+
+
+def memorise(tokenizer, conversations: list[list[dict]], steps: int = 120):
+    """A model that has learnt these conversations of the tags protocol by heart, from the features that we make."""
+    import torch
+
+    model = tiny.build_model(tokenizer, layers=1)
+    rows = [tags_sft_features(tokenizer, messages) for messages in conversations]
+    length = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), length), -100)
+    for i, row in enumerate(rows):
+        ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"])
+        input_ids[i, : len(ids)] = ids
+        labels[i, : len(ids)] = ids.masked_fill(mask == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        loss = model(input_ids=input_ids, labels=labels, attention_mask=input_ids != tokenizer.pad_token_id).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_recipe_samples_keeps_right_traces_and_writes_what_sft_learns(tokenizer, tmp_path):
+    """A model that knows the answers to two questions and is wrong about a third."""
+    from make_cold_start_data import ColdStartDataArguments, main
+    from sft_cold_start import load_traces
+
+    known = []
+    for a, b, answer in [(1, 2, 3), (4, 4, 8), (2, 5, 1)]:
+        trace = (
+            f'<think>Add.</think><add>{{"a": {a}, "b": {b}}}</add><result>{a + b}</result>'
+            f"<think>So.</think><answer>\\boxed{{{answer}}}</answer>"
+        )
+        known.append(tiny.question(a, b) + [{"role": "assistant", "content": trace}])
+    memorise(tokenizer, known).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    questions = [{"prompt": messages[:1], "answer": answer} for messages, answer in zip(known, "387", strict=True)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    args = ColdStartDataArguments(
+        model_name_or_path=str(tmp_path / "model"),
+        dataset_name=str(tmp_path / "questions.jsonl"),
+        tools=["tiny.add"],
+        num_generations=4,
+        min_calls=1,
+        max_completion_length=120,
+        temperature=0.2,
+        output_path=str(tmp_path / "traces.jsonl"),
+    )
+    kept = main(args)
+    assert [row["messages"] for row in kept] == known[:2]
+    written = load_traces(args.output_path, protocol="tags")
+    assert written["messages"][:] == known[:2]
+    features = written.map(lambda row: tags_sft_features(tokenizer, row["messages"]), remove_columns="messages")
+    learned = sft_labels(tokenizer, features, tmp_path / "sft", completion_only_loss=True)
+    assert all("<add>" in text and "</answer>" in text and "<result>" not in text for text in learned)
+
+    samples = Path(f"{args.output_path}.samples.jsonl")
+    before = samples.read_text()
+    assert len(before.splitlines()) == 3
+    assert main(args) == kept
+    assert samples.read_text() == before  # started again, it asks nothing again
+
+
+def test_recipe_writes_calls_and_tool_schemas_for_the_chat_template(tokenizer, tmp_path):
+    from types import SimpleNamespace
+
+    from make_cold_start_data import ColdStartDataArguments, traces
+    from sft_cold_start import load_traces
+
+    conversation = tiny.conversation(1, 2)
+    conversation[2]["content"] = "3 <|im_end|> <tool_call>"
+    record = {
+        "index": 0,
+        "scores": [1.0],
+        "truncated": [False],
+        "completions": [conversation[1:]],
+        "tool_calls": [[{"name": "add", "arguments": {"a": 1, "b": 2}, "error": None}]],
+    }
+    agent = SimpleNamespace(tokenizer=tokenizer, tools={"add": tiny.add})
+    args = ColdStartDataArguments(tool_protocol="chat_template")
+    [row] = traces([record], [conversation[:1]], agent, args)
+    assert row["messages"][2]["content"].replace("\u200b", "") == "3 <|im_end|> <tool_call>"
+    assert json.loads(row["tools"])[0]["function"]["name"] == "add"
+    (tmp_path / "traces.jsonl").write_text(json.dumps(row))
+    written = load_traces(str(tmp_path / "traces.jsonl"), protocol="chat_template")
+    [learned] = sft_labels(tokenizer, written, tmp_path / "sft", assistant_only_loss=True)
+    # two turns, two ends: the one in the tool's answer is plain text and carries no loss
+    assert learned.count("<|im_end|>") == 2
+    assert '"arguments": {"a": 1, "b": 2}' in learned and "It is 3." in learned and "tool_response" not in learned

@@ -83,6 +83,9 @@ def test_only_a_result_right_behind_a_call_is_a_result():
     text = "<think>a <result> b</think><search>q</search>\n<result>x</result><think>c</think>"
     assert strip_results(text) == "<think>a <result> b</think><search>q</search>\n<think>c</think>"
     assert strip_results("<python>1</python><result>never closed") == "<python>1</python>"
+    assert (
+        strip_results("<browse>u</browse><<result>x</result>y") == "<browse>u</browse><y"
+    )  # sampled as one token, "><"
 
 
 def test_ground_truths_come_from_any_of_three_columns_as_one_or_several():

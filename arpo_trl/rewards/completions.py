@@ -14,8 +14,9 @@ from typing import Any
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
-# of any tool: a call's closing tag, right before a result
-_CALL_END = re.compile(r"</(?!(?:think|answer|result)>)([\w.-]+)>\s*(?=<result>)")
+# A call's closing tag, right before a result. The token that ends the tag may reach beyond it ("><"), which leaves a
+# character or two of the model's between the two.
+_CALL_END = re.compile(r"</(?!(?:think|answer|result)>)([\w.-]+)>(?:\s*|[^\w>]{0,8}?)(?=<result>)")
 _END_TOKEN = re.compile(r"(<\|[^|<>\s]{1,40}\|>|</s>|<eos>)\Z")
 
 
