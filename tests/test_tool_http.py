@@ -16,6 +16,7 @@ from loopback import Loopback
 from loopback import http as answer_http
 from transformers.utils import get_json_schema
 
+from arpo_trl.tools import ToolCall, ToolExecutor, tool
 from arpo_trl.tools.dense_search import DenseSearch
 from arpo_trl.tools.errors import TransientToolError
 from arpo_trl.tools.http_search import RetrieveClient, SerperSearch
@@ -234,10 +235,10 @@ def test_a_client_works_again_after_every_fault(client):
 @pytest.mark.parametrize("client", CLIENTS)
 def test_the_tools_have_a_schema_and_refuse_what_is_not_one_query(client):
     with Loopback({}) as server:
-        tool = make(client, server).search
-        assert get_json_schema(tool)["function"]["parameters"]["required"] == ["query"]
+        search = make(client, server).search
+        assert get_json_schema(search)["function"]["parameters"]["required"] == ["query"]
         with pytest.raises(TypeError, match="one string, not list"):
-            tool(["a"])
+            search(["a"])
     assert server.connections == 0
 
 
@@ -356,3 +357,20 @@ def test_the_command_names_what_is_wrong(tmp_path):
     )
     assert run.returncode == 2
     assert "holds no saved index" in run.stderr
+
+
+def test_the_executor_waits_as_asked_and_tries_again():
+    answers = [answer_http(status="503 Busy"), answer_http(status="429 Slow down", Retry_After="1"), None]
+    asked = []
+
+    def next_answer(connection, request):
+        asked.append(time.monotonic())
+        connection.sendall(answers[len(asked) - 1] or ok({"result": [[{"contents": "fine"}]]}))
+
+    with Loopback({"*": next_answer}) as server:
+        search = tool(make("retrieve", server).search, retries=2)
+        executor = ToolExecutor()
+        call = executor.submit(ToolCall("search", {"query": "x"}), search).result(timeout=60)
+        executor.close()
+    assert (call.result, call.error) == ("Page 1: fine", None)
+    assert asked[2] - asked[1] >= 1.0
