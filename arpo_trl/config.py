@@ -54,6 +54,13 @@ class ARPOConfig(GRPOConfig):
             Seconds after which a tool call is given up; the model reads that it timed out. A tool's own time-out
             ([`~arpo_trl.tools.tool`]) comes first.
 
+        > Parameters that control the training step
+
+        prefix_sharing (`bool`, *optional*, defaults to `True`):
+            Whether tokens that rows of a micro-batch share are scored once rather than once a row, where that is
+            supported and pays. Log-probabilities and gradients are the same up to rounding. Set it to `False` for
+            results that equal TRL's to the bit.
+
         > Parameters that control generation with vLLM
 
         vllm_entropy_top_k (`int`, *optional*, defaults to `20`):
@@ -136,6 +143,15 @@ class ARPOConfig(GRPOConfig):
     tool_timeout: float | None = field(
         default=120.0,
         metadata={"help": "Seconds after which a tool call is given up; the model reads that it timed out."},
+    )
+
+    # Parameters that control the training step
+    prefix_sharing: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether tokens that rows of a micro-batch share are scored once rather than once a row, where "
+            "that is supported and pays."
+        },
     )
 
     # Parameters that control generation with vLLM

@@ -23,7 +23,7 @@ from trl.chat_template_utils import add_response_schema, get_training_chat_templ
 from trl.data_utils import is_conversational
 
 from .protocols import ChatTemplateProtocol, TagsProtocol
-from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
+from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
 from .rollout.record import call_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
 from .rollout.tree import Trajectory
@@ -154,6 +154,7 @@ class Agent:
         )
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
+        refuse_calls_over_limit(calls, trajectory, self.tools)
         return [self.executor.submit(call, self.tools.get(call.name), available=self.tools) for call in calls]
 
     @torch.no_grad()

@@ -112,12 +112,9 @@ class ChatTemplateProtocol:
 
 def _structured_call(call: dict) -> ToolCall:
     if call.get("type") != "function":
-        name = str(call.get("name", "unknown"))
-        return ToolCall(name, error=f"Unsupported tool call type: {call.get('type')}")
-    name, arguments = call["function"].get("name"), call["function"].get("arguments")
-    if not isinstance(arguments, dict):
-        return ToolCall(str(name), error=f"The arguments of `{name}` must be a JSON object, got: {arguments!r}")
-    return ToolCall(str(name), arguments)
+        return ToolCall(call.get("name", "unknown"), error=f"Unsupported tool call type: {call.get('type')}")
+    # Arguments that are no object are left to the call itself, which answers as TRL's does
+    return ToolCall(call["function"]["name"], call["function"]["arguments"])
 
 
 class TagsProtocol:

@@ -15,8 +15,19 @@ from trl.trainer.utils import get_config_model_id
 
 from .advantages import hard_advantages
 from .config import ARPOConfig
+from .prefix_sharing import shared_prefix_logps
+from .prefix_tree import sibling_order
 from .protocols import ChatTemplateProtocol, TagsProtocol
-from .rollout.loop import Branching, Limits, RolloutHooks, Sample, Wave, group_parts, run_waves
+from .rollout.loop import (
+    Branching,
+    Limits,
+    RolloutHooks,
+    Sample,
+    Wave,
+    group_parts,
+    refuse_calls_over_limit,
+    run_waves,
+)
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
@@ -142,6 +153,7 @@ class ARPOTrainer(GRPOTrainer):
         self._executor = ToolExecutor(max_workers=args.max_tool_concurrency, timeout=args.tool_timeout)
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
+        self._ordered_inputs = None  # the buffered inputs that have been put into order
         self._recorded_step: int | None = None  # the step whose record file is open for more lines
         if self.use_vllm:
             self.vllm_generation.logprobs = args.vllm_entropy_top_k
@@ -284,10 +296,11 @@ class ARPOTrainer(GRPOTrainer):
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         tools = self._tools_of(trajectory)
+        refuse_calls_over_limit(calls, trajectory, tools)
         pairs = [(call, tools.get(call.name)) for call in calls]
         if self.environments is not None:  # a stateful environment is called in the order of the model's text
-            return self._executor.submit_in_order(pairs)
-        return [self._executor.submit(call, tool) for call, tool in pairs]
+            return self._executor.submit_in_order(pairs, available=tools)
+        return [self._executor.submit(call, tool, available=tools) for call, tool in pairs]
 
     def _prepare_environments(self):
         for name, tools in self._env_tools.items():
@@ -309,6 +322,59 @@ class ARPOTrainer(GRPOTrainer):
                 else tool
                 for name, tool in tools[parent.row].items()
             }
+
+    # Training step
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        batches = self._buffered_inputs
+        if not self.model.training or not self.args.prefix_sharing or batches is self._ordered_inputs:
+            return inputs
+        # TRL has shuffled the rows of this generation batch; siblings come together again within each optimiser step
+        rows = [
+            torch.cat([prompt[prompt_mask.bool()], completion[completion_mask.bool()]]).cpu().numpy()
+            for batch in batches
+            for prompt, prompt_mask, completion, completion_mask in zip(
+                *(batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")),
+                strict=True,
+            )
+        ]
+        order = sibling_order(rows, self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        self._buffered_inputs = self._ordered_inputs = _reorder(batches, order)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **images,
+    ):
+        stock = super()._get_per_token_logps_and_entropies
+        if not self.args.prefix_sharing or compute_aux_loss or any(value is not None for value in images.values()):
+            return stock(
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **images,
+            )
+        scored = []
+        for ids, mask in zip(
+            *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
+        ):
+            with self.accelerator.autocast():
+                shared = shared_prefix_logps(model, ids, mask, logits_to_keep, compute_entropy)
+            scored.append(shared or stock(model, ids, mask, logits_to_keep, compute_entropy=compute_entropy)[:2])
+        logps, entropies = zip(*scored, strict=True)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     # Rewards, advantages and records
 
@@ -428,6 +494,23 @@ def _fork_environment(environment):
             f"A fork needs a copy of its environment, but a `{type(environment).__name__}` cannot be copied ({error}). "
             "Give the class a method `fork(self)` that returns one."
         ) from error
+
+
+def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, Any]]:
+    """The micro-batches of a generation batch with their rows in another order; what has no rows stays as it is."""
+    size = len(batches[0]["prompt_ids"])
+    reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
+    for name, value in batches[0].items():
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            rows = torch.cat([batch[name] for batch in batches])[order]
+        elif isinstance(value, list):
+            rows = [row for batch in batches for row in batch[name]]
+            rows = [rows[index] for index in order]
+        else:
+            continue
+        for index, batch in enumerate(reordered):
+            batch[name] = rows[index * size : (index + 1) * size]
+    return reordered
 
 
 def _without_tools(row: int, prompt_ids: list[int], completion_ids: list[int]) -> Trajectory:

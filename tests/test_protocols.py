@@ -121,23 +121,12 @@ def test_tool_results_are_kept_as_they_are_in_messages(chat):
     assert chat.results_turn(calls) == [{"role": "tool", "name": "add", "content": "<|im_end|>"}]
 
 
-@pytest.mark.parametrize(
-    "body, error",
-    [
-        ('{"name": "add", "arguments": {"a": 1, "b": 2}}', None),
-        ('{"name": "add", "arguments": [1, 2]}', "JSON object"),
-        ('{"name": "add", "arguments": "x"}', "JSON object"),
-    ],
-)
-def test_structured_calls(chat, tokenizer, body, error):
+@pytest.mark.parametrize("arguments", [{"a": 1, "b": 2}, {"a": "x"}, [1, 2], "x"])
+def test_structured_calls(chat, tokenizer, arguments):
+    body = json.dumps({"name": "add", "arguments": arguments})
     ids = tokenizer.encode(f"<tool_call>\n{body}\n</tool_call><|im_end|>")
-    calls = chat.parse(ids, [], {"add": tiny.add}).calls
-    if error is None:
-        assert [(call.name, call.arguments, call.error) for call in calls] == [
-            ("add", json.loads(body)["arguments"], None)
-        ]
-    else:
-        assert not calls or error in calls[0].error
+    (call,) = chat.parse(ids, [], {"add": tiny.add}).calls
+    assert (call.name, call.arguments, call.error) == ("add", arguments, None)
 
 
 @pytest.mark.parametrize("protocol", ["tags", "chat"])
@@ -170,7 +159,6 @@ def test_random_tokens_never_break_a_parser(request, tokenizer, protocol):
         turn = protocol.parse(ids, [], tools)
         for call in turn.calls:
             assert isinstance(call, ToolCall) and isinstance(call.name, str)
-            assert call.error or isinstance(call.arguments, dict)
 
 
 def test_the_schema_of_known_templates_is_found(tokenizer):

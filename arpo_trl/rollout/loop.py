@@ -9,6 +9,7 @@ What is not here: images in tool results.
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from ..protocols import ToolProtocol, Tools, Turn
 from ..tools.executor import ToolCall
+from ..tools.options import tool_options
 from .branching import allocate_forks, entropy_gap, fork_probability, initial_share, mean_entropy, wants_fork
 from .tree import CallOfRow, Group, Segment, Trajectory
 
@@ -257,6 +259,16 @@ def _call(step: _Step, limits: Limits, hooks: RolloutHooks) -> list[Future]:
         return []
     step.trajectory.tool_turns += 1
     return hooks.submit(step.trajectory, step.turn.calls)
+
+
+def refuse_calls_over_limit(calls: Sequence[ToolCall], trajectory: Trajectory, tools: Tools) -> None:
+    """Mark the calls with which a row exceeds a tool's `max_calls_per_row`; the model reads why. Shared calls count."""
+    made = Counter(own.call.name for own in trajectory.calls)
+    for call in calls:
+        made[call.name] += 1
+        limit = tool_options(tools[call.name]).max_calls_per_row if call.name in tools else None
+        if limit is not None and made[call.name] > limit and call.error is None:
+            call.error = f"Tool `{call.name}` may be called {limit} times, and has been. Go on without it."
 
 
 def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Callable[[int], bool]) -> bool:
