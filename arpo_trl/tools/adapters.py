@@ -214,7 +214,7 @@ def _as_function(name: str, description: str, schema: dict[str, Any], call: Call
             parameter = f"{parameter}_" if keyword.iskeyword(parameter) else f"_{parameter}"
         original[parameter] = key
         hint = _type_hint(spec, schema)
-        default = inspect.Parameter.empty
+        default: Any = inspect.Parameter.empty
         if key not in required:
             default = spec.get("default")
             hint = hint | None if default is None and hint is not Any else hint
@@ -233,15 +233,13 @@ def _as_function(name: str, description: str, schema: dict[str, Any], call: Call
         except TypeError as e:
             raise TypeError(f"{name}() {e}") from None
 
-    if is_async(call):
+    async def run_async(**arguments: Any) -> Any:
+        return await call(by_original_name(arguments))
 
-        async def function(**arguments: Any) -> Any:
-            return await call(by_original_name(arguments))
-    else:
+    def run(**arguments: Any) -> Any:
+        return call(by_original_name(arguments))
 
-        def function(**arguments: Any) -> Any:
-            return call(by_original_name(arguments))
-
+    function: Callable = run_async if is_async(call) else run
     function.__name__ = function.__qualname__ = name
     function.__doc__ = description + ("\n\nArgs:\n" + "\n".join(lines) if lines else "")
     function.__signature__ = signature  # type: ignore[attr-defined]

@@ -2,13 +2,15 @@
 
 What giving up can *not* do: end a thread that waits inside C code (`time.sleep`, a socket without a time-out, a lock),
 a function that catches every exception, or a coroutine that ignores its cancellation. Python has no way to. Such a call
-lives on until it ends by itself; [`ToolExecutor`] bounds how many there are. A thread that waits for a worker process
-(`function_worker.py`) ends when the process is killed.
+lives on until it ends by itself; [`ToolExecutor`] bounds how many there are. Nor can anything be given up while C code
+keeps the interpreter lock, as a regular expression does. A thread that waits for a worker process
+(`function_worker.py`) always ends, when the process is killed.
 """
 
 import asyncio
 import ctypes
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +31,14 @@ class Attempt:
         give_up (`Callable[[], None]`): Asks the run to end. Does not wait.
         thread (`threading.Thread`, *optional*): The thread that it occupies.
         loop (`LoopThread`, *optional*): The event loop that it shares.
+        started (`float`): When it began, on the clock of `time.perf_counter`.
     """
 
     ended: asyncio.Future
     give_up: Callable[[], None]
     thread: threading.Thread | None = None
     loop: "LoopThread | None" = None
+    started: float = 0.0
 
 
 class LoopThread:
@@ -143,8 +147,9 @@ def on_loop(host: LoopThread, function: Callable, arguments: dict[str, Any]) -> 
         except RuntimeError:
             pass
 
+    started = time.perf_counter()
     host.loop.call_soon_threadsafe(start)
-    return Attempt(ended, give_up, loop=host)
+    return Attempt(ended, give_up, loop=host, started=started)
 
 
 def in_thread(work: Callable[[], Any], give_up: Callable[[], None] | None = None) -> Attempt:
@@ -156,6 +161,7 @@ def in_thread(work: Callable[[], Any], give_up: Callable[[], None] | None = None
 
     def target() -> None:
         nonlocal running
+        outcome: tuple[Any, BaseException | None]
         try:
             try:
                 outcome = (work(), None)
@@ -176,5 +182,6 @@ def in_thread(work: Callable[[], Any], give_up: Callable[[], None] | None = None
                 _raise_given_up(thread)
 
     thread = threading.Thread(target=target, name="arpo-tool", daemon=True)
+    started = time.perf_counter()
     thread.start()
-    return Attempt(ended, give_up or interrupt, thread=thread)
+    return Attempt(ended, give_up or interrupt, thread=thread, started=started)

@@ -64,7 +64,7 @@ class ToolCache:
         row = self._execute(
             "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?", self.namespace, tool, key
         )
-        return None if row is None else json.loads(row[0])
+        return None if row is None else _loads(row[0])
 
     def set(self, tool: str, arguments: dict[str, Any], result: str | list) -> None:
         """Remember an answer. What JSON cannot hold, such as an image, is left out."""
@@ -123,4 +123,11 @@ def _dumps(value: Any) -> str | None:
     try:
         return json.dumps(value, sort_keys=True)
     except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # not written by this class
         return None

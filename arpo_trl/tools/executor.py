@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 # Seconds that a call which was given up has to end before it counts as one that cannot be stopped
 _GRACE = 1.0
 
+# What tells tools apart: the name they are called by, module, qualified name
+_Home = tuple[str, str | None, str | None]
+
 
 @dataclass
 class ToolCall:
@@ -60,8 +63,8 @@ class ToolCall:
 class ToolExecutor:
     """Runs tool calls concurrently.
 
-    Nothing runs before the first call, and nothing after [`~ToolExecutor.close`]; a later call starts afresh. A call
-    never raises: what goes wrong is in its `error` and `result`.
+    Nothing runs before the first call, and nothing after [`~ToolExecutor.close`]; a later call starts afresh. A tool
+    that fails does not raise here: what went wrong is in the call's `error` and `result`.
 
     Args:
         max_workers (`int`, defaults to `64`):
@@ -113,7 +116,7 @@ class ToolExecutor:
             available (`Iterable[str]`): Names of the tools there are, told to the model where there is no such tool.
 
         Returns:
-            `Future`: Resolves to `call`, filled in. It never raises.
+            `Future`: Resolves to `call`, filled in. It never raises what the tool raises.
         """
         return self.submit_in_order([(call, function)], available)[0]
 
@@ -189,9 +192,13 @@ class _Life:
         self, calls: list[tuple[ToolCall, Callable | None]], futures: "list[Future[ToolCall]]", available: list[str]
     ) -> None:
         for (call, function), future in zip(calls, futures, strict=True):
-            if future.set_running_or_notify_cancel():
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
                 await self.execute(call, function, available)
                 future.set_result(call)
+            except Exception as e:  # of `count_tokens`: not a matter between the tool and the model
+                future.set_exception(e)
 
     async def execute(self, call: ToolCall, function: Callable | None, available: list[str]) -> None:
         if call.error is not None:
@@ -260,11 +267,10 @@ class _Life:
         try:
             async with contextlib.nullcontext() if is_async(function) else self.threads:
                 running = await self.start(home, function, call.arguments, options)
-                started = time.perf_counter()
                 try:
                     await asyncio.wait({running.ended}, timeout=None if timeout == float("inf") else timeout)
                 finally:
-                    call.seconds += time.perf_counter() - started
+                    call.seconds += time.perf_counter() - running.started
         finally:
             if running is None or running.ended.done():
                 places.leave()
@@ -290,9 +296,7 @@ class _Life:
             limit = float("inf") if is_async(function) else self.max_workers
         return _Places(name, limit, min(limit, self.max_workers))
 
-    async def start(
-        self, home: "_Home", function: Callable, arguments: dict[str, Any], options: ToolOptions
-    ) -> Attempt:
+    async def start(self, home: _Home, function: Callable, arguments: dict[str, Any], options: ToolOptions) -> Attempt:
         if is_async(function):
             if self.tool_loop is None:
                 self.tool_loop = LoopThread("arpo-async-tools")
@@ -311,7 +315,7 @@ class _Life:
         attempt.ended.add_done_callback(lambda _: self.attempts.discard(attempt))
         return attempt
 
-    def borrow_worker(self, home: "_Home", function: Callable) -> Worker:
+    def borrow_worker(self, home: _Home, function: Callable) -> Worker:
         while self.idle_workers[home]:
             worker = self.idle_workers[home].pop()
             if worker.alive:
@@ -332,7 +336,7 @@ class _Life:
         worker.close()
         self.workers.discard(worker)
 
-    def call_worker(self, home: "_Home", worker: Worker, arguments: dict[str, Any]) -> str | list:
+    def call_worker(self, home: _Home, worker: Worker, arguments: dict[str, Any]) -> str | list:
         try:
             return worker.call(arguments)
         finally:
@@ -356,9 +360,6 @@ class _Life:
             await asyncio.wait({attempt.ended})
             places.stuck -= 1
         places.leave()
-
-
-_Home = tuple[str, str | None, str | None]
 
 
 class _Places:

@@ -133,7 +133,7 @@ def _serve(descriptor: int) -> None:
     threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
     sys.path[:], module, name = connection.recv()
     try:
-        function = importlib.import_module(module)
+        function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
     except BaseException as e:
@@ -142,6 +142,7 @@ def _serve(descriptor: int) -> None:
     connection.send(None)
     while True:
         arguments = connection.recv()
+        answer: tuple[str | list | None, Exception | None]
         try:
             answer = (as_content(function(**arguments)), None)
         except BaseException as e:

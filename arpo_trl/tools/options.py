@@ -102,8 +102,11 @@ def tool(
             max_calls_per_row=max_calls_per_row,
             process=process,
         )
-    if not callable(function):
-        raise TypeError(f"tool() takes a function, a coroutine function or a bound method, not {function!r}.")
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise TypeError(
+            f"tool() takes a function, a coroutine function or a bound method, not {function!r}. A callable without a "
+            "name, such as a partial, can be called in a function of its own."
+        )
     if timeout is not None and not timeout > 0:
         raise ValueError(f"`timeout` must be a positive number of seconds or None, not {timeout!r}.")
     if not isinstance(retries, int) or retries < 0:
@@ -124,16 +127,13 @@ def tool(
         cache = ToolCache(cache)
     options = ToolOptions(timeout=timeout, retries=retries, cache=cache, process=process, **limits)
 
-    if is_async(function):
+    async def call_async(*args: Any, **kwargs: Any) -> Any:
+        return await function(*args, **kwargs)
 
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await function(*args, **kwargs)
-    else:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
-
-    functools.update_wrapper(wrapper, function)
+    wrapper = functools.update_wrapper(call_async if is_async(function) else call, function)
     wrapper._tool_options = options  # type: ignore[attr-defined]
     return wrapper
 

@@ -59,10 +59,10 @@ def retry_after(error: BaseException) -> float:
     if isinstance(error, TransientToolError):
         return error.retry_after or 0.0
     for owner in (getattr(error, "response", None), error):
-        headers = getattr(owner, "headers", None)
-        value = headers.get("Retry-After") or headers.get("retry-after") if hasattr(headers, "get") else None
-        if not value:
+        get = getattr(getattr(owner, "headers", None), "get", None)
+        if get is None:
             continue
+        value = get("Retry-After") or get("retry-after") or ""
         try:
             return max(0.0, float(value))
         except ValueError:
@@ -83,7 +83,8 @@ def retrying(retries: int, longest_wait: float = 60.0) -> tenacity.AsyncRetrying
     backoff = tenacity.wait_exponential_jitter(initial=0.5, max=longest_wait, jitter=0.25)
 
     def wait(state: tenacity.RetryCallState) -> float:
-        return max(backoff(state), retry_after(state.outcome.exception()))
+        error = state.outcome.exception() if state.outcome is not None else None
+        return max(backoff(state), retry_after(error) if error is not None else 0.0)
 
     def again(error: BaseException) -> bool:
         return is_transient(error) and retry_after(error) <= longest_wait
