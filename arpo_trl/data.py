@@ -260,9 +260,9 @@ def load_cold_start(
         rows = [{"messages": part} for messages in conversations for part in _up_to_each_answer(messages)]
         return Dataset.from_list(rows)
     schemas = json.dumps(list(tools))
-    rows = [{"messages": _structured(messages), "tools": schemas} for messages in conversations]
+    structured = [{"messages": _structured(messages), "tools": schemas} for messages in conversations]
     # as Json a call keeps its own arguments; as Arrow structs it would get those of all other tools too, as None
-    return Dataset.from_list(rows, features=Features({"messages": [Json()], "tools": Value("string")}))
+    return Dataset.from_list(structured, features=Features({"messages": [Json()], "tools": Value("string")}))
 
 
 def _up_to_each_answer(messages: list[dict[str, str]]) -> Iterable[list[dict[str, str]]]:

@@ -12,7 +12,7 @@ from .format import chat_format_reward, tags_format_reward
 from .mathematics import math_reward
 from .qa import token_f1_reward
 
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def make_arpo_reward(
@@ -69,7 +69,7 @@ def make_arpo_reward(
             for good, value, both in zip(good_format, accuracy, multi_tool, strict=True)
         ]
         if log_metric is not None:
-            log_metric("arpo_reward/bad_format", mean([1 - good for good in good_format]))
+            log_metric("arpo_reward/bad_format", mean([not good for good in good_format]))
             log_metric("arpo_reward/accuracy", mean([value for value in accuracy if value is not None]))
             log_metric("arpo_reward/multi_tool", mean(multi_tool))
             for name in sorted(set(abilities)):
@@ -77,7 +77,7 @@ def make_arpo_reward(
                 log_metric(f"arpo_reward/accuracy_{name}", mean([value for value in of_ability if value is not None]))
         if log_extra is not None:
             log_extra("arpo_reward/answer", final_answers(completions, model_text))
-            log_extra("arpo_reward/good_format", good_format)
+            log_extra("arpo_reward/good_format", list(good_format))
             log_extra("arpo_reward/accuracy", accuracy)
             log_extra("arpo_reward/multi_tool", multi_tool)
         return rewards

@@ -195,7 +195,7 @@ class _VerdictStore:
     """Verdicts by request, in memory and, if a path is given, in SQLite."""
 
     def __init__(self, path: str | os.PathLike | None):
-        self._path = path
+        self._path = None if path is None else os.fspath(path)
         self._lock = threading.Lock()
         self._memory: dict[str, float] = {}
         if path is not None:
@@ -204,7 +204,7 @@ class _VerdictStore:
                 database.execute("CREATE TABLE IF NOT EXISTS verdicts (request TEXT PRIMARY KEY, verdict REAL)")
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(os.fspath(self._path), timeout=30)
+        return sqlite3.connect(self._path or ":memory:", timeout=30)
 
     def get(self, request: str) -> float | None:
         with self._lock:

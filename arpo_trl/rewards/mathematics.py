@@ -74,6 +74,7 @@ class MathVerifier:
                 process = self._start()
             question = {"truth": pair[0], "answer": pair[1], "seconds": self.timeout}
             try:
+                assert process.stdin and process.stdout
                 process.stdin.write(json.dumps(question) + "\n")
                 process.stdin.flush()
                 reply = process.stdout.readline()
@@ -99,6 +100,7 @@ class MathVerifier:
             errors="surrogatepass",
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
+        assert process.stdout
         greeting = json.loads(process.stdout.readline() or '{"broken": "it ended without a word"}')
         if "broken" in greeting:
             _stop(process)

@@ -93,7 +93,7 @@ def token_f1_reward(
 
 
 def _best_of(metric: Callable[[str, str], float], name, completions, model_text, log_metric, columns):
-    rewards = []
+    rewards: list[float | None] = []
     for answer, truths in zip(final_answers(completions, model_text), ground_truths(columns), strict=True):
         if not truths:
             rewards.append(None)
