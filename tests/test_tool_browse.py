@@ -4,7 +4,9 @@ import gzip
 import socket
 import ssl
 import threading
+import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from loopback import Loopback, http
@@ -356,8 +358,13 @@ def test_a_decompression_bomb_is_cut():
     bomb = gzip.compress(b"\0" * 50_000_000)
     assert len(bomb) < 60_000
     with Loopback({"*": http(bomb, Content_Type="text/plain", Content_Encoding="gzip")}) as server:
+        tracemalloc.start()
         page = fetching.fetch(server.url, max_bytes=100_000, allow_private=True)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     assert (len(page.body), page.cut) == (100_000, True)
+    # 16 kB of it would unpack to 16 MB
+    assert peak < 4_000_000
     # nor is one inside the page unpacked
     with Loopback({"*": http(bomb, Content_Type="text/html")}) as server:
         assert len(Browser(allow_private=True).browse(server.url)) <= 20_100
@@ -482,8 +489,6 @@ def test_hostile_markup_ends(markup):
 
 
 def test_threads_can_share_a_browser():
-    from concurrent.futures import ThreadPoolExecutor
-
     pages = {f"/{i}": html(ARTICLE.replace("1204", str(1000 + i))) for i in range(40)}
     with Loopback(pages) as server, ThreadPoolExecutor(8) as pool:
         browser = Browser(allow_private=True)
