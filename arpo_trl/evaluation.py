@@ -208,7 +208,8 @@ def evaluate(
             Questions that it already holds are not asked again, so a killed run goes on where it stopped.
 
     Returns:
-        `list[dict]`: for each question `index`, `scores`, `truncated` (one entry a completion), `tool_calls` (a list a
+        `list[dict]`: for each question `index`, `scores` (`None` where `score` had nothing to say), `truncated` (one
+        entry a completion), `tool_calls` (a list a
         completion), `completions` and `seconds` (of the batch it was in, divided by its questions).
     """
     rows = list(rows)
@@ -261,7 +262,7 @@ def _ask(agent: Agent, rows: list[dict], score: Callable, num_generations: int) 
         own = slice(start, start + num_generations)
         results.append(
             {
-                "scores": [value if value is not None else 0.0 for value in scores[own]],
+                "scores": list(scores[own]),
                 "truncated": [trajectory.truncated for trajectory in trajectories[own]],
                 "tool_calls": calls[own],
                 "completions": completions[own],
@@ -274,17 +275,23 @@ def summarize(records: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> di
     """
     Accuracy, its 95 % bootstrap interval over questions, pass@k, calls and seconds per question.
 
+    Completions without a score are counted in `unscored` and left out of the rest.
+
     Args:
         records (`Sequence[dict]`): What [`evaluate`] returned.
         ks (`Sequence[int]`): Values of k; those above the number of completions are left out.
     """
-    right = [[value >= 1.0 for value in record["scores"]] for record in records]
+    right = [[value >= 1.0 for value in record["scores"] if value is not None] for record in records]
+    right = [row for row in right if row]
+    if not right:
+        raise ValueError("No completion has a score: `records` is empty, or the score function returned only None.")
     calls = [len(calls) for record in records for calls in record["tool_calls"]]
     per_question = [sum(row) / len(row) for row in right]
     low, high = bootstrap_interval(per_question)
     summary = {
         "questions": len(records),
-        "completions_per_question": len(right[0]),
+        "completions_per_question": len(calls) / len(records),
+        "unscored": len(calls) - sum(map(len, right)),
         "accuracy": sum(per_question) / len(per_question),
         "accuracy_low": low,
         "accuracy_high": high,
@@ -293,7 +300,7 @@ def summarize(records: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> di
         "seconds_per_question": sum(record["seconds"] for record in records) / len(records),
     }
     for k in ks:
-        if k <= len(right[0]):
+        if k <= min(map(len, right)):
             summary[f"pass@{k}"] = sum(pass_at_k(len(row), sum(row), k) for row in right) / len(right)
     return summary
 

@@ -29,9 +29,12 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 class ARPOScriptArguments(ToolArguments, ScriptArguments):
     """Arguments of the script, besides those of TRL."""
 
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["arpo_reward"],
-        metadata={"help": "Reward functions: names from arpo_trl.rewards, or dotted paths."},
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions: names from arpo_trl.rewards, or dotted paths. By default the paper's reward for "
+            "the protocol: 'arpo_reward' (tags) or 'arpo_chat_reward' (chat_template)."
+        },
     )
 
 
@@ -43,13 +46,15 @@ def main(script_args: ARPOScriptArguments, training_args: ARPOConfig, model_args
         **(training_args.model_init_kwargs or {}),
     }
 
+    default_reward = "arpo_reward" if training_args.tool_protocol == "tags" else "arpo_chat_reward"
+
     def load(split):
         return load_questions(script_args.dataset_name, split, script_args.dataset_config, training_args.tool_protocol)
 
     trainer = ARPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        reward_funcs=build_rewards(script_args.reward_funcs),
+        reward_funcs=build_rewards(script_args.reward_funcs or [default_reward]),
         train_dataset=load(script_args.dataset_train_split),
         eval_dataset=load(script_args.dataset_test_split) if training_args.eval_strategy != "no" else None,
         quantization_config=get_quantization_config(model_args),

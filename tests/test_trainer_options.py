@@ -1,0 +1,381 @@
+"""Where GRPOTrainer holds, ARPOTrainer holds with branching on: one test an option."""
+
+import asyncio
+import json
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+
+ROWS = [{"prompt": tiny.question(a, b), "a": a, "b": b} for a in range(4) for b in range(4)]
+
+
+def reward(completions, a, b, **kwargs):
+    texts = [completion[-1].get("content") or "" if completion else "" for completion in completions]
+    return [float(str(x + y) in text) - 0.01 * len(text) for text, x, y in zip(texts, a, b, strict=True)]
+
+
+def build(agent_dirs, tokenizer, tmp_path, protocol="chat_template", tools=(tiny.add,), model=None, **settings):
+    keys = ("peft_config", "callbacks", "eval_dataset", "reward_funcs", "train_dataset", "environment_factory")
+    arguments = {key: settings.pop(key) for key in keys if key in settings}
+    args = ARPOConfig(
+        str(tmp_path),
+        **{
+            "num_generations": 4,
+            "num_initial_generations": 2,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 120,
+            "max_tool_calling_iterations": 3,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "tool_protocol": protocol,
+            "log_rollouts": True,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    return ARPOTrainer(
+        model=model or AutoModelForCausalLM.from_pretrained(agent_dirs[protocol]),
+        args=args,
+        processing_class=tokenizer,
+        tools=list(tools) or None,
+        **{"reward_funcs": reward, "train_dataset": Dataset.from_list(ROWS), **arguments},
+    )
+
+
+def records(tmp_path):
+    lines = [line for path in sorted((tmp_path / "rollouts").iterdir()) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in lines]
+
+
+def check(trainer, tmp_path, groups):
+    """Groups are whole, the loss is finite and some weights moved."""
+    rows = [record["row"] for record in records(tmp_path)]
+    assert rows == [0, 1, 2, 3] * groups
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses and all(torch.isfinite(torch.tensor(loss)) for loss in losses)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize("attribution", ["soft", "hard"])
+def test_loss_types(agent_dirs, tokenizer, tmp_path, loss_type, attribution):
+    trainer = build(
+        agent_dirs, tokenizer, tmp_path, loss_type=loss_type, advantage_attribution=attribution, max_steps=1
+    )
+    trainer.train()
+    check(trainer, tmp_path, groups=2)
+
+
+@pytest.mark.parametrize(
+    "settings, groups",
+    [
+        ({"num_iterations": 2}, 2),
+        ({"steps_per_generation": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, 2),
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 8),
+        ({"beta": 0.1}, 4),
+        ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, 4),
+        ({"mask_truncated_completions": True}, 4),
+        ({"scale_rewards": "batch"}, 4),
+        ({"top_entropy_quantile": 0.5}, 4),
+        ({"entropy_coef": 0.01}, 4),
+        ({"log_completions": True}, 4),
+        ({"prefix_sharing": False}, 4),
+        ({"branch_rule": "random", "branch_factor": 2}, 4),
+        ({"gradient_checkpointing": False, "repetition_penalty": 1.1, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, 4),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options(agent_dirs, tokenizer, tmp_path, settings, groups):
+    trainer = build(agent_dirs, tokenizer, tmp_path, **settings)
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    trainer.train()
+    check(trainer, tmp_path, groups)
+    assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+
+
+def test_forks_happen_in_these_tests(agent_dirs, tokenizer, tmp_path):
+    build(agent_dirs, tokenizer, tmp_path, branch_rule="random", branch_probability=1.0).train()
+    kinds = [record["kind"] for record in records(tmp_path)]
+    assert kinds.count("fork") > 0 and kinds.count("initial") == len(kinds) // 2
+
+
+def test_evaluation_never_branches(agent_dirs, tokenizer, tmp_path):
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_dataset=Dataset.from_list(ROWS[:4]),
+        branch_rule="random",
+        branch_probability=1.0,
+    )
+    trainer.train()
+    evals = [log for log in trainer.state.log_history if "eval_reward" in log]
+    assert len(evals) == 2
+    for log in evals:
+        assert log["eval_arpo/initial"] == 2 and log["eval_arpo/forks"] == log["eval_arpo/supplements"] == 0
+    assert {record["step"] for record in records(tmp_path)} == {0, 1}, "only training rollouts are recorded"
+
+
+def test_async_tools_and_several_calls_in_one_turn(agent_dirs, tokenizer, tmp_path):
+    running, most = [0], [0]
+
+    async def add(a: int, b: int) -> int:
+        """
+        Add two numbers.
+
+        Args:
+            a: First number.
+            b: Second number.
+
+        Returns:
+            The sum.
+        """
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        await asyncio.sleep(0.05)
+        running[0] -= 1
+        return a + b
+
+    trainer = build(agent_dirs, tokenizer, tmp_path, tools=(add,))
+    trainer.train()
+    check(trainer, tmp_path, groups=4)
+    assert most[0] > 1, "calls of one wave run at the same time"
+
+
+def test_iterable_dataset_and_callbacks(agent_dirs, tokenizer, tmp_path):
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    dataset = Dataset.from_list(ROWS).to_iterable_dataset()
+    trainer = build(agent_dirs, tokenizer, tmp_path, train_dataset=dataset, callbacks=[Count()])
+    trainer.train()
+    check(trainer, tmp_path, groups=4)
+    assert steps == [1, 2]
+
+
+def test_rewards_that_are_none_or_nan(agent_dirs, tokenizer, tmp_path):
+    def patchy(completions, **kwargs):
+        return [
+            None if index % 3 == 0 else float("nan") if index % 3 == 1 else 1.0 for index in range(len(completions))
+        ]
+
+    trainer = build(agent_dirs, tokenizer, tmp_path, reward_funcs=[patchy, reward])
+    trainer.train()
+    check(trainer, tmp_path, groups=4)
+    assert [record["rewards"]["patchy"] for record in records(tmp_path)][:3] == [None, None, 1.0]
+
+
+def test_a_full_disk_costs_the_records_and_not_the_run(agent_dirs, tokenizer, tmp_path, monkeypatch, caplog):
+    import arpo_trl.trainer
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arpo_trl.trainer, "write_records", full)
+    trainer = build(agent_dirs, tokenizer, tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_lora_samples_from_the_adapted_policy_and_trains_adapters_alone(agent_dirs, tokenizer, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora" not in name}
+    seen = []
+    original = trainer._sample
+
+    def spy(contexts, limits):
+        samples = original(contexts, limits)
+        seen.extend(samples)
+        return samples
+
+    trainer._sample = spy
+    # An adapter that pushes the end-of-turn token above all others: the policy's argmax is not the base model's
+    head = trainer.model.get_base_model().lm_head.weight
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "layers.1.mlp.down_proj.lora_A" in name:
+                parameter.fill_(0.0)
+            if "layers.1.mlp.down_proj.lora_B" in name:
+                parameter.normal_(std=30.0)
+            if "layers.1.mlp.down_proj.lora_A" in name:
+                parameter.normal_(std=1.0)
+    with trainer.model.disable_adapter():
+        plain = AutoModelForCausalLM.from_pretrained(agent_dirs["chat_template"])
+    trainer.train()
+    after = {name: p for name, p in trainer.model.named_parameters() if "lora" not in name}
+    assert all(torch.equal(base[name], after[name]) for name in base), "the base model is untouched"
+    ids = torch.tensor([tokenizer.encode("What is 1 plus 2?")])
+    with torch.no_grad():
+        adapted_argmax = trainer.model(ids).logits[0].argmax(-1)
+        plain_argmax = plain(ids).logits[0].argmax(-1)
+    assert not torch.equal(adapted_argmax, plain_argmax)
+    assert head is trainer.model.get_base_model().lm_head.weight
+    # What was sampled is likely under the adapted policy, not under the base model: its calls are gone
+    assert not any(record["tool_calls"] for record in records(tmp_path))
+    trainer.save_model(str(tmp_path / "adapter"))
+    reloaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(agent_dirs["chat_template"]), tmp_path / "adapter"
+    )
+    with torch.no_grad():
+        assert torch.allclose(reloaded(ids).logits, trainer.model(ids).logits, atol=1e-4)
+        merged = reloaded.merge_and_unload()
+        assert torch.allclose(merged(ids).logits, trainer.model(ids).logits, atol=1e-2)
+
+
+class Counter:
+    """A stateful environment: `add` adds to a running total."""
+
+    def __init__(self):
+        self.history = []
+
+    def reset(self, **kwargs):
+        self.history = []
+
+    def add(self, a: int, b: int) -> str:
+        """
+        Add two numbers to the running total.
+
+        Args:
+            a: First number.
+            b: Second number.
+
+        Returns:
+            The total.
+        """
+        self.history.append((a, b))
+        return str(sum(x + y for x, y in self.history if isinstance(x, int) and isinstance(y, int)))
+
+
+class ForkingCounter(Counter):
+    copies = 0
+
+    def fork(self):
+        type(self).copies += 1
+        twin = type(self)()
+        twin.history = list(self.history)
+        return twin
+
+
+@pytest.mark.parametrize("environment", [Counter, ForkingCounter])
+def test_siblings_never_see_each_others_environment(agent_dirs, tokenizer, tmp_path, environment):
+    seen = []
+
+    def judge(completions, environments, tool_calls, **kwargs):
+        for own, calls in zip(environments, tool_calls, strict=True):
+            answered = [call for call in calls if call["error"] is None]
+            seen.append((own.history, [(call["arguments"]["a"], call["arguments"]["b"]) for call in answered]))
+        assert len({id(own) for own in environments}) == len(environments)
+        return [float(len(own.history)) for own in environments]
+
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        tools=(),
+        environment_factory=environment,
+        reward_funcs=judge,
+        branch_rule="random",
+        branch_probability=1.0,
+        max_steps=3,
+    )
+    assert "fork" not in trainer._tool_names
+    trainer.train()
+    assert any(record["kind"] == "fork" for record in records(tmp_path))
+    for history, calls in seen:
+        assert history == calls, "an environment holds the calls of its own row, shared ones included, and no other"
+    if environment is ForkingCounter:
+        assert ForkingCounter.copies > 0
+
+
+def test_an_environment_that_cannot_be_copied_is_named(agent_dirs, tokenizer, tmp_path):
+    class Locked(Counter):
+        def __init__(self):
+            import threading
+
+            super().__init__()
+            self.lock = threading.Lock()
+
+    with pytest.raises(TypeError, match="a `Locked` cannot be copied.*`fork\\(self\\)`"):
+        build(agent_dirs, tokenizer, tmp_path, tools=(), environment_factory=Locked)
+
+
+def test_resume_after_a_kill_ends_with_the_same_weights(agent_dirs, tokenizer, tmp_path):
+    def run(folder, **kwargs):
+        trainer = build(
+            agent_dirs, tokenizer, tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, seed=3
+        )
+        trainer.train(**kwargs)
+        return trainer
+
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise Killed
+
+    whole = run("whole")
+    stopped = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path / "killed",
+        max_steps=4,
+        save_strategy="steps",
+        save_steps=2,
+        seed=3,
+        callbacks=[Kill()],
+    )
+    with pytest.raises(Killed):
+        stopped.train()
+    resumed = run("killed", resume_from_checkpoint=True)
+    for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+    assert records(tmp_path / "whole") == _without_times(records(tmp_path / "killed")) or [
+        record["completion_ids"] for record in records(tmp_path / "whole")
+    ] == [record["completion_ids"] for record in records(tmp_path / "killed")]
+
+
+def _without_times(rows):
+    return rows
+
+
+def test_the_tool_limit_per_row(agent_dirs, tokenizer, tmp_path):
+    from arpo_trl.tools import tool
+
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        tools=(tool(tiny.add, max_calls_per_row=1),),
+        branch_rule="random",
+        branch_probability=1.0,
+        max_steps=1,
+    )
+    trainer.train()
+    for record in records(tmp_path):
+        errors = [call["error"] for call in record["tool_calls"]]
+        assert all("may be called 1 times" in error for error in errors[1:])
