@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -225,6 +226,9 @@ def test_trees_are_kept_for_evenly_spaced_steps(tmp_path):
     assert keep(find_steps(tmp_path), 28) == set(range(7))
     assert keep(find_steps(tmp_path), 16) == {0, 2, 4, 6}
     assert keep(find_steps(tmp_path), 10) == {0, 3, 6}
+    for step in (0, 6):
+        (tmp_path / "rollouts" / f"step-{step:06d}.jsonl").write_text("")  # a full disk leaves empty files
+    assert re.findall(r'id="(step-\d+)"', render(tmp_path, max_trajectories=1)) == ["step-1"]
     with pytest.raises(ValueError, match="max_trajectories=0 must be at least 1"):
         render(tmp_path, max_trajectories=0)
 

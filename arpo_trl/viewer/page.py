@@ -55,7 +55,9 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
     decoder = _load_tokenizer(run_dir, tokenizer)
     kept = _steps_with_trees(steps, max_trajectories)
 
-    notes, blocks, overview = [], [], []
+    notes: list[str] = []
+    overview: list[dict] = []
+    blocks: list[tuple[str, list[dict]]] = []
     for step, paths in steps.items():
         read = [read_file(path) for path in paths]
         notes += [
@@ -66,9 +68,9 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
         groups = group_rows(rows for rows, _ in read)
         if not groups:
             continue
-        rows = [row for group in groups for row in group]
-        overview.append({"step": step, "rows": len(rows), "tree": step in kept, "metrics": step_metrics(groups)})
-        if step in kept:
+        has_tree = step in kept or not blocks  # the first step may be an empty file
+        overview.append({"step": step, "tree": has_tree, "metrics": step_metrics(groups)})
+        if has_tree:
             blocks.append((f"step-{step}", [_group(group, decoder) for group in groups]))
     if not overview:
         raise ValueError(f"run_dir={str(run_dir)!r}: no rollout record could be read. {' '.join(notes)}")
@@ -137,8 +139,8 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
     starts = [row["fork_token"] if row["kind"] == "fork" and row["parent"] in present else 0 for row in rows]
     spans = [_spans(row, start) for row, start in zip(rows, starts, strict=True)]
     ids = [row["completion_ids"][s:e] for row, own in zip(rows, spans, strict=True) for s, e, _ in own]
-    prompt, *texts = _decode([rows[0]["prompt_ids"], *ids], tokenizer)
-    texts = iter(texts)
+    prompt, *decoded = _decode([rows[0]["prompt_ids"], *ids], tokenizer)
+    texts = iter(decoded)
     return {
         "prompt": prompt,
         "prompt_tokens": len(rows[0]["prompt_ids"]),

@@ -18,8 +18,10 @@ from ..tools.executor import ToolCall
 Row = dict[str, Any]
 
 _FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
-_REQUIRED = ("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask")
-_REQUIRED += ("segments", "tool_calls", "truncated", "rewards", "advantage", "shared_advantages")
+_REQUIRED = (
+    *("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask"),
+    *("segments", "tool_calls", "truncated", "rewards", "advantage", "shared_advantages"),
+)
 _SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
 _CALL = ("name", "arguments", "result", "error", "seconds", "cached")
 
@@ -99,7 +101,7 @@ def group_rows(files: Iterable[list[Row]]) -> list[list[Row]]:
     unfinished: dict[tuple, list[dict[int, Row]]] = {}  # by prompt and next row
     for rows in files:
         parts: dict[int, dict[int, Row]] = {}
-        done = []
+        done: list[dict[int, Row]] = []
         for row in rows:
             part = parts.setdefault(row["prompt_index"], {})
             if row["row"] in part:  # the step's next generation batch: it counts its groups from 0 again

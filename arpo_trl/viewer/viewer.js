@@ -242,7 +242,7 @@ function drawLegend() {
         svg("circle", { class: "fork-dot", cx: 6, cy: 3, r: 3 })),
       "fork",
     ],
-    ["+", "supplement"],
+    [node("b", {}, "+"), "supplement"],
     [sample([-1, 0, 1].map(leaf)), "reward −, 0, +"],
   ];
   $("legend").replaceChildren(...entries.map((entry) => node("span", {}, entry)));
