@@ -320,7 +320,7 @@ class _Server:
             connection.close()
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # bwrap's first process too, and so all of its namespace
+                os.killpg(process.pid, signal.SIGKILL)  # with bwrap the worker too, and so all of its namespace
             process.wait()
 
 
@@ -376,12 +376,12 @@ def _bwrap_command(config: dict) -> list[str]:
     for device in ["null", "zero", "full", "random", "urandom"]:
         mounts.append(("--dev-bind", f"/dev/{device}", f"/dev/{device}"))
     mounts.append(("--ro-bind", python_worker.__file__, "/python/worker.py"))
-    # As root, bwrap needs no user namespace, and root is not left for another user inside one.
-    namespaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    if os.geteuid() != 0:
+    # The worker is the first process of its namespace, so whatever else is in there ends when it does.
+    namespaces = ["--unshare-pid", "--as-pid-1", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    if os.geteuid() != 0:  # root needs no user namespace; one would leave it root, whose processes are not counted
         namespaces += ["--unshare-user", "--cap-drop", "ALL"]
     return [
-        *[bwrap, *namespaces, "--hostname", "sandbox", "--clearenv"],
+        *[bwrap, *namespaces, "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv"],
         *["--setenv", "LD_LIBRARY_PATH", f"/python/{sys.platlibdir}", "--setenv", "OPENBLAS_NUM_THREADS", "1"],
         *[str(part) for mount in mounts for part in mount],
         *["--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--remount-ro", "/", "--chdir", "/"],
