@@ -154,7 +154,7 @@ class ARPOTrainer(GRPOTrainer):
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
         self._ordered_inputs = None  # the buffered inputs that have been put into order
-        self._recorded_step: int | None = None  # the step whose record file is open for more lines
+        self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
         if self.use_vllm:
             self.vllm_generation.logprobs = args.vllm_entropy_top_k
 
@@ -426,17 +426,20 @@ class ARPOTrainer(GRPOTrainer):
             for index, name in enumerate(self.reward_func_names)
         }
         step = self.state.global_step
-        records = rollout_records(step, self._groups, rewards, advantages, spans)
+        groups_before = self._recorded[1] if self._recorded[0] == step else 0
+        records = rollout_records(step, self._groups, rewards, advantages, spans, first_group=groups_before)
         try:
+            if self._recorded[0] is None and self.is_world_process_zero():
+                self._tokenizer.save_pretrained(self.args.output_dir)  # the viewer decodes with it
             write_records(
                 self.args.output_dir,
                 records,
                 step,
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
-                append=self._recorded_step == step,
+                append=groups_before > 0,
             )
-            self._recorded_step = step
+            self._recorded = (step, groups_before + len(self._groups))
         except OSError as error:
             logger.warning_once(f"Rollout records could not be written ({error}); training goes on without them.")
 

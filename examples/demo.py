@@ -23,13 +23,13 @@ from datasets import Dataset
 from demo_world import World, build_model, build_tokenizer
 from sft_cold_start import cold_start_trainer
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from trl import SFTConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.evaluation import Agent, evaluate, summarize
 from arpo_trl.rewards import exact_match_reward, tags_format_reward
 from arpo_trl.tools.python import PythonSandbox
 from arpo_trl.tools.search import BM25Search
-
 
 CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
 
@@ -53,7 +53,10 @@ def main(seed: int, output_dir: Path, steps: int) -> dict:
         final, log = train(cold, tokenizer, tools, world, seed, steps, output_dir)
         arpo = ask(final, tokenizer, tools, world)
 
-    curves = {name: entropies_after_tool(path, tokenizer, output_dir) for name, path in (("cold start", cold), ("ARPO", final))}
+    curves = {
+        name: entropies_after_tool(path, tokenizer, output_dir)
+        for name, path in (("cold start", cold), ("ARPO", final))
+    }
     executed, saved = (sum(entry[f"tools/calls_{kind}"] for entry in log) for kind in ("executed", "saved"))
     summary = {
         "sft_accuracy": sft["accuracy"],
@@ -79,12 +82,28 @@ def python_sandbox() -> PythonSandbox:
 
 
 def cold_start(world: World, tokenizer, seed: int, output_dir: Path) -> None:
-    trainer = cold_start_trainer(build_model(tokenizer), tokenizer, world.demonstrations(), output_dir, seed)
+    args = SFTConfig(
+        str(output_dir),
+        **CPU,
+        per_device_train_batch_size=32,
+        max_steps=1300,
+        learning_rate=5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=30,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        max_length=None,
+        logging_steps=100,
+        seed=seed,
+    )
+    trainer = cold_start_trainer(build_model(tokenizer), tokenizer, args, Dataset.from_list(world.demonstrations()))
     trainer.train()
     trainer.save_model(str(output_dir))
 
 
-def train(start: Path, tokenizer, tools, world: World, seed: int, steps: int, output_dir: Path) -> tuple[Path, list[dict]]:
+def train(
+    start: Path, tokenizer, tools, world: World, seed: int, steps: int, output_dir: Path
+) -> tuple[Path, list[dict]]:
     log: list[dict] = []
 
     class Keep(TrainerCallback):
@@ -186,7 +205,9 @@ def draw(log: list[dict], sft: dict, arpo: dict, curves: dict[str, list[float]],
         right.plot(range(-6, len(curve) - 6), curve, marker="o", label=name)
     right.axvline(-0.5, color="0.6", linestyle="--")
     right.text(-0.4, right.get_ylim()[1] * 0.95, "tool result", color="0.4", va="top")
-    right.set(xlabel="model tokens from the first tool result", ylabel="entropy (nats)", title="Entropy around a tool result")
+    right.set(
+        xlabel="model tokens from the first tool result", ylabel="entropy (nats)", title="Entropy around a tool result"
+    )
     right.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -1,6 +1,5 @@
 import os
 
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # a forgotten download fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"

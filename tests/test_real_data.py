@@ -9,7 +9,6 @@ import torch
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 
-
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the published data is not at {DATA}")
 

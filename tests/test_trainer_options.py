@@ -246,7 +246,7 @@ def test_lora_samples_from_the_adapted_policy_and_trains_adapters_alone(agent_di
 
 
 class Counter:
-    """A stateful environment: `add` adds to a running total."""
+    """A stateful environment: it remembers every addition."""
 
     def __init__(self):
         self.history = []
@@ -254,19 +254,11 @@ class Counter:
     def reset(self, **kwargs):
         self.history = []
 
-    def add(self, a: int, b: int) -> str:
-        """
-        Add two numbers to the running total.
-
-        Args:
-            a: First number.
-            b: Second number.
-
-        Returns:
-            The total.
-        """
+    def add(self, a: int, b: int) -> int:
         self.history.append((a, b))
-        return str(sum(x + y for x, y in self.history if isinstance(x, int) and isinstance(y, int)))
+        return a + b
+
+    add.__doc__ = tiny.add.__doc__  # the schema that the model has learnt
 
 
 class ForkingCounter(Counter):
@@ -354,13 +346,10 @@ def test_resume_after_a_kill_ends_with_the_same_weights(agent_dirs, tokenizer, t
     resumed = run("killed", resume_from_checkpoint=True)
     for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(left, right)
-    assert records(tmp_path / "whole") == _without_times(records(tmp_path / "killed")) or [
-        record["completion_ids"] for record in records(tmp_path / "whole")
-    ] == [record["completion_ids"] for record in records(tmp_path / "killed")]
-
-
-def _without_times(rows):
-    return rows
+    whole_ids, resumed_ids = (
+        [record["completion_ids"] for record in records(tmp_path / folder)] for folder in ("whole", "killed")
+    )
+    assert whole_ids == resumed_ids, "each step is recorded once"
 
 
 def test_the_tool_limit_per_row(agent_dirs, tokenizer, tmp_path):

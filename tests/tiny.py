@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-
 NUMBERS = range(10)
 
 
@@ -110,7 +109,7 @@ def train_agent(tokenizer, protocol: str, steps: int = 220, seed: int = 0) -> Qw
             rows.append((ids, len(head)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
+    for _ in range(steps):
         picked = [rows[i] for i in torch.randint(len(rows), (12,), generator=generator)]
         length = max(len(ids) for ids, _ in picked)
         input_ids = torch.full((len(picked), length), tokenizer.pad_token_id)

@@ -16,9 +16,10 @@ def rollout_records(
     rewards: Mapping[str, Sequence[float | None]],
     advantages: Sequence[float],
     shared_advantages: Sequence[Sequence[Span]] | None,
+    first_group: int = 0,
 ) -> list[dict[str, Any]]:
     """
-    The records of one generation batch.
+    The records of one generation batch, one a trajectory.
 
     Args:
         step (`int`): Global step.
@@ -26,9 +27,10 @@ def rollout_records(
         rewards (`Mapping[str, Sequence[float | None]]`): By name of the reward function, one value a row.
         advantages (`Sequence[float]`): Group-normalised advantage of each row.
         shared_advantages (`Sequence[Sequence[Span]]`, *optional*): Hard attribution of each row; `None` for soft.
+        first_group (`int`): `prompt_index` of the first group: above 0 for a later generation batch of the same step.
     """
     records = []
-    for prompt_index, group in enumerate(groups):
+    for prompt_index, group in enumerate(groups, start=first_group):
         offset = group.first_row - group.rows.start  # from a row of this process to a row of the whole group
         for trajectory in group.trajectories:
             row = trajectory.row
