@@ -71,7 +71,9 @@ class Agent:
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.entropy_window = entropy_window
         self.temperature = temperature
-        self.executor = ToolExecutor(timeout=tool_timeout)
+        self.executor = ToolExecutor(
+            timeout=tool_timeout, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+        )
         self.limits = Limits(
             completion=max_completion_length,
             context=model.config.get_text_config().max_position_embeddings,
@@ -155,7 +157,7 @@ class Agent:
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         refuse_calls_over_limit(calls, trajectory, self.tools)
-        return [self.executor.submit(call, self.tools.get(call.name), available=self.tools) for call in calls]
+        return [self.executor.submit(call, self.tools.get(call.name)) for call in calls]
 
     @torch.no_grad()
     def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:

@@ -112,9 +112,9 @@ class ChatTemplateProtocol:
 
 def _structured_call(call: dict) -> ToolCall:
     if call.get("type") != "function":
-        return ToolCall(call.get("name", "unknown"), error=f"Unsupported tool call type: {call.get('type')}")
+        return ToolCall(str(call.get("name", "unknown")), error=f"Unsupported tool call type: {call.get('type')}")
     # Arguments that are no object are left to the call itself, which answers as TRL's does
-    return ToolCall(call["function"]["name"], call["function"]["arguments"])
+    return ToolCall(str(call["function"]["name"]), call["function"]["arguments"])
 
 
 class TagsProtocol:

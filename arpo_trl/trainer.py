@@ -150,10 +150,15 @@ class ARPOTrainer(GRPOTrainer):
         else:
             self._protocol = ChatTemplateProtocol(self._tokenizer, self._get_tool_suffix_ids)
         self._stop_strings = stop_string_criteria(self._tokenizer, self._protocol.stop_strings)
-        self._executor = ToolExecutor(max_workers=args.max_tool_concurrency, timeout=args.tool_timeout)
+        self._executor = ToolExecutor(
+            max_workers=args.max_tool_concurrency,
+            timeout=args.tool_timeout,
+            count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
+        )
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
         self._ordered_inputs = None  # the buffered inputs that have been put into order
+        self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
         if self.use_vllm:
             self.vllm_generation.logprobs = args.vllm_entropy_top_k
@@ -200,6 +205,8 @@ class ARPOTrainer(GRPOTrainer):
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
         self._groups = self._empty_groups(len(prompts))
+        step = self.state.global_step
+        self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
         with tqdm(
             desc="Rollout",
             unit=" waves",
@@ -234,9 +241,7 @@ class ARPOTrainer(GRPOTrainer):
                     cut_afterwards=not self._branches,
                 ),
                 # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
-                random.Random(
-                    f"{self.args.seed}/{self.state.global_step}/{self._step}/{self.accelerator.process_index}"
-                ),
+                random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
                 self.eos_token_ids.__contains__,
             )
         for trajectory in trajectories:
@@ -292,15 +297,16 @@ class ARPOTrainer(GRPOTrainer):
     # Tools
 
     def _tools_of(self, trajectory: Trajectory) -> dict[str, Any]:
-        return {**self._sync_tool_dicts[trajectory.row], **self._async_tool_dicts[trajectory.row]}
+        tools = {**self._sync_tool_dicts[trajectory.row], **self._async_tool_dicts[trajectory.row]}
+        return {name: tool for name, tool in tools.items() if name in self._tool_names}
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         tools = self._tools_of(trajectory)
         refuse_calls_over_limit(calls, trajectory, tools)
         pairs = [(call, tools.get(call.name)) for call in calls]
         if self.environments is not None:  # a stateful environment is called in the order of the model's text
-            return self._executor.submit_in_order(pairs, available=tools)
-        return [self._executor.submit(call, tool, available=tools) for call, tool in pairs]
+            return self._executor.submit_in_order(pairs)
+        return [self._executor.submit(call, tool) for call, tool in pairs]
 
     def _prepare_environments(self):
         for name, tools in self._env_tools.items():

@@ -12,7 +12,6 @@ import urllib.request
 import weakref
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
 
 import psutil
 import pytest
@@ -146,25 +145,19 @@ def test_an_unknown_tool_is_told_what_there_is(executor):
     assert executor.run([(ToolCall("serach"), None)])[0].result == str({"error": "Tool serach not found."})
 
 
-def test_wrong_arguments_are_told_to_the_model(executor):
-    def search(query: str, k: int = 3, mode: Literal["a", "b"] = "a", tags: list[str] | None = None, scale: float = 1):
-        return "ran"
+def test_wrong_arguments_are_told_to_the_model_as_the_call_itself_tells_them(executor):
+    def search(query: str, k: int = 3):
+        return query[:k]
 
     def error(**arguments):
         return one(executor, search, **arguments).error
 
-    assert error(query="q", k=2.0, mode="b", tags=["x"], scale=2) is None
-    assert error(query="q", tags=None) is None
-    assert error(query="q", k="2") == "TypeError: search() argument 'k' must be int, not str ('2')"
-    assert "'k' must be int, not bool" in error(query="q", k=True)
-    assert "'k' must be int, not float (2.5)" in error(query="q", k=2.5)
-    assert "'query' must be str, not list" in error(query=["q"])
-    assert "'mode' must be Literal['a', 'b'], not str ('c')" in error(query="q", mode="c")
-    assert "'tags' must be" in error(query="q", tags=["x", 1])
+    assert error(query="q", k=2) is None
+    assert error(query="q", k="2") == "TypeError: slice indices must be integers or None or have an __index__ method"
     assert "unexpected keyword argument 'q'" in error(q="q")
     assert "missing 1 required positional argument: 'query'" in error()
     call = executor.run([(ToolCall("search", ["q"]), search)])[0]
-    assert call.error == "TypeError: search() takes its arguments by name, as a JSON object, not as list"
+    assert "argument after ** must be a mapping, not list" in call.error
 
 
 def test_calls_in_order_run_one_after_another(executor):
@@ -593,7 +586,7 @@ def test_a_tool_in_a_worker_process(executor):
     add = tool(tool_samples.add, process=True)
     assert one(executor, add, a=2, b=3).result == "5"
     assert one(executor, add, a=2).result == "3"
-    assert one(executor, add, a=[]).error.startswith("TypeError: add() argument 'a' must be int")
+    assert one(executor, add, a=[]).error.startswith("TypeError: can only concatenate list")
     # warm: one call after another by the same process, which is not this one
     worker_id = tool(tool_samples.worker_id, process=True)
     (pid,) = {one(executor, worker_id).result for _ in range(5)}

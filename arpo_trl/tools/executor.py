@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .arguments import bound_arguments, check_arguments
+from .arguments import bound_arguments
 from .attempts import Attempt, LoopThread, in_thread, on_loop
 from .function_worker import Worker, as_content
 from .options import ToolOptions, is_async, tool_options
@@ -213,7 +213,6 @@ class _Life:
                 raise ValueError(f"Tool {call.name} not found.{tools}")
             options = tool_options(function)
             limit = options.max_result_tokens
-            check_arguments(function, call.arguments)
             call.result = await self.answer(call, function, options)
         except asyncio.CancelledError:
             call.error = "the executor was closed before the call had ended"
