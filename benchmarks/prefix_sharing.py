@@ -141,6 +141,14 @@ def seconds(function: Callable[[], None], device: str) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def peak_resident_mib() -> float:
+    """Peak resident set of this process. Linux's `ru_maxrss` is no use here: a child starts with its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # in bytes on macOS
+
+
 def peak_memory(case: str, side: str, micro_batch: int, args: argparse.Namespace) -> float:
     """Peak of one step in MiB, from a process that does nothing else."""
     options = ["--hidden", args.hidden, "--layers", args.layers, "--device", args.device]
@@ -155,8 +163,7 @@ def print_peak(case: str, side: str, micro_batch: int, args: argparse.Namespace)
     if args.device == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        kilobyte = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**20)
+        print(peak_resident_mib())
 
 
 def measure(case: str, args: argparse.Namespace) -> dict:

@@ -14,14 +14,13 @@ Not covered: rollouts and tools.
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from prefix_sharing import PROMPT, VOCABULARY, build_model, grow, step
+from prefix_sharing import PROMPT, VOCABULARY, build_model, grow, peak_resident_mib, step
 
 from arpo_trl.prefix_tree import Cost, pack, shared_prefixes
 
@@ -83,11 +82,9 @@ def print_step(side: str, shape: list[int], micro_batch: int) -> None:
     step(
         model, chained(8, 2, 1, 4), side, 4, "cpu"
     )  # gradients, threads and kernels are there before the clock starts
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = peak_resident_mib(), time.process_time()
     step(model, chained(*shape), side, micro_batch or shape[0], "cpu")
-    seconds = time.process_time() - start
-    kilobyte = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * kilobyte / 2**20
+    seconds, peak = time.process_time() - start, peak_resident_mib() - before
     print(json.dumps({"cpu_seconds": seconds, "peak_mib": peak}))
 
 
