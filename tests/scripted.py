@@ -66,7 +66,7 @@ class ScriptedModel(Qwen3ForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
         output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         for row, ids in enumerate(input_ids):
-            text = self.tokenizer.decode(ids[ids != self.tokenizer.pad_token_id]).split(PROMPT, 1)[1]
+            text = self.tokenizer.decode(ids[ids != self.tokenizer.pad_token_id]).partition(PROMPT)[2]
             output.logits[row, -1] = self.next_logits(row, text)
         return output
 
