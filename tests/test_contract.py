@@ -18,6 +18,11 @@ OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_tool_suffix_ids": ["self", "tool_messages"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_get_per_token_logps_and_entropies": [
+        *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
+        "compute_aux_loss",
+    ],
 }
 # Attributes that TRL sets and we read; and what the source must still say for our reading of it to hold
 SAID = {
@@ -41,6 +46,12 @@ SAID = {
     ],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
     "_compute_loss": ["if advantages.dim() == 1:"],
+    "_prepare_inputs": [
+        "generation_batch = self._generate_and_score_completions(generation_batch)",
+        "self._buffered_inputs = [",
+        "self._buffered_inputs[self._step % self.args.steps_per_generation]",
+    ],
+    "_get_per_token_logps_and_entropies": ["fused_lm_head=True", "self.accelerator.autocast()"],
     "__init__": [
         "self._standalone_tools",
         "self._env_tools",
@@ -72,9 +83,16 @@ def test_what_we_lean_on(name, line):
 
 
 def test_names_we_import():
-    from trl.chat_template_utils import parse_response  # noqa: F401
+    from trl.chat_template_utils import (  # noqa: F401
+        add_response_schema,
+        get_training_chat_template,
+        is_chat_template_prefix_preserving,
+        parse_response,
+    )
     from trl.data_utils import is_conversational  # noqa: F401
-    from trl.trainer.utils import get_config_model_id  # noqa: F401
+    from trl.trainer.utils import add_fused_lm_head, get_config_model_id  # noqa: F401
+
+    assert "shift_labels" in inspect.getsource(add_fused_lm_head)
 
     assert grpo_trainer.GRPOTrainer is GRPOTrainer
     assert {"_tag_names", "_name", "_paper"} <= set(vars(GRPOTrainer))

@@ -1,0 +1,102 @@
+"""The training script as people start it: `accelerate launch`, a YAML file, LoRA, both of its protocols."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def launch(script, *arguments, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "1",
+            EXAMPLES / script,
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [{"prompt": tiny.question(a, b), "answer": str(a + b)} for a in range(4) for b in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_arpo_from_a_yaml_file_with_lora(agent_dirs, questions, tmp_path):
+    config = {
+        "model_name_or_path": agent_dirs["tags"],
+        "dataset_name": str(questions),
+        "tool_protocol": "tags",
+        "tools": ["tiny.add"],
+        "reward_funcs": ["exact_match_reward"],
+        "num_generations": 4,
+        "num_initial_generations": 2,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 100,
+        "max_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "log_rollouts": True,
+        "use_peft": True,
+        "lora_r": 4,
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
+    launch("arpo.py", "--config", "recipe.yaml", tmp_path=tmp_path)
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert len((tmp_path / "out" / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 8
+
+
+def test_questions_from_parquet_and_an_unknown_column(agent_dirs, tmp_path):
+    from datasets import Dataset
+
+    sys.path.insert(0, str(EXAMPLES))
+    from common import ToolArguments, build_rewards, build_tools, load_questions
+
+    rows = Dataset.from_list([{"prompt": tiny.question(1, 2), "answer": "3"}])
+    rows.to_parquet(tmp_path / "questions.parquet")
+    assert load_questions(str(tmp_path / "questions.parquet"), "train")[0]["answer"] == "3"
+    rows.rename_column("prompt", "question").to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match="no column `prompt` \\(it has question, answer\\)"):
+        load_questions(str(tmp_path / "other.parquet"), "train")
+    with pytest.raises(ValueError, match="`--tools search` needs `--search_corpus`"):
+        build_tools(ToolArguments(tools=["search"]))
+    with pytest.raises(ValueError, match="neither a known name nor a dotted path"):
+        build_tools(ToolArguments(tools=["telephone"]))
+    (tmp_path / "corpus.jsonl").write_text('{"contents": "The sky is blue."}\n')
+    (search,) = build_tools(ToolArguments(tools=["search"], search_corpus=str(tmp_path / "corpus.jsonl")))
+    assert "blue" in search("sky")
+    assert [reward.__name__ for reward in build_rewards(["arpo_reward", "math.sqrt"])] == ["arpo_reward", "sqrt"]
+
+
+def test_the_rl_script_reads_the_published_columns(tmp_path):
+    data = Path(__file__).parents[2] / "shared" / "data" / "arpo_rl_valid.parquet"
+    if not data.exists():
+        pytest.skip(f"the published data is not at {data}")
+    from common import load_questions
+
+    rows = load_questions(str(data), "train", protocol="tags")
+    assert len(rows) == 180 and {"prompt", "answer"} <= set(rows.column_names)
