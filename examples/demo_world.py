@@ -28,8 +28,8 @@ from arpo_trl.tools.passages import format_passages
 # Questions in each split; no two questions of a world, whatever their split, are about the same pair of entities
 SPLITS = {"cold_start": 10000, "rl": 1000, "held_out": 300}
 
-# What goes wrong in a demonstration, and in which share of them. A model trained on them makes the same choices with
-# about the same probabilities.
+# What goes wrong in a demonstration, and in which share of them. A model trained on them does the same at random when
+# sampled, most kinds less often than they were shown.
 MISTAKES = {
     "guess_after_first": 0.10,  # answers from the air after one look-up
     "repeat_first": 0.08,  # looks the first entity up again instead of the second
