@@ -30,7 +30,7 @@ from .rollout.loop import (
 )
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.record import call_records, rollout_records, write_records
-from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
+from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.tree import Group, Segment, Trajectory
 from .tools.executor import ToolCall, ToolExecutor
 
@@ -160,8 +160,6 @@ class ARPOTrainer(GRPOTrainer):
         self._ordered_inputs = None  # the buffered inputs that have been put into order
         self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
-        if self.use_vllm:
-            self.vllm_generation.logprobs = args.vllm_entropy_top_k
 
     # Generation
 
@@ -280,6 +278,8 @@ class ARPOTrainer(GRPOTrainer):
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item())
 
     def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        if self.use_vllm:
+            return self._sample_vllm(contexts, limits)
         # A process without work takes part with a row of its own, since generation may be collective
         idle = not contexts
         if idle:
@@ -293,6 +293,31 @@ class ARPOTrainer(GRPOTrainer):
         ) as (recorder, stops):
             ids, _ = super()._generate_single_turn(contexts, None, {}, num_generations=1)
         return [] if idle else recorded_samples(ids, recorder, stops)
+
+    def _sample_vllm(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        engine = self.vllm_generation
+        if self.state.global_step != self._last_loaded_step:
+            engine.sync_weights()
+            self._last_loaded_step = self.state.global_step
+        # TRL cuts a server's answers by the number of prompts of *this* process, so all bring the same number; and the
+        # main process's limit is everyone's.
+        rows, limit = self._largest(len(contexts), max(limits, default=1))
+        padded = contexts + [[self._tokenizer.eos_token_id]] * (rows - len(contexts))
+        settings = {**engine.generation_kwargs, "max_tokens": limit}
+        if self._protocol.stop_strings:
+            settings |= {"stop": self._protocol.stop_strings, "include_stop_str_in_output": True}
+        with vllm_settings(engine, self.args.vllm_entropy_top_k, settings):
+            _, ids, logprobs, tokens = engine.generate(prompts=padded, images=None, num_generations=1)
+        cut = [row[:limit] for row, limit in zip(ids, limits, strict=False)]  # `zip` leaves the padding out
+        return top_k_samples(
+            cut, logprobs, tokens, self.args.vllm_entropy_top_k, self.args.entropy_window, self._vocab_size
+        )
+
+    def _largest(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        return self.accelerator.gather(torch.tensor([values], device=self.accelerator.device)).amax(dim=0).tolist()
 
     # Tools
 

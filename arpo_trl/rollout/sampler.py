@@ -3,7 +3,9 @@
 On the transformers path the entropies are recorded inside generation, so that memory is B × k floats and never
 B × T × V logits. On the vLLM path they are read from the K most likely tokens.
 
-What is not here: transformers' continuous batching, which offers no hook to read entropies.
+What is not here: transformers' continuous batching, which offers no hook to read entropies. vLLM gives the processed
+log-probabilities, so with top-p or top-k its reading is of what they leave, and rows that reach their own limit before
+the others' are cut afterwards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -121,6 +123,17 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
     return samples
 
 
+@contextmanager
+def vllm_settings(engine, logprobs: int, generation_kwargs: dict) -> Iterator[None]:
+    """Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position and uses `generation_kwargs`."""
+    before = engine.logprobs, engine.generation_kwargs
+    engine.logprobs, engine.generation_kwargs = logprobs, generation_kwargs
+    try:
+        yield
+    finally:
+        engine.logprobs, engine.generation_kwargs = before
+
+
 def top_k_samples(
     ids: Sequence[list[int]],
     logprobs: Sequence[Sequence[Sequence[float | None]]],
@@ -142,14 +155,15 @@ def top_k_samples(
         vocab_size (`int`): V.
     """
     samples = []
-    for row, row_logprobs, row_tokens in zip(ids, logprobs, logprob_token_ids, strict=True):
+    # Rows may have been cut, and rows of padding follow: `zip` stops at what there is of `ids`
+    for row, row_logprobs, row_tokens in zip(ids, logprobs, logprob_token_ids, strict=False):
         # With logprobs=K the sampled token stands at its rank, not first, so it is looked up.
         sampled = [
-            values[tokens.index(token)] for token, values, tokens in zip(row, row_logprobs, row_tokens, strict=True)
+            values[tokens.index(token)] for token, values, tokens in zip(row, row_logprobs, row_tokens, strict=False)
         ]
         entropies = [
             top_k_entropy([value for value in values[:top_k] if value is not None], vocab_size)
-            for values in row_logprobs[:window]
+            for values in row_logprobs[: min(window, len(row))]
         ]
         samples.append(Sample(list(row), entropies, sampled))
     return samples
