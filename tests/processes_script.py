@@ -5,6 +5,7 @@ it can know in `<folder>/<scenario>/process-<rank>.json`.
 """
 
 import json
+import os
 import sys
 import threading
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import tiny
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from scripted import PROMPT, ScriptedModel, character_tokenizer, plan
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -130,6 +132,7 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
     if name in ("agent-shared", "agent-stock"):  # SGD, so that rounding stays rounding
         return agent(folder, checkpoint, optim="sgd", learning_rate=0.1, prefix_sharing=name == "agent-shared")
     if name == "victim":  # hangs in the middle of its third step until it is killed
+
         def hanging(completions, trainer_state, **kwargs):
             if trainer_state.global_step == 2:
                 (folder / "in-step-3").touch()
@@ -147,14 +150,22 @@ def resumable(folder: Path, checkpoint: str, reward=correct) -> ARPOTrainer:
 
 
 def main(names: str, folder: str, checkpoint: str):
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Accelerate shards on accelerators alone and would quietly fall back to DDP; torch shards on CPU as well
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        torch.distributed.init_process_group("gloo")
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     state = PartialState(cpu=True)
     for name in names.split(","):
         trainer = scenario(name, Path(folder) / name, checkpoint)
         trainer.train()
+        trainer.save_model(str(Path(folder) / name / "final"))
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        weights = [getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in model.parameters()]
         facts = {
+            "sharded": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
             "batches": getattr(model, "batches", None),  # rows of each call of generate
-            "weights": torch.cat([p.detach().double().flatten() for p in model.parameters()]).tolist()[:50_000],
+            "weights": torch.cat(weights).tolist(),
             "logs": trainer.state.log_history,
         }
         (Path(folder) / name / f"process-{state.process_index}.json").write_text(json.dumps(facts))
