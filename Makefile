@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up what they need in .venv/ at the root; nothing else has to be installed by hand.
 PYTHON ?= python3
 VENV := .venv
+SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
@@ -18,10 +19,15 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py --seed $(SEED)
 
 test: setup
 	$(BIN)/python -m pytest
+
+# One table of ratios against TRL's own code, and JSON under outputs/
+bench: setup
+	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
+	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
 
 lint: setup
 	$(BIN)/ruff check .

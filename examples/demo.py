@@ -194,17 +194,20 @@ def draw(log: list[dict], sft: dict, arpo: dict, curves: dict[str, list[float]],
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = range(1, len(log) + 1)
     left.plot(steps, [entry["reward"] for entry in log], color="0.6", label="training reward")
-    left.plot([0, len(log)], [sft["accuracy"], arpo["accuracy"]], "o-", color="C0", label="held-out accuracy")
+    for x, result, label in ((0, sft, "held-out accuracy, 95 % interval"), (len(log), arpo, None)):
+        spread = [[result["accuracy"] - result["accuracy_low"]], [result["accuracy_high"] - result["accuracy"]]]
+        left.errorbar([x], [result["accuracy"]], yerr=spread, fmt="o", color="C0", capsize=4, label=label)
     left.set(xlabel="optimiser step", ylabel="fraction right", ylim=(0, 1), title="Learning")
     left.legend(loc="lower right")
     for name, curve in curves.items():
         right.plot(range(-6, len(curve) - 6), curve, marker="o", label=name)
-    right.axvline(-0.5, color="0.6", linestyle="--")
-    right.text(-0.4, right.get_ylim()[1] * 0.95, "tool result", color="0.4", va="top")
+    right.axvline(-0.5, color="0.6", linestyle="--", label="tool result")
+    right.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(2))
     right.set(
         xlabel="model tokens from the first tool result", ylabel="entropy (nats)", title="Entropy around a tool result"
     )
@@ -222,7 +225,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     print(
         f"\nTraining executed {summary['calls_executed']} tool calls and saved {summary['calls_saved']} by sharing; "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
-        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, arpo/."
+        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, arpo/.\n"
+        f"To look into the rollouts: python -m arpo_trl.viewer {output_dir}"
     )
 
 
