@@ -259,3 +259,32 @@ def test_reward_functions_receive_calls_and_the_models_own_text(tmp_path):
     assert seen["model_text"] == ["A<s>q</s>ok"] * 2
     assert [[call["shared"] for call in calls] for calls in seen["tool_calls"]] == [[False], [True]]
     assert seen["tool_calls"][0][0]["arguments"] == {"query": "q"}
+
+
+def test_progress_shows_rows_calls_and_forks(tmp_path, capfd):
+    rollout(tmp_path, [plan("A<s>q</s>?", (9, "xyzw"))], [Search().s], 1, 2, disable_tqdm=False)
+    shown = capfd.readouterr().err
+    assert "Rollout" in shown and "calls=1, forks=0, rows=1" in shown and "calls=0, forks=1, rows=1" in shown
+
+
+def test_a_tool_named_in_no_list_is_an_error_that_the_model_reads(tmp_path):
+    search = Search()
+    search_only = plan("A<t>q</t>ok")
+    records, _, _ = rollout(tmp_path, [search_only], [search.s], 1, 2, branch_rule="random", branch_probability=0.0)
+    # `<t>` is no tag of a tool: it is text, and nothing is called
+    assert records[0]["text"] == "A<t>q</t>ok" + END and not records[0]["tool_calls"]
+
+
+def test_a_result_longer_than_the_context_ends_the_row(tmp_path):
+    def s(query: str) -> str:
+        """
+        Search.
+
+        Args:
+            query: What to look for.
+        """
+        return "x" * 5000
+
+    records, _, _ = rollout(tmp_path, [plan("A<s>q</s>ok")], [s], 1, 2, max_completion_length=10_000)
+    assert [record["text"] for record in records] == ["A<s>q</s>"] * 2
+    assert all(record["truncated"] for record in records)
