@@ -1,0 +1,336 @@
+"""The documentation is true: generated pages are fresh, links lead somewhere, names exist, messages are those of the
+source, every Python block runs on a small model, and every command is understood by the program that it names.
+
+Blocks that continue the one before say `<!-- continues -->` above them.
+"""
+
+import argparse
+import ast
+import functools
+import importlib
+import importlib.util
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny
+import trl
+import yaml
+
+import arpo_trl
+from arpo_trl import ARPOConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+
+# Blocks that cannot run as they stand, with the reason. They are compiled, and what they import is imported.
+NOT_RUN = {
+    ("data.md", 0): "loads published data sets",
+    ("tools.md", "my_server.py"): "starts a server that the page does not hold; see test_tool_adapters.py",
+}
+NEEDS = {"bm25s": "search", "trafilatura": "browse", "mcp": "mcp", "smolagents": "dev", "httpx2": "search"}
+
+
+def blocks(page: Path, language: str) -> list[tuple[str, str]]:
+    """`(line above, text)` of the fenced blocks of a page."""
+    found = re.findall(rf"^([^\n]*)\n```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [(above.strip(), text) for above, text in found]
+
+
+def named(cases):
+    return [pytest.param(*case[1:], id=case[0]) for case in cases]
+
+
+# ------------------------------------------------------------------------------------------------- pages and files
+
+
+@pytest.mark.parametrize(
+    "script, made, product", [("configuration", "page", "configuration.md")] + [("figure", "figure", "rollout.svg")]
+)
+def test_generated_files_are_fresh(script, made, product):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"make_{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    assert (ROOT / "docs" / product).read_text("utf-8") == getattr(module, made)(), f"run docs/make_{script}.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    for path in re.findall(r"`((?:docs|examples|tests|benchmarks|arpo_trl)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dotted_names_exist(page):
+    for name in set(re.findall(r"\barpo_trl(?:\.\w+)+", page.read_text("utf-8"))):
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            try:
+                found = importlib.import_module(".".join(parts[:length]))
+                break
+            except ModuleNotFoundError as error:
+                if not (error.name or "").startswith("arpo_trl"):
+                    pytest.skip(f"{name} needs {error.name}")
+        functools.reduce(getattr, parts[length:], found)
+
+
+def test_settings_on_the_right_of_the_migration_table_exist():
+    text = (ROOT / "docs" / "migration.md").read_text("utf-8")
+    fields = ARPOConfig.__dataclass_fields__
+    rows = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `") and " | " in line]
+    settings = [name for row in rows for name in re.findall(r"`(\w+)(?:=[^`()]*)?`", row)]
+
+    assert len(settings) > 30
+    others = {"top_k", "make_arpo_reward"}  # an argument of a search, a function
+    assert [name for name in settings if name not in fields and name not in others] == []
+
+
+def test_citation():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == arpo_trl.__version__
+    assert citation["authors"] == [{"name": "The arpo-trl authors"}]
+    paper = citation["references"][0]
+    assert "2507.19849" in paper["url"] and len(paper["authors"]) == 14
+
+
+def test_changelog_tells_of_this_version():
+    assert f"## {arpo_trl.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+
+
+def templates(path: Path) -> list[str]:
+    """Every string of a source file, with `…` where a value is put in."""
+    found = []
+    for item in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(item, ast.JoinedStr):
+            found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in item.values))
+        elif isinstance(item, ast.Constant) and isinstance(item.value, str):
+            found.append(re.sub(r"%[sdr]", "…", item.value))
+    return found
+
+
+def raised(path: Path) -> list[str]:
+    """The messages that a source file raises."""
+    calls = [item.exc for item in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(item, ast.Raise)]
+    arguments = [call.args[0] for call in calls if isinstance(call, ast.Call) and call.args]
+    return [
+        "".join(part.value if isinstance(part, ast.Constant) else "…" for part in message.values)
+        if isinstance(message, ast.JoinedStr)
+        else message.value
+        for message in arguments
+        if isinstance(message, ast.JoinedStr) or isinstance(message, ast.Constant)
+    ]
+
+
+def quoted_messages() -> list[str]:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    return [" ".join(message.split()) for message in re.findall(r"^- ``(.+?)``(?!`)", text, re.MULTILINE | re.DOTALL)]
+
+
+def holds(template: str, message: str) -> bool:
+    """Whether the fixed parts of a quoted message occur in the template, in order."""
+    position = 0
+    for part in message.split("…"):
+        part = part.strip()
+        position = template.find(part, position)
+        if position < 0:
+            return False
+        position += len(part)
+    return True
+
+
+def test_every_quoted_message_is_in_the_source():
+    sources = [*(ROOT / "arpo_trl").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    known = [template for path in sources for template in templates(path)]
+    messages = quoted_messages()
+
+    assert len(messages) > 60
+    assert [message for message in messages if not any(holds(template, message) for template in known)] == []
+
+
+@pytest.mark.parametrize("source", ["__init__.py", "config.py", "trainer.py", "tools/options.py", "tools/cache.py"])
+def test_every_message_about_settings_has_a_remedy(source):
+    messages = quoted_messages()
+    missing = [
+        template
+        for template in raised(ROOT / "arpo_trl" / source)
+        if "has no attribute" not in template and not any(holds(template, message) for message in messages)
+    ]
+    assert missing == [], "add them to docs/troubleshooting.md"
+
+
+# -------------------------------------------------------------------------------------------------------- snippets
+
+
+def python_cases():
+    for page in PAGES:
+        found = blocks(page, "python")
+        for number, (above, text) in enumerate(found):
+            before = found[number - 1][1] if above == "<!-- continues -->" else ""
+            excused = [
+                reason
+                for (name, mark), reason in NOT_RUN.items()
+                if name == page.name and (mark == number or isinstance(mark, str) and mark in text)
+            ]
+            yield f"{page.stem}-{number}", before, text, not excused
+
+
+@pytest.fixture(scope="module")
+def model_dir(tokenizer, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("model"))
+    tiny.build_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(model_dir, tmp_path, monkeypatch):
+    """Where snippets run: settings of the smallest run, the small model for every name of a model, an empty folder."""
+    cpu = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none"}
+    run = {"max_steps": 1, "max_completion_length": 60, "save_strategy": "no", "disable_tqdm": True}
+
+    def shrunk(config):
+        return lambda *args, **settings: config(*args, **settings | cpu | run)
+
+    monkeypatch.setattr(arpo_trl, "ARPOConfig", shrunk(ARPOConfig), raising=False)
+    monkeypatch.setattr(trl, "GRPOConfig", shrunk(trl.GRPOConfig))
+    monkeypatch.chdir(tmp_path)
+    write_record(tmp_path / "outputs" / "run" / "rollouts")
+    return lambda text: text.replace('"Qwen/Qwen3-0.6B"', repr(model_dir))
+
+
+def write_record(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    line = '{"step": 0, "row": 3, "kind": "fork", "parent": 1, "advantage": 0.5}\n'
+    (folder / "step-000000.jsonl").write_text(line)
+
+
+@pytest.mark.parametrize("before, text, runs", named(python_cases()))
+def test_python_block(before, text, runs, small):
+    tree = ast.parse(text)
+    for item in tree.body:
+        for name in [item.module] if isinstance(item, ast.ImportFrom) else []:
+            if name.split(".")[0] in NEEDS:
+                pytest.importorskip(name.split(".")[0])
+    if not runs:
+        imports = [item for item in tree.body if isinstance(item, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "imports", "exec"), {})
+        return
+    variables = {"__name__": "snippet"}
+    if before:
+        exec(small(before.replace("trainer.train()", "")), variables)
+    exec(compile(small(text), "snippet", "exec"), variables)
+
+
+def test_the_metrics_of_the_page_are_those_that_are_logged():
+    from arpo_trl.rollout.metrics import rollout_metrics, sum_names
+
+    page = (ROOT / "docs" / "records.md").read_text("utf-8")
+    sums = dict.fromkeys(sum_names(["<name>"]), 1.0)
+    logged = set(rollout_metrics(sums, [1.0], ["<name>"]))
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith(("| `arpo/", "| `tools/"))]
+    told = {name.replace("…", "tools/<name>") for row in rows for name in re.findall(r"`(.+?)`", row)}
+    assert told == logged
+
+
+def test_the_keys_of_the_page_are_those_of_a_record():
+    from arpo_trl.advantages import Span
+    from arpo_trl.rollout.record import rollout_records
+    from arpo_trl.rollout.tree import CallOfRow, Group, Segment, Trajectory
+    from arpo_trl.tools import ToolCall
+
+    row = Trajectory(0, [1], completion_ids=[2], tool_mask=[1], segments=[Segment(0, 1)])
+    row.calls = [CallOfRow(ToolCall("t"))]
+    (record,) = rollout_records(0, [Group(range(1), 1, 1, 0, [row])], {}, [0.0], [[Span(0, 1, 0.0)]])
+    page = (ROOT / "docs" / "records.md").read_text("utf-8")
+
+    rows = [line.split(" | ")[0] for line in page.split("## Metrics")[0].splitlines() if line.startswith("| `")]
+    assert {name for line in rows for name in re.findall(r"`(\w+)`", line)} == set(record)
+    for part in (record["segments"][0], record["tool_calls"][0], record["shared_advantages"][0]):
+        assert f"`{{{', '.join(part)}}}`" in page
+
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+
+def command_cases():
+    for page in PAGES:
+        lines = [line for _, text in blocks(page, "bash") for line in text.replace("\\\n", " ").splitlines()]
+        for number, line in enumerate(line for line in lines if line.strip()):
+            yield f"{page.stem}-{number}", line
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Programs end once they have understood their arguments."""
+
+    def stop_after(parse, extra=()):
+        def parse_and_stop(self, args=None, *rest, **options):
+            parse(self, [*(sys.argv[1:] if args is None else args), *extra], *rest, **options)
+            raise Parsed
+
+        return parse_and_stop
+
+    cpu = ["--bf16", "False", "--use_cpu", "True"]
+    real = trl.TrlParser.parse_args_and_config
+
+    def parse_config(self, args=None, **options):
+        extra = cpu if any(hasattr(kind, "use_cpu") for kind in self.dataclass_types) else []
+        real(self, [*sys.argv[1:], *extra], **options)
+        raise Parsed
+
+    monkeypatch.setattr(trl.TrlParser, "parse_args_and_config", parse_config)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), str(ROOT / "benchmarks"), *sys.path])
+
+
+@pytest.mark.parametrize("line", named(command_cases()))
+def test_command_is_understood(line, parse_only, monkeypatch):
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if program == "accelerate":
+        arguments = arguments[arguments.index(next(a for a in arguments if a.endswith(".py"))) :]
+    else:
+        assert Path(program).name == "python", line
+    if arguments[:2] == ["-m", "pytest"]:
+        assert (ROOT / arguments[2]).exists()
+        return
+    if arguments[0] == "-m":
+        start, arguments = functools.partial(runpy.run_module, arguments[1]), arguments[1:]
+    else:
+        script = ROOT / arguments[0]
+        if len(arguments) == 1 and "parse_args" not in script.read_text():  # it would run from beginning to end
+            return
+        start = functools.partial(runpy.run_path, str(script))
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(Parsed):
+        start(run_name="__main__")
+
+
+def test_extras_that_the_pages_name_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for page in PAGES for name in re.findall(r"arpo-trl\[(\w+)\]", page.read_text("utf-8"))}
+    assert named and named <= set(extras)
