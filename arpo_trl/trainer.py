@@ -474,6 +474,20 @@ class ARPOTrainer(GRPOTrainer):
         except OSError as error:
             logger.warning_once(f"Rollout records could not be written ({error}); training goes on without them.")
 
+    # The Hub
+
+    def push_to_hub(self, *args, **kwargs):
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            if self.hub_model_id is None:  # refused before anything was saved; the other processes are saving now
+                self.save_model(_internal_call=True)
+            error.add_note(
+                f"The model is kept in {self.args.output_dir!r}. If the token was refused, log in with one that may "
+                "write (`hf auth login`) and call `trainer.push_to_hub()` again."
+            )
+            raise
+
 
 def _check_arguments(args, tools, rollout_func, environment_factory):
     """Refuse what cannot work, before a model is loaded."""
