@@ -20,12 +20,13 @@ import pytest
 import tiny
 import trl
 import yaml
+from datasets import Dataset
 
 import arpo_trl
 from arpo_trl import ARPOConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 
 # Blocks that cannot run as they stand, with the reason. They are compiled, and what they import is imported.
 NOT_RUN = {
@@ -218,6 +219,34 @@ def small(model_dir, tmp_path, monkeypatch):
     return lambda text: text.replace('"Qwen/Qwen3-0.6B"', repr(model_dir))
 
 
+def what_the_reader_brings() -> dict:
+    """What README.md's first block leaves to its reader."""
+
+    def correct(completions, answer, **kwargs):
+        return [float(answer in str(completion)) for completion, answer in zip(completions, answer, strict=True)]
+
+    def search(query: str) -> str:
+        """
+        Search.
+
+        Args:
+            query: What for.
+        """
+        return query
+
+    def python(code: str) -> str:
+        """
+        Run code.
+
+        Args:
+            code: The code.
+        """
+        return code
+
+    rows = [{"prompt": tiny.question(a, 2), "answer": str(a + 2)} for a in range(8)]
+    return {"correct": correct, "search": search, "python": python, "dataset": Dataset.from_list(rows)}
+
+
 def write_record(folder: Path) -> None:
     folder.mkdir(parents=True)
     line = '{"step": 0, "row": 3, "kind": "fork", "parent": 1, "advantage": 0.5}\n'
@@ -225,13 +254,15 @@ def write_record(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("before, text, runs", named(python_cases()))
-def test_python_block(before, text, runs, small):
+def test_python_block(before, text, runs, small, request):
     tree = ast.parse(text)
     if not runs:
         imports = [item for item in tree.body if isinstance(item, ast.Import | ast.ImportFrom)]
         exec(compile(ast.Module(imports, []), "imports", "exec"), {})
         return
     variables = {"__name__": "snippet"}
+    if request.node.callspec.id.startswith("README"):
+        variables |= what_the_reader_brings()
     if before:
         exec(small(before.replace("trainer.train()", "")), variables)
     exec(compile(small(text), "snippet", "exec"), variables)
@@ -307,6 +338,9 @@ def parse_only(monkeypatch):
 @pytest.mark.parametrize("line", named(command_cases()))
 def test_command_is_understood(line, parse_only, monkeypatch):
     program, *arguments = shlex.split(line, comments=True)
+    if program == "pip":
+        assert arguments[0] == "install"
+        return
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
