@@ -16,7 +16,6 @@ import torch
 from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from scripted import PROMPT, ScriptedModel, character_tokenizer, plan
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -96,7 +95,7 @@ def agent(folder: Path, checkpoint: str, reward=correct, **settings) -> ARPOTrai
 
 
 def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
-    rank = PartialState(cpu=True).process_index
+    rank = PartialState().process_index
     if name == "split":  # a group of 6 over both: 3 rows each, one initial trajectory here and two there
         plans = [
             [plan("A<s>q</s>?c", (9, "xyzw"))],
@@ -150,22 +149,23 @@ def resumable(folder: Path, checkpoint: str, reward=correct) -> ARPOTrainer:
 
 
 def main(names: str, folder: str, checkpoint: str):
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # Accelerate shards on accelerators alone and would quietly fall back to DDP; torch shards on CPU as well
+    sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+    if sharded:
+        # Accelerate shards on accelerators alone and would quietly fall back to DDP; torch and DeepSpeed shard on CPU too
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        torch.distributed.init_process_group("gloo")
         PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    state = PartialState(cpu=True)
+        FIXED["use_cpu"] = False
+    state = PartialState(cpu=not sharded)
     for name in names.split(","):
         trainer = scenario(name, Path(folder) / name, checkpoint)
         trainer.train()
         trainer.save_model(str(Path(folder) / name / "final"))
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        weights = [getattr(p, "full_tensor", lambda p=p: p)().detach().flatten() for p in model.parameters()]
         facts = {
-            "sharded": any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+            "distributed": state.distributed_type.value,
+            "sharded": any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()),
             "batches": getattr(model, "batches", None),  # rows of each call of generate
-            "weights": torch.cat(weights).tolist(),
+            "weights": None if sharded else torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
             "logs": trainer.state.log_history,
         }
         (Path(folder) / name / f"process-{state.process_index}.json").write_text(json.dumps(facts))
