@@ -2,9 +2,8 @@
 Score the rows of a micro-batch with every token that rows share computed once, the prompt included: the same
 log-probabilities, entropies and gradients as row by row, from one forward of the stock model.
 
-The packed tree (see `prefix_tree`) is scored by the stock head with labels that are already shifted. Attention runs row
-by row, the new tokens of a row against the keys of its whole path, so its cost is that of the tokens saved and never
-the square of the pack.
+The packed tree (see `prefix_tree`) is scored by the stock head with labels that are already shifted. Attention runs
+row by row, the new tokens of a row against the keys of its whole path, so it never costs the square of the pack.
 
 What it does not do:
 - models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention on CUDA: `None`

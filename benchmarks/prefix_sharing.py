@@ -5,8 +5,8 @@ one run and interleaved, medians of several repeats.
     python benchmarks/prefix_sharing.py --json outputs/prefix_sharing.json
     python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
 
-Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and finding
-the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
+Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
+finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
 holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared micro-batch that needs no
 more memory than row by row at 4. Memory is the peak of the resident set, each measurement in a process of its own.
 
@@ -195,7 +195,7 @@ def measure(case: str, args: argparse.Namespace) -> dict:
 
 
 def headline(lines: list[dict]) -> dict:
-    """What the fastest sharing run gains of those that need no more memory (5 % is noise) than row by row at `REFERENCE`."""
+    """Gain of the fastest sharing run that needs no more memory (5 % is noise) than row by row at `REFERENCE`."""
     baseline = {line["micro_batch"]: line for line in lines if line["side"] == "row by row"}
     reference = baseline[REFERENCE if REFERENCE in baseline else min(baseline)]
     fitting = [line for line in lines if line["side"] == "shared" and line["peak_mib"] <= 1.05 * reference["peak_mib"]]
