@@ -2,6 +2,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a forgotten download fails at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models here are too small to gain from a second thread, and on a busy machine threads that wait for one another
+# cost minutes
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest  # noqa: E402
