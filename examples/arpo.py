@@ -18,6 +18,7 @@ With LoRA, add `--use_peft --lora_r 32 --lora_alpha 16`; with vLLM, `--use_vllm`
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from common import ToolArguments, build_rewards, build_tools, load_questions
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -65,7 +66,8 @@ def main(script_args: ARPOScriptArguments, training_args: ARPOConfig, model_args
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        local = Path(script_args.dataset_name).exists()
+        trainer.push_to_hub(dataset_name=None if local else script_args.dataset_name)
     trainer.end()
 
 

@@ -173,7 +173,8 @@ def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: 
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        local = Path(script_args.dataset_name).exists()
+        trainer.push_to_hub(dataset_name=None if local else script_args.dataset_name)
     return trainer
 
 

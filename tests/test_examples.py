@@ -1,6 +1,7 @@
 """The training script as people start it: `accelerate launch`, a YAML file, LoRA, both of its protocols."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from hub_standin import HubStandIn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def launch(script, *arguments, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
+def launch(script, *arguments, tmp_path, hub):
+    """HF_HUB_OFFLINE refuses loopback too, so it is unset for the stand-in."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
     result = subprocess.run(
         [
             sys.executable,
@@ -44,7 +49,7 @@ def questions(tmp_path):
     return path
 
 
-def test_arpo_from_a_yaml_file_with_lora(agent_dirs, questions, tmp_path):
+def test_arpo_from_a_yaml_file_with_lora_and_to_the_hub(agent_dirs, questions, tmp_path):
     config = {
         "model_name_or_path": agent_dirs["tags"],
         "dataset_name": str(questions),
@@ -62,10 +67,14 @@ def test_arpo_from_a_yaml_file_with_lora(agent_dirs, questions, tmp_path):
         "log_rollouts": True,
         "use_peft": True,
         "lora_r": 4,
+        "hub_token": "good",
+        "hub_model_id": "team/agent",
         "output_dir": str(tmp_path / "out"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
-    launch("arpo.py", "--config", "recipe.yaml", tmp_path=tmp_path)
+    with HubStandIn({"good": math.inf}) as hub:
+        launch("arpo.py", "--config", "recipe.yaml", "--push_to_hub", tmp_path=tmp_path, hub=hub)
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(hub.repos["team/agent"].files)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert len((tmp_path / "out" / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 8
 

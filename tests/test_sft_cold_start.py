@@ -145,5 +145,5 @@ def test_pushes_to_the_hub_when_asked(untrained_dir, sharegpt_file, tmp_path, mo
     arguments += " --max_steps 1 --use_cpu --bf16 False --report_to none --push_to_hub"
     parser = TrlParser((sft_cold_start.ColdStartArguments, SFTConfig, ModelConfig))
     sft_cold_start.main(*parser.parse_args_and_config(arguments.split()))
-    assert pushed[-1] == {"dataset_name": sharegpt_file}
+    assert pushed[-1] == {"dataset_name": None}, "a local file is no data set of the Hub, so the card names none"
     assert (tmp_path / "model.safetensors").exists()

@@ -88,7 +88,7 @@ def test_mcp_errors_are_told(tools, executor):
     call = one(executor, tools["fail"], reason="no such thing")
     assert "no such thing" in call.error and call.error.startswith("RuntimeError: ")
     assert "city" in one(executor, tools["look-up"], where={"town": "Paris"}).error
-    assert one(executor, tools["add"], a="1").error == "TypeError: add() argument 'a' must be int, not str ('1')"
+    assert "integer" in one(executor, tools["add"], a="x").error, "the server checks the types"
     assert one(executor, tools["add"], c=1).error == "TypeError: add() missing a required argument: 'a'"
     assert one(executor, tools["add"], a=1, c=1).error == "TypeError: add() got an unexpected keyword argument 'c'"
 
