@@ -67,6 +67,11 @@ class ColdStartDataArguments(ToolArguments):
     output_path: str = field(default="traces.jsonl", metadata={"help": "JSONL file of the traces that are kept."})
 
 
+def is_right(score: float | None, min_score: float) -> bool:
+    """Whether a trace's reward is enough; a trace that could not be scored is not right."""
+    return score is not None and score >= min_score
+
+
 def select(record: dict, min_score: float, min_calls: int, keep: int) -> list[int]:
     """
     Which of a question's traces are worth learning from.
@@ -84,7 +89,7 @@ def select(record: dict, min_score: float, min_calls: int, keep: int) -> list[in
     for place, completion in enumerate(record["completions"]):
         calls = record["tool_calls"][place]
         failed = any(call["error"] is not None for call in calls)
-        if record["scores"][place] >= min_score and len(calls) >= min_calls and not failed:
+        if is_right(record["scores"][place], min_score) and len(calls) >= min_calls and not failed:
             if not record["truncated"][place]:
                 right.setdefault(json.dumps(completion), place)
     shortest_first = sorted(right, key=len)
@@ -147,7 +152,7 @@ def main(args: ColdStartDataArguments) -> list[dict]:
     kept = traces(records, questions["prompt"], agent, args)
     agent.close()
     Path(args.output_path).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    solved = sum(any(score >= args.min_score for score in record["scores"]) for record in records)
+    solved = sum(any(is_right(score, args.min_score) for score in record["scores"]) for record in records)
     print(
         f"{len(kept)} traces of {len(records)} questions in {args.output_path}; {solved} were answered at least once."
     )

@@ -410,6 +410,13 @@ def test_rejection_sampling_keeps_right_traces_that_differ(record, keep, expecte
     assert select(record, min_score=1.0, min_calls=1, keep=keep) == expected
 
 
+def test_a_trace_that_could_not_be_scored_is_not_kept():
+    from make_cold_start_data import select
+
+    record = {"completions": ["a", "b"], "scores": [None, 1.0], "truncated": [False] * 2, "tool_calls": [[], []]}
+    assert select(record, min_score=1.0, min_calls=0, keep=2) == [1]
+
+
 def memorise(tokenizer, conversations: list[list[dict]], steps: int = 120):
     """A model that has learnt these conversations of the tags protocol by heart, from the features that we make."""
     import torch
