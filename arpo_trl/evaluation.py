@@ -136,8 +136,7 @@ class Agent:
 
     def model_text(self, trajectory: Trajectory) -> str:
         """The text of the model's own tokens."""
-        ids = [token for token, own in zip(trajectory.completion_ids, trajectory.tool_mask, strict=True) if own]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(trajectory.own_ids, skip_special_tokens=True)
 
     def close(self) -> None:
         self.executor.close()

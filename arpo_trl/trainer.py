@@ -188,7 +188,9 @@ class ARPOTrainer(GRPOTrainer):
         extra_fields = {
             **extra_fields,
             "tool_calls": [call_records(trajectory) for trajectory in trajectories],
-            "model_text": [self._model_text(trajectory) for trajectory in trajectories],
+            "model_text": self._tokenizer.batch_decode(
+                [trajectory.own_ids for trajectory in trajectories], skip_special_tokens=True
+            ),
         }
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
@@ -408,10 +410,6 @@ class ARPOTrainer(GRPOTrainer):
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     # Rewards, advantages and records
-
-    def _model_text(self, trajectory: Trajectory) -> str:
-        ids = [token for token, own in zip(trajectory.completion_ids, trajectory.tool_mask, strict=True) if own]
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

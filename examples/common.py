@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arpo_trl.evaluation import Agent
 
 
 @dataclass
@@ -71,6 +75,39 @@ def _build_search(corpus: str | None, top_k: int) -> Callable:
         return BM25Search.load(corpus, top_k=top_k).search
     read = BM25Search.from_parquet if corpus.endswith(".parquet") else BM25Search.from_jsonl
     return read(corpus, top_k=top_k).search
+
+
+@dataclass
+class SamplingArguments(ToolArguments):
+    """A checkpoint that answers questions with tools, outside of training."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint: a local folder or a hub id."})
+    dataset_name: str = field(default="", metadata={"help": "Questions: a local file or a hub id."})
+    max_questions: int | None = field(default=None, metadata={"help": "Ask only the first so many questions."})
+    max_completion_length: int = field(default=4096, metadata={"help": "Tokens, tool results included."})
+    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Turns whose calls are answered."})
+    temperature: float = field(default=1.0, metadata={"help": "0 decodes greedily."})
+    top_p: float = field(default=1.0)
+    batch_size: int = field(default=32, metadata={"help": "Completions sampled together."})
+    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
+    seed: int = field(default=0)
+
+
+def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
+    """The agent that `args` describes; seeds torch."""
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Agent(
+        AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval(),
+        AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
+        build_tools(args),
+        tool_protocol=tool_protocol,
+        max_completion_length=args.max_completion_length,
+        max_tool_calling_iterations=args.max_tool_calling_iterations,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        batch_size=args.batch_size,
+    )
 
 
 def build_rewards(names: list[str]) -> list[Callable]:

@@ -20,22 +20,17 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from common import ToolArguments, build_rewards, build_tools, load_questions
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import SamplingArguments, build_rewards, load_agent, load_questions
 from trl import TrlParser
 
-from arpo_trl.evaluation import Agent, evaluate, summarize
+from arpo_trl.evaluation import evaluate, summarize
 
 
 @dataclass
-class EvaluationArguments(ToolArguments):
+class EvaluationArguments(SamplingArguments):
     """Arguments of the script."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint: a local folder or a hub id."})
-    dataset_name: str = field(default="", metadata={"help": "Questions: a local file or a hub id."})
     dataset_split: str = field(default="test", metadata={"help": "Split of a hub data set."})
-    max_questions: int | None = field(default=None, metadata={"help": "Ask only the first so many questions."})
     score: str = field(
         default="exact_match_reward",
         metadata={"help": "Reward function that scores: a name from arpo_trl.rewards, or a dotted path."},
@@ -43,30 +38,11 @@ class EvaluationArguments(ToolArguments):
     tool_protocol: str = field(default="chat_template", metadata={"choices": ["chat_template", "tags"]})
     num_generations: int = field(default=1, metadata={"help": "Completions for each question."})
     pass_at: list[int] = field(default_factory=lambda: [1], metadata={"help": "Values of k for pass@k."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens, tool results included."})
-    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Turns whose calls are answered."})
-    temperature: float = field(default=1.0, metadata={"help": "0 decodes greedily."})
-    top_p: float = field(default=1.0)
-    batch_size: int = field(default=32, metadata={"help": "Completions sampled together."})
-    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
-    seed: int = field(default=0)
     output_dir: str = field(default="evaluation")
 
 
 def main(args: EvaluationArguments) -> dict:
-    torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    agent = Agent(
-        AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval(),
-        AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
-        build_tools(args),
-        tool_protocol=args.tool_protocol,
-        max_completion_length=args.max_completion_length,
-        max_tool_calling_iterations=args.max_tool_calling_iterations,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-    )
+    agent = load_agent(args, args.tool_protocol)
     questions = load_questions(args.dataset_name, args.dataset_split, protocol=args.tool_protocol)
     if args.max_questions is not None:
         questions = questions.select(range(min(args.max_questions, len(questions))))

@@ -27,9 +27,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from common import ToolArguments, build_rewards, build_tools, load_questions
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from common import SamplingArguments, build_rewards, load_agent, load_questions
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from trl import TrlParser
 
@@ -38,13 +37,10 @@ from arpo_trl.protocols import defuse
 
 
 @dataclass
-class ColdStartDataArguments(ToolArguments):
+class ColdStartDataArguments(SamplingArguments):
     """Arguments of the script."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Model that samples: a local folder or a hub id."})
-    dataset_name: str = field(default="", metadata={"help": "Questions: a local file or a hub id."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a hub data set."})
-    max_questions: int | None = field(default=None, metadata={"help": "Ask only the first so many questions."})
     tool_protocol: str = field(default="tags", metadata={"choices": ["chat_template", "tags"]})
     score: str | None = field(
         default=None,
@@ -57,13 +53,6 @@ class ColdStartDataArguments(ToolArguments):
     min_calls: int = field(default=0, metadata={"help": "Tool calls that a trace must have."})
     num_generations: int = field(default=8, metadata={"help": "Traces sampled for each question."})
     keep_per_question: int = field(default=1, metadata={"help": "Traces kept of each question, at most."})
-    max_completion_length: int = field(default=4096, metadata={"help": "Tokens, tool results included."})
-    max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Turns whose calls are answered."})
-    temperature: float = field(default=1.0)
-    top_p: float = field(default=1.0)
-    batch_size: int = field(default=32, metadata={"help": "Completions sampled together."})
-    dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
-    seed: int = field(default=0)
     output_path: str = field(default="traces.jsonl", metadata={"help": "JSONL file of the traces that are kept."})
 
 
@@ -130,24 +119,12 @@ def reward_of(args: ColdStartDataArguments) -> Callable:
 
 
 def main(args: ColdStartDataArguments) -> list[dict]:
-    torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = load_questions(args.dataset_name, args.dataset_split, protocol=args.tool_protocol)
     if args.max_questions is not None:
         questions = questions.select(range(min(args.max_questions, len(questions))))
     if isinstance(questions[0]["prompt"], str):
         raise ValueError(f"`--dataset_name {args.dataset_name}` must hold prompts as messages, not as text.")
-    agent = Agent(
-        AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval(),
-        AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
-        build_tools(args),
-        tool_protocol=args.tool_protocol,
-        max_completion_length=args.max_completion_length,
-        max_tool_calling_iterations=args.max_tool_calling_iterations,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        batch_size=args.batch_size,
-    )
+    agent = load_agent(args, args.tool_protocol)
     records = evaluate(agent, questions, reward_of(args), args.num_generations, f"{args.output_path}.samples.jsonl")
     kept = traces(records, questions["prompt"], agent, args)
     agent.close()

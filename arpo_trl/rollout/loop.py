@@ -155,16 +155,17 @@ def run_waves(
         samples = hooks.sample(contexts, budgets)
 
         steps = []
+        steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
         for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
             left = max(limits.completion - len(trajectory.completion_ids), 0)
             sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
             turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
             steps.append(_Step(trajectory, sample, _read(trajectory, sample, branching), turn))
+            steps_of[id(group_of[trajectory.row])].append(steps[-1])
 
         forks = []
         for group in groups:
-            own = [step for step in steps if group_of[step.trajectory.row] is group]
-            forks += _decide(group, own, branching, hooks, rng)
+            forks += _decide(group, steps_of[id(group)], branching, hooks, rng)
 
         for step in steps:
             _append(step)

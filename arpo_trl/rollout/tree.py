@@ -74,6 +74,11 @@ class Trajectory:
     resamples: bool = False
     truncated: bool = False
 
+    @property
+    def own_ids(self) -> list[int]:
+        """The model's own tokens, tool results left out."""
+        return [token for token, own in zip(self.completion_ids, self.tool_mask, strict=True) if own]
+
     def fork(self, row: int) -> "Trajectory":
         """A copy that leaves here, at the tool result just before the segment that was read."""
         return replace(
