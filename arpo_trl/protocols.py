@@ -21,6 +21,9 @@ from .tools.executor import ToolCall
 
 Tools = Mapping[str, Callable]
 
+# From TRL 1.16 on, a template whose arguments are plain text has them typed by the tools' schemas
+_TYPES_ARGUMENTS = "tools" in inspect.signature(parse_response).parameters
+
 
 @dataclass
 class Turn:
@@ -93,7 +96,8 @@ class ChatTemplateProtocol:
         self.suffix_ids = suffix_ids
 
     def parse(self, ids: list[int], context: list[int], tools: Tools) -> Turn:
-        message = parse_response(self.tokenizer, ids, prefix=context, tools=list(tools.values())) if ids else {}
+        schemas = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
+        message = parse_response(self.tokenizer, ids, prefix=context, **schemas) if ids else {}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
 
     def results_turn(self, calls: Sequence[ToolCall]) -> list[dict]:
