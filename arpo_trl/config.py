@@ -71,6 +71,9 @@ class ARPOConfig(GRPOConfig):
 
         log_rollouts (`bool`, *optional*, defaults to `False`):
             Whether to write every training rollout to `<output_dir>/rollouts/step-<step>.jsonl`.
+        log_tree_steps (`int`, *optional*, defaults to `0`):
+            Steps between two pictures of a group's tree, written to `<output_dir>/trees/step-<step>.png` and logged to
+            TensorBoard, trackio and Weights & Biases, whichever `report_to` names. 0 draws none.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]:
@@ -165,6 +168,13 @@ class ARPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether to write every training rollout to <output_dir>/rollouts/step-<step>.jsonl."},
     )
+    log_tree_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two pictures of a group's tree, written to <output_dir>/trees/step-<step>.png and "
+            "logged to TensorBoard, trackio and Weights & Biases. 0 draws none."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -184,6 +194,7 @@ class ARPOConfig(GRPOConfig):
             ("entropy_window", 1),
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
+            ("log_tree_steps", 0),
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; set it to {minimum} or more.")

@@ -1,14 +1,16 @@
 import copy
+import json
 import math
 import random
 import textwrap
 from collections import Counter
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
+from transformers.utils import is_matplotlib_available, logging
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
@@ -18,6 +20,7 @@ from .config import ARPOConfig
 from .prefix_sharing import shared_prefix_logps
 from .prefix_tree import sibling_order
 from .protocols import ChatTemplateProtocol, TagsProtocol
+from .reporting import report_image
 from .rollout.loop import (
     Branching,
     Limits,
@@ -28,7 +31,7 @@ from .rollout.loop import (
     refuse_calls_over_limit,
     run_waves,
 )
-from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.metrics import completion_columns, rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.tree import Group, Segment, Trajectory
@@ -160,6 +163,7 @@ class ARPOTrainer(GRPOTrainer):
         self._ordered_inputs = None  # the buffered inputs that have been put into order
         self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
+        self._next_tree = 0  # the step from which on the next tree is drawn
 
     # Generation
 
@@ -415,6 +419,9 @@ class ARPOTrainer(GRPOTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         first = self.accelerator.process_index * len(prompts)
         self._rewards = rewards_per_func[first : first + len(prompts)]
+        if self.log_completions and self.rollout_func is None:
+            for column, values in completion_columns(self._groups).items():
+                self._pending_extra_logs.setdefault(column, values)  # a reward function's column of that name stays
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -431,6 +438,8 @@ class ARPOTrainer(GRPOTrainer):
                 output["advantages"] = _spread(output["advantages"], spans, output["completion_ids"].size(1))
             if self.args.log_rollouts:
                 self._record(advantages, spans)
+            if self.args.log_tree_steps and self.state.global_step >= self._next_tree:
+                self._log_tree(advantages, spans)
         return output
 
     def _log_rollout_metrics(self, mode: str):
@@ -449,14 +458,18 @@ class ARPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
-    def _record(self, advantages: list[float], spans):
-        rewards = {
+    def _rewards_by_name(self) -> dict[str, list[float | None]]:
+        return {
             name: [None if math.isnan(value) else value for value in self._rewards[:, index].tolist()]
             for index, name in enumerate(self.reward_func_names)
         }
+
+    def _record(self, advantages: list[float], spans):
         step = self.state.global_step
         groups_before = self._recorded[1] if self._recorded[0] == step else 0
-        records = rollout_records(step, self._groups, rewards, advantages, spans, first_group=groups_before)
+        records = rollout_records(
+            step, self._groups, self._rewards_by_name(), advantages, spans, first_group=groups_before
+        )
         try:
             if self._recorded[0] is None and self.is_world_process_zero():
                 self._tokenizer.save_pretrained(self.args.output_dir)  # the viewer decodes with it
@@ -471,6 +484,33 @@ class ARPOTrainer(GRPOTrainer):
             self._recorded = (step, groups_before + len(self._groups))
         except OSError as error:
             logger.warning_once(f"Rollout records could not be written ({error}); training goes on without them.")
+
+    def _log_tree(self, advantages: list[float], spans):
+        """Draw the main process's first group, to a file and to where the metrics go."""
+        step, every = self.state.global_step, self.args.log_tree_steps
+        self._next_tree = step - step % every + every
+        if not self.is_world_process_zero():
+            return
+        from .viewer.picture import draw_tree
+
+        path = Path(self.args.output_dir) / "trees" / f"step-{step:06d}.png"
+        picture = draw_tree(rollout_records(step, self._groups[:1], self._rewards_by_name(), advantages, spans))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture)
+        except OSError as error:
+            logger.warning_once(f"Trees could not be written ({error}); training goes on without them.")
+            return
+        report_image("train/arpo/tree", path, step, self.args.report_to, self.callback_handler.callbacks)
+
+    def log(self, logs, start_time=None):
+        if self.log_completions and "wandb" in self.args.report_to:
+            # A table of Weights & Biases refuses messages with different fields, as a call and its result have
+            for column in ("prompt", "completion"):
+                texts = [row if isinstance(row, str) else json.dumps(row, default=str) for row in self._logs[column]]
+                self._logs[column].clear()
+                self._logs[column].extend(texts)
+        super().log(logs, start_time)
 
     # The Hub
 
@@ -493,6 +533,8 @@ def _check_arguments(args, tools, rollout_func, environment_factory):
         raise TypeError(
             f"`args` must be an `ARPOConfig`, got a `{type(args).__name__}`. Construct ARPOConfig(...) instead."
         )
+    if args.log_tree_steps and not is_matplotlib_available():
+        raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
     if args.tool_protocol == "tags":
         if environment_factory is not None:
             raise ValueError(

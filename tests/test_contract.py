@@ -19,6 +19,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_tool_suffix_ids": ["self", "tool_messages"],
     "_prepare_inputs": ["self", "generation_batch"],
+    "log": ["self", "logs", "start_time"],
     "_get_per_token_logps_and_entropies": [
         *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
         "compute_aux_loss",
@@ -43,7 +44,9 @@ SAID = {
         '"advantages": advantages',
         '"completion_ids": completion_ids',
         "inp[key] = values[i]",
+        "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
     ],
+    "log": ['self._logs["prompt"]', 'self._logs["completion"]', '**self._logs["extra"],'],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
     "_compute_loss": ["if advantages.dim() == 1:"],
     "_prepare_inputs": [

@@ -1,4 +1,4 @@
-"""What a rollout logs, as sums that add up over processes."""
+"""What a rollout logs: metrics from sums that add up over processes, and columns of the table of completions."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -92,3 +92,22 @@ def rollout_metrics(sums: Counter[str], slowest: Sequence[float], tools: Sequenc
             metrics |= {f"tools/{tool}/seconds_mean": sums[f"{tool}/seconds"] / calls}
             metrics |= {f"tools/{tool}/seconds_max": longest}
     return metrics
+
+
+def completion_columns(groups: Sequence[Group]) -> dict[str, list]:
+    """
+    What the table of completions tells of each row beside TRL's columns.
+
+    Returns:
+        `dict[str, list]`: `kind`; `fork_depth`, the forks between the row and the prompt; `calls`, the tool calls that
+        the row reads, those made before its fork included.
+    """
+    columns: dict[str, list] = {"kind": [], "fork_depth": [], "calls": []}
+    depths: dict[int | None, int] = {None: -1}  # by row; a parent comes before its forks
+    for group in groups:
+        for trajectory in group.trajectories:
+            depths[trajectory.row] = depths[trajectory.parent] + 1
+            columns["kind"].append(trajectory.kind)
+            columns["fork_depth"].append(depths[trajectory.row])
+            columns["calls"].append(len(trajectory.calls))
+    return columns
