@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 
 from .tools.executor import ToolCall
+from .tools.function_worker import whole_text
 
 Tools = Mapping[str, Callable]
 
@@ -77,6 +78,22 @@ def defuse(tokenizer: PreTrainedTokenizerBase, text: str, separator: str = "\u20
     return text
 
 
+def _tame(value: Any, levels: int = 100) -> Any:
+    """
+    JSON that a model wrote, fit for tokenizers, files and other processes: lone surrogates, which are no text, are
+    replaced, and nesting that would exhaust the stack of whoever copies it raises a `ValueError`.
+    """
+    if levels == 0:
+        raise ValueError("nested too deep")
+    if isinstance(value, str):
+        return whole_text(value)
+    if isinstance(value, list):
+        return [_tame(item, levels - 1) for item in value]
+    if isinstance(value, dict):
+        return {_tame(key, levels - 1): _tame(item, levels - 1) for key, item in value.items()}
+    return value
+
+
 class ChatTemplateProtocol:
     """
     TRL's way: the chat template renders the tools into the prompt, calls are parsed from the response into
@@ -96,8 +113,13 @@ class ChatTemplateProtocol:
         self.suffix_ids = suffix_ids
 
     def parse(self, ids: list[int], context: list[int], tools: Tools) -> Turn:
+        if not ids:
+            return Turn({}, [])
         schemas = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
-        message = parse_response(self.tokenizer, ids, prefix=context, **schemas) if ids else {}
+        try:
+            message = _tame(parse_response(self.tokenizer, ids, prefix=context, **schemas))
+        except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
+            message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
 
     def results_turn(self, calls: Sequence[ToolCall]) -> list[dict]:
@@ -115,7 +137,7 @@ class ChatTemplateProtocol:
 
 
 def _structured_call(call: dict) -> ToolCall:
-    if call.get("type") != "function":
+    if call.get("type") != "function" or "function" not in call:
         return ToolCall(str(call.get("name", "unknown")), error=f"Unsupported tool call type: {call.get('type')}")
     # Arguments that are no object are left to the call itself, which answers as TRL's does
     return ToolCall(str(call["function"]["name"]), call["function"]["arguments"])
@@ -174,7 +196,7 @@ def _tagged_call(name: str, before: str, tools: Tools) -> ToolCall:
     if len(required) == 1:
         return ToolCall(name, {required[0]: body})
     try:
-        arguments = json.loads(body)
+        arguments = _tame(json.loads(body))
     except (ValueError, RecursionError) as error:
         return ToolCall(name, error=f"<{name}> takes a JSON object with {', '.join(required)}: {error}")
     if not isinstance(arguments, dict):

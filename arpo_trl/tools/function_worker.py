@@ -107,8 +107,20 @@ class Worker:
 
 
 def as_content(result: Any) -> str | list:
-    """Return what the model reads of a tool's return value: content blocks as they are, the rest as text, as in TRL."""
-    return result if isinstance(result, list) else str(result)
+    """
+    Return what the model reads of a tool's return value: content blocks as they are, the rest as text.
+
+    TRL takes every list for content blocks, of which a chat template then shows the model none: a list of strings, say,
+    would arrive empty.
+    """
+    if result and isinstance(result, list) and all(isinstance(block, dict) and "type" in block for block in result):
+        return result
+    return whole_text(str(result))
+
+
+def whole_text(text: str) -> str:
+    """`text` with surrogates paired where they can be and replaced where not; tokenizers and files refuse them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _portable(error: BaseException) -> Exception:
