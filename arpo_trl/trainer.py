@@ -148,6 +148,9 @@ class ARPOTrainer(GRPOTrainer):
             self._prepare_environments()
         self._tool_names = [tool.__name__ for tool in self.tools]
 
+        if self.use_vllm and self.vllm_mode == "colocate":
+            _check_engine(args, self.vllm_generation.llm.llm_engine.model_config.max_logprobs)
+
         if tags:
             self._protocol = TagsProtocol(self._tokenizer, self._tool_names)
         else:
@@ -158,10 +161,12 @@ class ARPOTrainer(GRPOTrainer):
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
         )
+        self._max_length = self._context_length()
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
         self._ordered_inputs = None  # the buffered inputs that have been put into order
         self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
+        self._prefix_cache: Counter[str] = Counter()  # tokens that vLLM looked up and found in the latest rollout
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
         self._next_tree = 0  # the step from which on the next tree is drawn
 
@@ -209,6 +214,7 @@ class ARPOTrainer(GRPOTrainer):
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
         self._groups = self._empty_groups(len(prompts))
+        self._prefix_cache.clear()
         step = self.state.global_step
         self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
         with tqdm(
@@ -240,7 +246,7 @@ class ARPOTrainer(GRPOTrainer):
                 ),
                 Limits(
                     completion=self.max_completion_length,
-                    context=self._context_length(),
+                    context=self._max_length,
                     tool_turns=self.max_tool_calling_iterations,
                     cut_afterwards=not self._branches,
                 ),
@@ -274,9 +280,17 @@ class ARPOTrainer(GRPOTrainer):
         return group_parts(first, num_rows, self.num_generations_eval, self.num_generations_eval)
 
     def _context_length(self) -> int:
-        if self.use_vllm and self.vllm_mode == "colocate":
+        """Tokens that the engine can read, prompt included."""
+        length = self.model.config.get_text_config().max_position_embeddings
+        if not self.use_vllm:
+            return length
+        if self.vllm_mode == "colocate":
             return self.vllm_generation.llm.llm_engine.model_config.max_model_len
-        return self.model.config.get_text_config().max_position_embeddings
+        served = 0
+        if self.accelerator.is_main_process:  # the one process that has a client
+            client = self.vllm_generation.vllm_client
+            served = client.session.get(f"{client.base_url}/v1/models").json()["data"][0].get("max_model_len")
+        return self._largest(served or 0)[0] or length
 
     def _anyone(self, here: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -305,19 +319,25 @@ class ARPOTrainer(GRPOTrainer):
         if self.state.global_step != self._last_loaded_step:
             engine.sync_weights()
             self._last_loaded_step = self.state.global_step
-        # TRL cuts a server's answers by the number of prompts of *this* process, so all bring the same number; and the
-        # main process's limit is everyone's.
-        rows, limit = self._largest(len(contexts), max(limits, default=1))
-        padded = contexts + [[self._tokenizer.eos_token_id]] * (rows - len(contexts))
-        settings = {**engine.generation_kwargs, "max_tokens": limit}
+        limits = [max(min(limit, self._max_length - len(ids)), 1) for ids, limit in zip(contexts, limits, strict=True)]
+        # TRL cuts the answers by the number of prompts of *this* process, so all bring the same number
+        (rows,) = self._largest(len(contexts))
+        padding = rows - len(contexts)
+        padded = contexts + [[self._tokenizer.eos_token_id]] * padding
+        everyone = self.accelerator.gather(
+            torch.tensor(limits + [1] * padding, dtype=torch.long, device=self.accelerator.device)
+        ).tolist()
+        sharing = self.accelerator.num_processes if engine.mode == "server" else engine.tensor_parallel_size
+        first = self.accelerator.process_index // sharing * sharing * rows
+        settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
         if self._protocol.stop_strings:
             settings |= {"stop": self._protocol.stop_strings, "include_stop_str_in_output": True}
-        with vllm_settings(engine, self.args.vllm_entropy_top_k, settings):
+        top_k = self.args.vllm_entropy_top_k
+        with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows]) as cache:
             _, ids, logprobs, tokens = engine.generate(prompts=padded, images=None, num_generations=1)
-        cut = [row[:limit] for row, limit in zip(ids, limits, strict=False)]  # `zip` leaves the padding out
-        return top_k_samples(
-            cut, logprobs, tokens, self.args.vllm_entropy_top_k, self.args.entropy_window, self._vocab_size
-        )
+        self._prefix_cache.update(cache)
+        samples = top_k_samples(ids, logprobs, tokens, top_k, self.args.entropy_window, self._vocab_size)
+        return samples[: len(contexts)]
 
     def _largest(self, *values: int) -> list[int]:
         """The largest of each value over all processes."""
@@ -445,6 +465,7 @@ class ARPOTrainer(GRPOTrainer):
     def _log_rollout_metrics(self, mode: str):
         names = sum_names(self._tool_names)
         sums = rollout_sums(self._groups)
+        sums.update(self._prefix_cache)
         device = self.accelerator.device
         total = self.accelerator.reduce(
             torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=device), reduction="sum"
@@ -569,6 +590,16 @@ def _check_arguments(args, tools, rollout_func, environment_factory):
                     f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
                     f"for a fork: raise either, {off}."
                 )
+
+
+def _check_engine(args, max_logprobs: int):
+    """Refuse a K that the engine refuses, whose own message comes with the first rollout."""
+    if max_logprobs != -1 and args.vllm_entropy_top_k > max_logprobs:
+        raise ValueError(
+            f"`vllm_entropy_top_k` is {args.vllm_entropy_top_k}, but a colocated vLLM engine tells no more than "
+            f"{max_logprobs} tokens a position: set it to {max_logprobs} or less, or use `vllm_mode='server'` with "
+            "`--max-logprobs -1`."
+        )
 
 
 def _fork_environment(environment):

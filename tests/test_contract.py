@@ -5,6 +5,8 @@ import inspect
 import pytest
 import trl
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
 # Methods that we override, with the parameters that we rely on
@@ -99,6 +101,29 @@ def test_names_we_import():
 
     assert grpo_trainer.GRPOTrainer is GRPOTrainer
     assert {"_tag_names", "_name", "_paper"} <= set(vars(GRPOTrainer))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "self.llm.generate(vllm_prompts, sampling_params=sampling_params, use_tqdm=False)",
+        "self.vllm_client.generate( prompts=ordered_set_of_prompt_ids, features=features, **sampling_params )",
+        '"max_tokens": max_completion_length',
+        '"logprobs": self.logprobs',
+        '"generation_kwargs": self.generation_kwargs',
+        "generation_kwargs.update(self.generation_kwargs)",
+        "accelerator.process_index * len(prompts)",
+        "return prompt_ids, completion_ids, logprobs, logprob_token_ids",
+    ],
+)
+def test_how_vllm_is_called(line):
+    source = " ".join(inspect.getsource(VLLMGeneration.generate).split())
+    assert line in source, f"VLLMGeneration.generate of TRL {trl.__version__} no longer says {line!r}"
+
+
+def test_names_of_the_vllm_client():
+    assert {"self.session", "self.base_url"} <= set(inspect.getsource(VLLMClient.__init__).split())
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
 
 
 def test_constructor_arguments_are_the_same():

@@ -1,11 +1,21 @@
-"""Entropies, limits and stop strings inside a real `generate`."""
+"""Entropies, limits and stop strings inside a real `generate`; what vLLM answers (`vllm_engine/` has the engine itself)."""
+
+from math import nan
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from transformers import GenerationConfig
 
-from arpo_trl.rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples
+from arpo_trl.rollout.branching import top_k_entropy
+from arpo_trl.rollout.sampler import (
+    recorded_generation,
+    recorded_samples,
+    stop_string_criteria,
+    top_k_samples,
+    vllm_settings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +91,60 @@ def test_the_sampled_token_is_looked_up_among_the_top_k():
     logprobs, tokens = [[[-0.3, -1.6, -4.0]]], [[[7, 2, 4]]]
     (sample,) = top_k_samples([[4]], logprobs, tokens, top_k=2, window=20, vocab_size=100)
     assert sample.ids == [4] and sample.logprobs == [-4.0]
-    from arpo_trl.rollout.branching import top_k_entropy
-
     assert sample.entropies == [top_k_entropy([-0.3, -1.6], 100)]
+
+
+def test_what_vllm_could_not_score_has_no_entropy_and_no_correction():
+    logprobs = [[[None, None], [-0.5, -1.0]], [], None, [[-0.1, -2.0]]]
+    tokens = [[[7, 2], [7, 2]], [], None, [[3, 4]]]
+    rows = top_k_samples([[7, 2], [], [5], [9]], logprobs, tokens, top_k=2, window=20, vocab_size=100)
+    assert [row.ids for row in rows] == [[7, 2], [], [5], [9]]
+    assert [row.logprobs for row in rows] == [pytest.approx(x, nan_ok=True) for x in ([nan, -1.0], [], [nan], [nan])]
+    scored, told = top_k_entropy([-0.5, -1.0], 100), top_k_entropy([-0.1, -2.0], 100)
+    assert [row.entropies for row in rows] == [[scored], [], [], [told]], "nothing is read from what is not known"
+    (row,) = top_k_samples([[7]], None, None, top_k=2, window=20, vocab_size=100)
+    assert row.ids == [7] and row.entropies == [] and row.logprobs == pytest.approx([nan], nan_ok=True)
+
+
+class StandInServer:
+    """TRL's client and the server behind it: answers `max_tokens` tokens, the first of them the prompt's first."""
+
+    base_url = "http://standin"
+
+    def __init__(self, metrics=""):
+        self.requests, self.session, self.metrics = [], self, metrics
+
+    def generate(self, prompts, max_tokens, **kwargs):
+        self.requests.append((len(prompts), max_tokens))
+        told = None if max_tokens == 1 else [[[-0.5]] * max_tokens] * len(prompts)
+        ids = [prompt[:1] * max_tokens for prompt in prompts]
+        return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": told, "logprob_token_ids": told}
+
+    def get(self, url):
+        assert url == "http://standin/metrics"
+        return SimpleNamespace(ok=bool(self.metrics), text=self.metrics)
+
+
+def test_a_server_is_asked_once_for_each_limit_and_answers_in_order():
+    client = StandInServer()
+    engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
+    with vllm_settings(engine, 20, {"stop": ["x"]}, [3, 1, 3, 2]) as cache:
+        assert engine.logprobs == 20 and engine.generation_kwargs == {"stop": ["x"]}
+        answer = client.generate(prompts=[[10], [11], [12], [13]], max_tokens=99, n=1)
+    assert sorted(client.requests) == [(1, 1), (1, 2), (2, 3)]
+    assert answer["completion_ids"] == [[10] * 3, [11], [12] * 3, [13] * 2]
+    assert answer["logprobs"] == [[[-0.5]] * 3, None, [[-0.5]] * 3, [[-0.5]] * 2]
+    assert engine.logprobs == 0 and engine.generation_kwargs == {}
+    client.generate(prompts=[[10]], max_tokens=99)
+    assert client.requests[-1] == (1, 99), "the client is left as it was"
+    assert not cache, "a server without metrics tells nothing of its cache"
+
+
+def test_the_servers_prefix_cache_is_read_from_its_counters():
+    lines = 'vllm:prefix_cache_queries_total{{engine="0"}} {}\nvllm:prefix_cache_hits_total{{engine="0"}} {}\n'
+    lines += 'vllm:external_prefix_cache_hits_total{{engine="0"}} 7.0\nvllm:prefix_cache_hits_total{{engine="1"}} 8.0'
+    client = StandInServer(lines.format("100.0", "20.0"))
+    engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
+    with vllm_settings(engine, 20, {}, []) as cache:
+        client.metrics = lines.format("1.6e2", "50.0")
+    assert cache == {"prefix_cache_queries": 60, "prefix_cache_hits": 30}

@@ -90,11 +90,11 @@ def build_model(tokenizer, hidden: int = 64, layers: int = 2, seed: int = 0) -> 
     return Qwen3ForCausalLM(config)
 
 
-def train_agent(tokenizer, protocol: str, steps: int = 220, seed: int = 0) -> Qwen3ForCausalLM:
+def train_agent(tokenizer, protocol: str, steps: int = 220, seed: int = 0, hidden: int = 64) -> Qwen3ForCausalLM:
     """A model that has learnt, imperfectly, to call `add` once or twice and to answer."""
     from trl.chat_template_utils import get_training_chat_template
 
-    model = build_model(tokenizer, seed=seed)
+    model = build_model(tokenizer, hidden=hidden, seed=seed)
     template = get_training_chat_template(tokenizer) if protocol == "chat_template" else None
     rows = []
     for a in NUMBERS:

@@ -59,7 +59,7 @@ def sum_names(tools: Iterable[str]) -> list[str]:
     """Names of the sums, the same on every process, in a fixed order."""
     names = ["groups", "initial", "fork", "supplement", "tokens", "shared_tokens", "entropy_initial"]
     names += ["initial_segments", "entropy_after_tool", "entropy_gap", "later_segments", "decisions", "decided_forks"]
-    names += ["calls_saved", "calls_executed", "calls_failed"]
+    names += ["calls_saved", "calls_executed", "calls_failed", "prefix_cache_queries", "prefix_cache_hits"]
     return names + [f"{tool}/{part}" for tool in tools for part in ("calls", "failures", "cache_hits", "seconds")]
 
 
@@ -81,6 +81,7 @@ def rollout_metrics(sums: Counter[str], slowest: Sequence[float], tools: Sequenc
         "arpo/entropy_gap": ("entropy_gap", "later_segments"),
         "arpo/fork_rate": ("decided_forks", "decisions"),
         "arpo/shared_token_fraction": ("shared_tokens", "tokens"),
+        "arpo/prefix_cache_hit_rate": ("prefix_cache_hits", "prefix_cache_queries"),
     }
     metrics = {name: sums[above] / sums[below] for name, (above, below) in means.items() if sums[below]}
     metrics["tools/calls_executed"] = sums["calls_executed"]

@@ -4,11 +4,13 @@ On the transformers path the entropies are recorded inside generation, so that m
 B × T × V logits. On the vLLM path they are read from the K most likely tokens.
 
 What is not here: transformers' continuous batching, which offers no hook to read entropies. vLLM gives the processed
-log-probabilities, so with top-p or top-k its reading is of what they leave, and rows that reach their own limit before
-the others' are cut afterwards.
+log-probabilities, so with top-p or top-k its reading is of what they leave.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -124,20 +126,95 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
 
 
 @contextmanager
-def vllm_settings(engine, logprobs: int, generation_kwargs: dict) -> Iterator[None]:
-    """Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position and uses `generation_kwargs`."""
-    before = engine.logprobs, engine.generation_kwargs
-    engine.logprobs, engine.generation_kwargs = logprobs, generation_kwargs
+def vllm_settings(engine, logprobs: int, generation_kwargs: dict, limits: Sequence[int]) -> Iterator[Counter[str]]:
+    """
+    Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position, uses `generation_kwargs`, and ends
+    each row at its own limit, where TRL has one limit for all.
+
+    Args:
+        engine ([`~trl.generation.vllm_generation.VLLMGeneration`]): The engine of the trainer.
+        logprobs (`int`): K.
+        generation_kwargs (`dict`): Sampling parameters beside TRL's own.
+        limits (`Sequence[int]`): Tokens that each row of the engine may sample, those of other processes included.
+
+    Yields:
+        `Counter[str]`: after the context, `prefix_cache_queries` and `prefix_cache_hits`: tokens that the engine was
+        given to read, and those of them that it found in its prefix cache. Empty where the engine does not tell.
+    """
+    cache: Counter[str] = Counter()
+    changed = [(engine, "logprobs", logprobs), (engine, "generation_kwargs", generation_kwargs)]
+    client = getattr(engine, "vllm_client", None)  # of the main process
+    if engine.mode == "colocate":
+        changed.append((engine.llm, "generate", _limited_engine(engine.llm.generate, limits, cache)))
+    elif client is not None:
+        changed.append((client, "generate", _limited_server(client.generate, limits)))
+        cache.subtract(_server_prefix_cache(client))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
+    for owner, name, value in changed:
+        setattr(owner, name, value)
     try:
-        yield
+        yield cache
     finally:
-        engine.logprobs, engine.generation_kwargs = before
+        for owner, name, value in before:
+            setattr(owner, name, value)
+    if client is not None:
+        cache.update(_server_prefix_cache(client))
+
+
+def _limited_engine(generate: Callable, limits: Sequence[int], cache: Counter[str]) -> Callable:
+    """`LLM.generate` with a limit for each prompt; counts in `cache` what the prefix cache held."""
+
+    def limited(prompts, sampling_params, **kwargs):
+        by_limit = {limit: sampling_params.clone() for limit in set(limits)}
+        for limit, parameters in by_limit.items():
+            parameters.max_tokens = limit
+        outputs = generate(prompts, sampling_params=[by_limit[limit] for limit in limits], **kwargs)
+        for output in outputs:
+            cache["prefix_cache_queries"] += len(output.prompt_token_ids)
+            cache["prefix_cache_hits"] += output.num_cached_tokens or 0
+        return outputs
+
+    return limited
+
+
+def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
+    """`VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time."""
+
+    def limited(prompts, **kwargs):
+        rows_of: dict[int, list[int]] = {}
+        for row, limit in enumerate(limits):
+            rows_of.setdefault(limit, []).append(row)
+
+        def send(limit):
+            return generate(prompts=[prompts[row] for row in rows_of[limit]], **{**kwargs, "max_tokens": limit})
+
+        with ThreadPoolExecutor(min(64, len(rows_of))) as pool:
+            answers = list(pool.map(send, rows_of))
+        merged = {name: [None] * len(prompts) for name in answers[0]}
+        for rows, answer in zip(rows_of.values(), answers, strict=True):
+            for name, values in answer.items():
+                for row, value in zip(rows, values or [], strict=False):  # a server may leave out log-probabilities
+                    merged[name][row] = value
+        return merged
+
+    return limited
+
+
+def _server_prefix_cache(client) -> Counter[str]:
+    """What a vLLM server has counted so far, from its Prometheus metrics."""
+    counted: Counter[str] = Counter()
+    answer = client.session.get(f"{client.base_url}/metrics")
+    for line in answer.text.splitlines() if answer.ok else []:
+        for name in ("prefix_cache_queries", "prefix_cache_hits"):
+            if line.startswith(f"vllm:{name}_total"):  # a line for each of the server's engines
+                counted[name] += round(float(line.rpartition(" ")[2]))
+    return counted
 
 
 def top_k_samples(
     ids: Sequence[list[int]],
-    logprobs: Sequence[Sequence[Sequence[float | None]]],
-    logprob_token_ids: Sequence[Sequence[Sequence[int]]],
+    logprobs: Sequence[Sequence[Sequence[float | None]] | None] | None,
+    logprob_token_ids: Sequence[Sequence[Sequence[int]] | None] | None,
     top_k: int,
     window: int,
     vocab_size: int,
@@ -148,22 +225,24 @@ def top_k_samples(
     Args:
         ids (`Sequence[list[int]]`): Sampled tokens, one list a row.
         logprobs (`Sequence[Sequence[Sequence[float | None]]]`): For each token, log-probabilities sorted by rank, of the
-            `top_k` most likely tokens and of the sampled one.
+            `top_k` most likely tokens and of the sampled one. `None` for what the engine could not score: one value, a
+            row, or all. Such a token has log-probability NaN, which TRL leaves out of its correction, and no entropy.
         logprob_token_ids (`Sequence[Sequence[Sequence[int]]]`): The tokens that they belong to.
         top_k (`int`): K.
         window (`int`): Tokens to read the entropy of, k.
         vocab_size (`int`): V.
     """
     samples = []
-    # Rows may have been cut, and rows of padding follow: `zip` stops at what there is of `ids`
-    for row, row_logprobs, row_tokens in zip(ids, logprobs, logprob_token_ids, strict=False):
-        # With logprobs=K the sampled token stands at its rank, not first, so it is looked up.
-        sampled = [
-            values[tokens.index(token)] for token, values, tokens in zip(row, row_logprobs, row_tokens, strict=False)
-        ]
-        entropies = [
-            top_k_entropy([value for value in values[:top_k] if value is not None], vocab_size)
-            for values in row_logprobs[: min(window, len(row))]
-        ]
+    for row, row_logprobs, row_tokens in zip(
+        ids, logprobs or [None] * len(ids), logprob_token_ids or [None] * len(ids), strict=True
+    ):
+        sampled, entropies = [math.nan] * len(row), []
+        for index, (token, values, tokens) in enumerate(zip(row, row_logprobs or [], row_tokens or [], strict=False)):
+            # With logprobs=K the sampled token stands at its rank, not first, so it is looked up
+            value = dict(zip(tokens, values, strict=True)).get(token)
+            sampled[index] = math.nan if value is None else value
+            known = [value for value in values[:top_k] if value is not None]
+            if index < window and known:
+                entropies.append(top_k_entropy(known, vocab_size))
         samples.append(Sample(list(row), entropies, sampled))
     return samples
