@@ -1,4 +1,4 @@
-"""Who gets which advantage: hard attribution over a tree of rows. Pure; soft attribution needs no code, since
+"""Who gets which advantage: hard and tree attribution over a tree of rows. Pure; soft attribution needs no code, since
 GRPO's per-row advantage on every token of the row already averages over the rows that share it (ARPO, section 3.2,
 https://huggingface.co/papers/2507.19849).
 """
@@ -67,3 +67,29 @@ def hard_advantages(
 
 def _mean(advantages: Sequence[float], rows: Sequence[int]) -> float:
     return sum(advantages[row] for row in rows) / len(rows)
+
+
+def tree_advantages(
+    advantages: Sequence[float],
+    parents: Sequence[int | None],
+    fork_tokens: Sequence[int | None],
+    lengths: Sequence[int],
+) -> list[list[Span]]:
+    """
+    Give each token what it adds: to the whole group, and to what was expected where its branch was entered.
+
+    With V the mean advantage of the rows that share a token, a token gets ½ [(V − V_group) + (V − V_before)]: V_group is
+    0, since advantages are centred on the group, and V_before is the V of the last token before the nearest fork that the
+    row has passed, V_group if it has passed none. It is the process reward of
+    [TreeRL](https://huggingface.co/papers/2506.11902), global plus local advantage, halved so that a row without forks has
+    GRPO's advantage, and without its factor 1/√n for a token of n rows.
+
+    Args and returns are those of [`hard_advantages`].
+    """
+    return [
+        [
+            span._replace(advantage=span.advantage - before / 2)
+            for span, before in zip(spans, [0.0, *(span.advantage for span in spans)], strict=False)
+        ]
+        for spans in hard_advantages(advantages, parents, fork_tokens, lengths)
+    ]

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 BRANCH_RULES = ("bernoulli", "threshold", "random")
-ATTRIBUTIONS = ("soft", "hard")
+ATTRIBUTIONS = ("soft", "hard", "tree")
 TOOL_PROTOCOLS = ("chat_template", "tags")
 
 
@@ -40,7 +40,8 @@ class ARPOConfig(GRPOConfig):
 
         advantage_attribution (`str`, *optional*, defaults to `"soft"`):
             `"soft"`: every token of a row has the row's advantage. `"hard"`: a token shared by several rows has the
-            mean of their advantages.
+            mean of their advantages. `"tree"`: as hard, less half of what it was before the fork that led to the token,
+            so that a branch is also compared with its siblings ([TreeRL](https://huggingface.co/papers/2506.11902)).
 
         > Parameters that control tools
 
@@ -126,7 +127,7 @@ class ARPOConfig(GRPOConfig):
         default="soft",
         metadata={
             "help": "'soft': every token of a row has the row's advantage. 'hard': a token shared by several rows has "
-            "the mean of their advantages.",
+            "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there.",
             "choices": list(ATTRIBUTIONS),
         },
     )

@@ -4,6 +4,7 @@ import math
 import random
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import hard_advantages
+from .advantages import Span, hard_advantages, tree_advantages
 from .config import ARPOConfig
 from .prefix_sharing import shared_prefix_logps
 from .prefix_tree import sibling_order
@@ -453,8 +454,9 @@ class ARPOTrainer(GRPOTrainer):
         if mode == "train":
             advantages = output["advantages"].tolist()
             spans = None
-            if self.args.advantage_attribution == "hard":
-                spans = [spans for group in self._groups for spans in _group_spans(group, advantages)]
+            if self.args.advantage_attribution != "soft":
+                attribute = {"hard": hard_advantages, "tree": tree_advantages}[self.args.advantage_attribution]
+                spans = [spans for group in self._groups for spans in _group_spans(attribute, group, advantages)]
                 output["advantages"] = _spread(output["advantages"], spans, output["completion_ids"].size(1))
             if self.args.log_rollouts:
                 self._record(advantages, spans)
@@ -642,9 +644,9 @@ def _without_tools(row: int, prompt_ids: list[int], completion_ids: list[int]) -
     )
 
 
-def _group_spans(group: Group, advantages: list[float]):
+def _group_spans(attribute: Callable, group: Group, advantages: list[float]) -> list[list[Span]]:
     first = group.rows.start
-    return hard_advantages(
+    return attribute(
         [advantages[row] for row in group.rows],
         [None if trajectory.parent is None else trajectory.parent - first for trajectory in group.trajectories],
         [trajectory.fork_token for trajectory in group.trajectories],

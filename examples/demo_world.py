@@ -102,6 +102,9 @@ class World:
         founded (`dict[str, int]`): Year of foundation of each town.
     """
 
+    mistakes = MISTAKES
+    phrases = PHRASES
+
     def __init__(self, seed: int = 0, num_people: int = 4000, num_towns: int = 60):
         self.seed = seed
         rng = random.Random(f"world {seed}")
@@ -171,11 +174,11 @@ class World:
 
         Returns:
             `list[dict]`: Rows with `messages`, a question and the whole trace of tool calls, results and answer in one
-            assistant message, and `mistake`, a key of `MISTAKES` or `None`.
+            assistant message, and `mistake`, a key of `mistakes` or `None`.
         """
         rng = random.Random(f"demonstrations {self.seed}")
-        kinds = [None, *MISTAKES]
-        weights = [1 - sum(MISTAKES.values()), *MISTAKES.values()]
+        kinds = [None, *self.mistakes]
+        weights = [1 - sum(self.mistakes.values()), *self.mistakes.values()]
         rows = []
         for question in self.questions("cold_start"):
             mistake = rng.choices(kinds, weights)[0]
@@ -249,14 +252,14 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     names = (*(f"{name} " for name in world.first_names), *world.last_names, *world.founded)
-    words = (*PHRASES, *names, *(f"{number:02}" for number in range(100)))
+    words = (*world.phrases, *names, *(f"{number:02}" for number in range(100)))
     spelt = [
         *sorted(pre_tokenizers.ByteLevel.alphabet()),
         *(byte_level.pre_tokenize_str(word)[0][0] for word in words),
     ]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(spelt))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
-    phrases = "|".join(re.escape(phrase) for phrase in sorted(PHRASES, key=len, reverse=True))
+    phrases = "|".join(re.escape(phrase) for phrase in sorted(world.phrases, key=len, reverse=True))
     split = pre_tokenizers.Split(Regex(rf"{phrases}|[A-Z][a-z]+ (?=[A-Z])|[A-Za-z]+|\d\d?"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,11 +1,11 @@
-"""Hard attribution, against numbers worked by hand."""
+"""Hard and tree attribution, against numbers worked by hand."""
 
 import random
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arpo_trl.advantages import Span, hard_advantages
+from arpo_trl.advantages import Span, hard_advantages, tree_advantages
 
 
 def test_a_tree_of_three_levels():
@@ -31,6 +31,16 @@ def test_two_forks_at_one_token():
 
 def test_nothing_shared_is_soft():
     assert hard_advantages([1.0, 2.0], [None, None], [None, None], [4, 6]) == [[Span(0, 4, 1.0)], [Span(0, 6, 2.0)]]
+
+
+def test_tree_compares_a_branch_with_what_was_before_it():
+    # row 0: 100 tokens; row 1 leaves 0 at 40; row 2 leaves 1 at 70; row 3 on its own
+    spans = tree_advantages([1.0, -2.0, 4.0, -3.0], [None, 0, 1, None], [None, 40, 70, None], [100, 90, 80, 10])
+    # V of the tokens before 40 is (1 - 2 + 4) / 3 = 1, of those between 40 and 70 of row 1 (-2 + 4) / 2 = 1
+    assert spans[0] == [Span(0, 40, 1.0), Span(40, 100, 1 - 1 / 2)]
+    assert spans[1] == [Span(0, 40, 1.0), Span(40, 70, 1 - 1 / 2), Span(70, 90, -2 - 1 / 2)]
+    assert spans[2] == [Span(0, 40, 1.0), Span(40, 70, 1 - 1 / 2), Span(70, 80, 4 - 1 / 2)]
+    assert spans[3] == [Span(0, 10, -3.0)]
 
 
 @given(st.integers(1, 12), st.randoms(use_true_random=False))
