@@ -22,6 +22,7 @@ from .prefix_sharing import shared_prefix_logps
 from .prefix_tree import sibling_order
 from .protocols import ChatTemplateProtocol, TagsProtocol
 from .reporting import report_image
+from .reward_guard import guarded
 from .rollout.loop import (
     Branching,
     Limits,
@@ -169,6 +170,7 @@ class ARPOTrainer(GRPOTrainer):
         self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
         self._prefix_cache: Counter[str] = Counter()  # tokens that vLLM looked up and found in the latest rollout
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
+        self._records_failed = False
         self._next_tree = 0  # the step from which on the next tree is drawn
 
     # Generation
@@ -437,7 +439,17 @@ class ARPOTrainer(GRPOTrainer):
     # Rewards, advantages and records
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        functions = self.reward_funcs
+        self.reward_funcs = [
+            function if isinstance(function, torch.nn.Module) else guarded(function, name)
+            for function, name in zip(functions, self.reward_func_names, strict=True)
+        ]
+        try:
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = functions
+        # What a function could not score has no score at all: the others' alone would be another reward
+        rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
         first = self.accelerator.process_index * len(prompts)
         self._rewards = rewards_per_func[first : first + len(prompts)]
         if self.log_completions and self.rollout_func is None:
@@ -505,8 +517,10 @@ class ARPOTrainer(GRPOTrainer):
                 append=groups_before > 0,
             )
             self._recorded = (step, groups_before + len(self._groups))
-        except OSError as error:
-            logger.warning_once(f"Rollout records could not be written ({error}); training goes on without them.")
+        except Exception as error:  # an OSError, or what `tokenizers` raises in its place
+            if not self._records_failed:
+                logger.warning(f"Rollout records could not be written ({error}); training goes on without them.")
+            self._records_failed = True
 
     def _log_tree(self, advantages: list[float], spans):
         """Draw the main process's first group, to a file and to where the metrics go."""

@@ -50,6 +50,7 @@ SAID = {
     ],
     "log": ['self._logs["prompt"]', 'self._logs["completion"]', '**self._logs["extra"],'],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
+    "_calculate_rewards": ["zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names"],
     "_compute_loss": ["if advantages.dim() == 1:"],
     "_prepare_inputs": [
         "generation_batch = self._generate_and_score_completions(generation_batch)",
@@ -95,7 +96,7 @@ def test_names_we_import():
         parse_response,
     )
     from trl.data_utils import is_conversational  # noqa: F401
-    from trl.trainer.utils import add_fused_lm_head, get_config_model_id  # noqa: F401
+    from trl.trainer.utils import add_fused_lm_head, get_config_model_id, is_async_callable  # noqa: F401
 
     assert "shift_labels" in inspect.getsource(add_fused_lm_head)
 

@@ -181,18 +181,6 @@ def test_rewards_that_are_none_or_nan(agent_dirs, tokenizer, tmp_path):
     assert [record["rewards"]["patchy"] for record in records(tmp_path)][:3] == [None, None, 1.0]
 
 
-def test_a_full_disk_costs_the_records_and_not_the_run(agent_dirs, tokenizer, tmp_path, monkeypatch, caplog):
-    import arpo_trl.trainer
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(arpo_trl.trainer, "write_records", full)
-    trainer = build(agent_dirs, tokenizer, tmp_path)
-    trainer.train()
-    assert trainer.state.global_step == 2
-
-
 def test_lora_samples_from_the_adapted_policy_and_trains_adapters_alone(agent_dirs, tokenizer, tmp_path):
     from peft import LoraConfig, PeftModel
 
