@@ -31,7 +31,7 @@ def report_image(
     if "trackio" in report_to:
         import trackio
 
-        trackio.log({name: trackio.Image(path), "train/global_step": step})
+        trackio.log({name: trackio.Image(path), "train/global_step": step}, step=step)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             import numpy as np

@@ -1,16 +1,20 @@
-"""A stand-in for the Hub's API on loopback: what huggingface_hub asks for while it creates a repository and uploads to it.
+"""A stand-in for the Hub's API on loopback: what huggingface_hub asks for while it creates a repository, uploads to it and
+loads from it.
 
-What is not here: Xet storage (set `HF_HUB_DISABLE_XET=1`), reading back, branches, organisations, quotas.
+What is not here: Xet storage (set `HF_HUB_DISABLE_XET=1`), branches, organisations, quotas.
 """
 
 import base64
+import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 USER = "tester"
+COMMIT = "0" * 40
 LARGE = (".safetensors", ".bin", ".pt")
+MISSING = {"error": "Entry not found"}
 
 
 @dataclass
@@ -41,14 +45,21 @@ class HubStandIn:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.asked.append(f"{self.command} {self.path}")
                 code, payload = hub.answer(self.command, self.path, self.headers.get("Authorization"), body)
-                data = json.dumps(payload).encode()
+                data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
                 self.send_response(code)
                 if code == 401:
                     self.send_header("X-Error-Message", payload["error"])
-                self.send_header("Content-Type", "application/json")
+                if payload is MISSING:
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                if isinstance(payload, bytes):
+                    self.send_header("X-Repo-Commit", COMMIT)
+                    self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+                else:
+                    self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                if self.command != "HEAD":
+                    self.wfile.write(data)
 
             do_GET = do_POST = do_PUT = do_HEAD = answer
 
@@ -66,7 +77,7 @@ class HubStandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, dict]:
+    def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, dict | bytes]:
         path = path.partition("?")[0]
         if method == "PUT" and path.startswith("/storage/"):  # a signed address: no token is shown there
             self.objects[path.rpartition("/")[2]] = body
@@ -108,7 +119,13 @@ class HubStandIn:
                 return self.commit(repo, [json.loads(line) for line in body.splitlines()], name)
             if method == "GET" and path in (start, f"{start}/revision/main"):
                 siblings = [{"rfilename": file} for file in repo.files]
-                return 200, {"id": name, "sha": "0" * 40, "siblings": siblings, "tags": [], "private": repo.private}
+                return 200, {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": repo.private}
+            if method == "GET" and path.startswith(f"{start}/tree/"):
+                return 404, MISSING  # asked for folders of chat templates alone
+            for revision in ("main", COMMIT):
+                if method in ("GET", "HEAD") and path.startswith(f"/{name}/resolve/{revision}/"):
+                    content = repo.files.get(path.removeprefix(f"/{name}/resolve/{revision}/"))
+                    return (404, MISSING) if content is None else (200, content)
         return 404, {"error": f"{method} {path} is not served here"}
 
     def commit(self, repo: Repo, items: list[dict], name: str) -> tuple[int, dict]:
