@@ -81,12 +81,12 @@ def python_sandbox() -> PythonSandbox:
         return PythonSandbox(sandbox="rlimits", timeout=5, preload=())
 
 
-def cold_start(world: World, tokenizer, seed: int, output_dir: Path) -> None:
+def cold_start(world: World, tokenizer, seed: int, output_dir: Path, steps: int = 1300) -> None:
     args = SFTConfig(
         str(output_dir),
         **CPU,
         per_device_train_batch_size=32,
-        max_steps=1300,
+        max_steps=steps,
         learning_rate=5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=30,

@@ -1,0 +1,383 @@
+"""
+Does ARPO deliver? A grid of training runs, written down before any of them was run.
+
+```bash
+make reproduce                                  # or, with the environment that it makes:
+python examples/reproduce.py --workers 2        # train what is missing, then write docs/results.md and docs/results/
+python examples/reproduce.py --report_only      # write them from the runs that are there
+```
+
+Every arm starts from the same cold start (one for each world), fills groups of M = 16, takes the same number of
+optimiser steps, sees the same questions in the same order, and is asked the same held-out questions. A seed
+chooses the order of the questions and what is sampled. A finished run is one JSON file and is not run again; a run that
+was killed starts anew.
+
+Arms that do not branch run in ARPOTrainer with N = M, which is TRL's GRPOTrainer to the bit
+(`tests/test_trainer_grpo_equivalence.py`), so that all arms share tools, reward and clock:
+
+- `grpo`: the loss of the GRPO and ARPO papers, a mean over each row's tokens (TRL: `loss_type="grpo"`). All ARPO arms
+  have it too.
+- `dapo`: TRL's `loss_type="dapo"`, a mean over all tokens, and a clip range that is wider above (0.28). DAPO's dynamic
+  sampling is not in TRL, and its overlong penalty has nothing to act on here.
+- `rloo`: TRL's RLOOTrainer takes no tools. This is its gradient by TRL's GRPO loss: rewards centred on the mean of the
+  group and not scaled, summed over tokens (`loss_type="dr_grpo"`, `scale_rewards="none"`). The leave-one-out advantage is
+  M / (M − 1) times the centred reward, and the sum a constant times TRL's: factors that Adam takes out.
+
+Every batch is used for one optimiser step, so no ratio is ever clipped.
+
+What this does NOT do: large models, real text, or a search for each arm's best learning rate: all have the same.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+# What was expected, and what decides it. Written before the runs; the rules are applied in reproduce_report.py.
+#
+# 1. Calls. ARPO reaches GRPO's final held-out accuracy with at most half of the tool calls that GRPO executed to get there.
+#    Decided by the ratio of calls in pairs of one world and seed: it holds if the median over seeds is 0.5 or less and its
+#    95 % bootstrap interval lies below 1. An evaluated curve is noisy, so it is first made non-decreasing (isotonic
+#    regression, answers weigh) and read between evaluations along straight lines; GRPO's own cost is read in the same way.
+#    A run that never gets there counts as infinite.
+# 2. End. ARPO ends at or above GRPO: the mean difference of final accuracy in pairs is 0 or more.
+# 3. Entropy. Branching by entropy ends above branching at random: the 95 % interval of the mean difference lies above 0; or
+#    it reaches GRPO's accuracy with fewer calls: the interval of the median ratio to random lies below 1.
+# 4. Soft. Soft attribution ends above hard: the interval of the mean difference lies above 0.
+# 5. Spikes. After a tool result the model's entropy is higher than before it: the mean over the first six tokens after
+#    is larger than over the last six before it, at the cold start.
+#
+# Expected of the improvements: fewer initial rows (`few`, N = 4) execute fewer calls a step, and tree credit makes up for
+# what the smaller trees lose.
+
+STEPS = 30  # optimiser steps of a run
+EVALUATE_EVERY = 6  # steps between two evaluations on held-out questions
+QUESTIONS = 200  # held-out questions; one answer each during training, `FINAL_ANSWERS` at the end
+FINAL_ANSWERS = 5
+SEEDS = (0, 1, 2, 3, 4)
+
+# Arguments of ARPOConfig that all arms share
+COMMON = {
+    "num_generations": 16,
+    "num_initial_generations": 8,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 2,
+    "max_completion_length": 160,
+    "max_tool_calling_iterations": 4,
+    "learning_rate": 6e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 2,
+    "loss_type": "grpo",
+    "tool_protocol": "tags",
+}
+
+ARMS = {
+    "grpo": {"num_initial_generations": 16},
+    "arpo": {},
+    "random": {"branch_rule": "random"},
+    "hard_credit": {"advantage_attribution": "hard"},
+    "dapo": {"num_initial_generations": 16, "loss_type": "dapo", "epsilon_high": 0.28},
+    "rloo": {"num_initial_generations": 16, "loss_type": "dr_grpo", "scale_rewards": "none"},
+    # Improvements: fewer initial rows, so that more is shared; credit that compares siblings
+    "few": {"num_initial_generations": 4},
+    "few_tree": {"num_initial_generations": 4, "advantage_attribution": "tree"},
+    # Sweeps around ARPO's defaults (N = 8, β = 0.2, k = 20, bernoulli)
+    "n2": {"num_initial_generations": 2},
+    "n12": {"num_initial_generations": 12},
+    "beta0": {"entropy_weight": 0.0},
+    "beta1": {"entropy_weight": 1.0},
+    "k5": {"entropy_window": 5},
+    "threshold": {"branch_rule": "threshold"},
+    "tree": {"advantage_attribution": "tree"},
+}
+
+# (world, arm, seeds), in the order in which they are run
+GRID = [
+    *(("easy", arm, SEEDS) for arm in ("grpo", "arpo", "random")),
+    *(("hard", arm, SEEDS[:3]) for arm in ("grpo", "arpo", "random")),
+    *((world, "few_tree", SEEDS[:3]) for world in ("easy", "hard")),
+    *(("easy", arm, SEEDS[:3]) for arm in ("hard_credit", "few")),
+    *(("hard", arm, SEEDS[3:]) for arm in ("grpo", "arpo", "random")),
+    *(("easy", arm, SEEDS[:3]) for arm in ("dapo", "rloo")),
+    *(("easy", arm, SEEDS[:2]) for arm in ("n2", "n12", "beta0", "beta1", "k5", "threshold", "tree")),
+]
+
+
+def python(code: str) -> str:
+    """
+    Runs a sum or a difference of two whole numbers, without a process of its own.
+
+    Args:
+        code: What to run, such as print(1999-1942).
+    """
+    parts = re.fullmatch(r"print\((-?\d+)([+-])(\d+)\)", code.strip())
+    if parts is None:
+        raise ValueError("only print(a+b) and print(a-b) are understood")
+    first, operator, second = parts.groups()
+    return str(int(first) + int(second) if operator == "+" else int(first) - int(second))
+
+
+def load(world_name: str):
+    """A world, its tokenizer and its tools."""
+    from demo_world import World, build_tokenizer
+    from hard_world import HardWorld
+
+    from arpo_trl.tools.search import BM25Search
+
+    world = HardWorld() if world_name == "hard" else World()
+    search = world.search if world_name == "hard" else BM25Search(world.passages, top_k=1).search
+    return world, build_tokenizer(world), [search, python]
+
+
+def cold_start(world_name: str, directory: Path, steps: int = 1300, questions: int = QUESTIONS) -> Path:
+    """
+    Train the checkpoint from which all arms of a world start, unless it is there.
+
+    Returns:
+        `Path`: its folder; `start.json` in it holds its held-out accuracy and its entropy around tool results.
+    """
+    import torch
+    from demo import cold_start as train_cold_start
+    from transformers import AutoModelForCausalLM, set_seed
+
+    path = directory / "cold_start" / world_name
+    if (path / "start.json").exists():
+        return path
+    torch.set_num_threads(1)
+    world, tokenizer, tools = load(world_name)
+    set_seed(0)
+    train_cold_start(world, tokenizer, 0, path, steps)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    held_out = world.rows("held_out")[:questions]
+    start = {
+        "evaluation": {"step": 0, **ask(model, tokenizer, tools, held_out, FINAL_ANSWERS)},
+        "entropy": entropy_by_position(model, tokenizer, tools, held_out),
+    }
+    (path / "start.json").write_text(json.dumps(start) + "\n")
+    return path
+
+
+def run(world_name: str, arm: str, seed: int, directory: Path, steps: int = STEPS, questions: int = QUESTIONS) -> Path:
+    """
+    Train one arm and write what came of it to `<directory>/runs/<world>-<arm>-<seed>.json`.
+
+    Returns:
+        `Path`: that file. Its `steps` hold, for each optimiser step, tool calls executed and saved, tokens sampled, and
+        seconds of processor time and of wall-clock; its `evaluations` the held-out accuracy after some of them.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+
+    from arpo_trl import ARPOConfig, ARPOTrainer
+    from arpo_trl.rewards import exact_match_reward
+
+    path = directory / "runs" / f"{world_name}-{arm}-{seed}.json"
+    if path.exists():
+        return path
+    torch.set_num_threads(1)
+    world, tokenizer, tools = load(world_name)
+    cold = directory / "cold_start" / world_name
+    start = json.loads((cold / "start.json").read_text())
+    scratch = directory / "scratch" / path.stem
+    shutil.rmtree(scratch, ignore_errors=True)
+    set_seed(seed)
+    trainer = ARPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(cold),
+        args=ARPOConfig(
+            str(scratch),
+            **{**COMMON, **ARMS[arm]},
+            **CPU,
+            max_steps=steps,
+            log_rollouts=True,
+            logging_steps=1,
+            seed=seed,
+        ),
+        reward_funcs=exact_match_reward,
+        train_dataset=Dataset.from_list(world.rows("rl")),
+        processing_class=tokenizer,
+        tools=tools,
+    )
+    held_out = world.rows("held_out")[:questions]
+    log, evaluations = [], [start["evaluation"]]
+
+    def evaluate_now(step: int, answers: int):
+        evaluations.append({"step": step, **ask(trainer.model, tokenizer, tools, held_out, answers)})
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.started = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            now = time.perf_counter(), time.process_time()
+            log.append({"wall_seconds": now[0] - self.started[0], "cpu_seconds": now[1] - self.started[1]})
+            if state.global_step % EVALUATE_EVERY == 0 and state.global_step < steps:
+                evaluate_now(state.global_step, 1)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "arpo/initial" in logs:
+                log[-1] |= {name: logs[key] for name, key in LOGGED.items() if key in logs}
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    evaluate_now(steps, FINAL_ANSWERS)
+    for entry, counts in zip(log, count_rollouts(scratch / "rollouts"), strict=True):
+        entry |= counts
+    result = {
+        "world": world_name,
+        "arm": arm,
+        "seed": seed,
+        "arguments": {**COMMON, **ARMS[arm]},
+        "steps": log,
+        "evaluations": evaluations,
+        "entropy_before": start["entropy"],
+        "entropy_after": entropy_by_position(trainer.model, tokenizer, tools, held_out),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result) + "\n")
+    unfinished.rename(path)
+    shutil.rmtree(scratch)
+    return path
+
+
+CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
+LOGGED = {
+    "reward": "reward",
+    "entropy_initial": "arpo/entropy_initial",
+    "entropy_after_tool": "arpo/entropy_after_tool",
+    "fork_rate": "arpo/fork_rate",
+    "shared_token_fraction": "arpo/shared_token_fraction",
+    "grad_norm": "grad_norm",
+}
+
+
+def ask(model, tokenizer, tools, questions: list[dict], answers: int) -> dict:
+    """Accuracy on held-out questions, sampled as in training, the same random numbers at every evaluation."""
+    import torch
+
+    from arpo_trl.evaluation import Agent, evaluate, summarize
+    from arpo_trl.rewards import exact_match_reward
+
+    training = model.training
+    agent = Agent(
+        model.eval(),
+        tokenizer,
+        tools,
+        tool_protocol="tags",
+        max_completion_length=COMMON["max_completion_length"],
+        max_tool_calling_iterations=COMMON["max_tool_calling_iterations"],
+        batch_size=100,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        records = evaluate(agent, questions, exact_match_reward, num_generations=answers)
+    agent.close()
+    model.train(training)
+    summary = summarize(records, ks=(1, 3, 5))
+    kept = ("accuracy", "calls_per_completion", "truncated", "pass@1", "pass@3", "pass@5")
+    return {"answers": answers} | {name: round(summary[name], 6) for name in kept if name in summary}
+
+
+def entropy_by_position(model, tokenizer, tools, questions: list[dict], before: int = 6, after: int = 12) -> dict:
+    """
+    Mean entropy in nats of the model's tokens around a tool result: its last `before` tokens before the result and its
+    first `after` ones behind it, over all results of one answer to each of 60 questions.
+    """
+    import torch
+
+    from arpo_trl.evaluation import Agent
+
+    training = model.training
+    agent = Agent(
+        model.eval(), tokenizer, tools, "tags", COMMON["max_completion_length"], COMMON["max_tool_calling_iterations"]
+    )
+    sums, counts = torch.zeros(before + after), torch.zeros(before + after)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        trajectories = agent.rollout([question["prompt"] for question in questions[:60]])
+    agent.close()
+    with torch.no_grad():
+        for trajectory in trajectories:
+            ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
+            logprobs = model(ids).logits[0].log_softmax(-1)
+            entropy = torch.special.entr(logprobs.exp()).sum(-1)[len(trajectory.prompt_ids) - 1 :]
+            for left, right in zip(trajectory.segments, trajectory.segments[1:], strict=False):
+                head = entropy[max(left.start, left.end - before) : left.end]
+                tail = entropy[right.start : min(right.end, right.start + after)]
+                sums[before - len(head) : before] += head
+                counts[before - len(head) : before] += 1
+                sums[before : before + len(tail)] += tail
+                counts[before : before + len(tail)] += 1
+    model.train(training)
+    return {"before": before, "mean": (sums / counts.clamp(min=1)).tolist(), "tokens": counts.int().tolist()}
+
+
+def count_rollouts(directory: Path) -> list[dict]:
+    """For each step: calls executed and saved, tokens sampled, and where forks left (calls before them, by number)."""
+    counts = []
+    for path in sorted(directory.iterdir()):
+        step = {"calls_executed": 0, "calls_saved": 0, "tokens_sampled": 0, "forks_after_call": {}, "rows": {}}
+        for row in map(json.loads, path.read_text().splitlines()):
+            shared = sum(call["shared"] for call in row["tool_calls"])
+            step["calls_saved"] += shared
+            step["calls_executed"] += len(row["tool_calls"]) - shared
+            step["tokens_sampled"] += sum(row["tool_mask"][row["fork_token"] or 0 :])
+            step["rows"][row["kind"]] = step["rows"].get(row["kind"], 0) + 1
+            if row["kind"] == "fork":
+                step["forks_after_call"][str(shared)] = step["forks_after_call"].get(str(shared), 0) + 1
+        counts.append(step)
+    return counts
+
+
+def train_all(directory: Path, workers: int) -> None:
+    """Train what is missing: cold starts first, then the runs in the order of the grid."""
+    from tqdm import tqdm
+
+    runs = [(world, arm, seed) for world, arm, seeds in GRID for seed in seeds]
+    todo = [key for key in runs if not (directory / "runs" / "{}-{}-{}.json".format(*key)).exists()]
+    # Workers inherit these: one thread each, and no bars but ours
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
+        starts = [pool.submit(cold_start, world, directory) for world in dict.fromkeys(world for world, _, _ in todo)]
+        with tqdm(starts, desc="Cold starts", disable=False) as bar:
+            for future in bar:
+                future.result()
+        futures = {pool.submit(run, *key, directory): key for key in todo}
+        with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="Runs", disable=False) as bar:
+            for future in as_completed(futures):
+                future.result()
+                bar.set_postfix_str("{} {} {}".format(*futures[future]))
+                bar.update()
+
+
+def _quiet() -> None:
+    """Workers print nothing; what goes wrong is raised in the parent."""
+    import sys
+
+    sys.stdout = open(os.devnull, "w")
+
+
+def main(directory: Path, workers: int, report_only: bool) -> None:
+    if not report_only:
+        train_all(directory, workers)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/reproduce"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--report_only", action="store_true")
+    arguments = parser.parse_args()
+    main(arguments.output_dir, arguments.workers, arguments.report_only)
