@@ -5,6 +5,7 @@ from trl import GRPOConfig
 BRANCH_RULES = ("bernoulli", "threshold", "random")
 ATTRIBUTIONS = ("soft", "hard", "tree")
 TOOL_PROTOCOLS = ("chat_template", "tags")
+ROLLOUT_SCHEDULES = ("waves", "eager")
 
 
 @dataclass
@@ -54,13 +55,18 @@ class ARPOConfig(GRPOConfig):
         tool_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which a tool call is given up; the model reads that it timed out. A tool's own time-out
             ([`~arpo_trl.tools.tool`]) comes first.
+        rollout_schedule (`str`, *optional*, defaults to `"waves"`):
+            `"waves"`: the rows of a rollout wait for each other's tools after each segment, so that a seed repeats a
+            rollout. `"eager"`: rows whose tools are done go on at once, in smaller batches; for tools whose time
+            varies much.
 
-        > Parameters that control the training step
+        > Parameters that control prefix sharing
 
         prefix_sharing (`bool`, *optional*, defaults to `True`):
-            Whether tokens that rows of a micro-batch share are scored once rather than once a row, where that is
-            supported and pays. Log-probabilities and gradients are the same up to rounding. Set it to `False` for
-            results that equal TRL's to the bit.
+            Whether tokens that rows share are computed once rather than once a row: in the training step where that is
+            supported and pays, and in rollouts with transformers, whose keys and values are kept while tools run.
+            Log-probabilities and gradients are the same up to rounding. Set it to `False` for results that equal TRL's
+            to the bit.
 
         > Parameters that control generation with vLLM
 
@@ -149,12 +155,21 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "Seconds after which a tool call is given up; the model reads that it timed out."},
     )
 
-    # Parameters that control the training step
+    rollout_schedule: str = field(
+        default="waves",
+        metadata={
+            "help": "'waves': rows wait for each other's tools after each segment, so that a seed repeats a rollout. "
+            "'eager': rows whose tools are done go on at once, in smaller batches.",
+            "choices": list(ROLLOUT_SCHEDULES),
+        },
+    )
+
+    # Parameters that control prefix sharing
     prefix_sharing: bool = field(
         default=True,
         metadata={
-            "help": "Whether tokens that rows of a micro-batch share are scored once rather than once a row, where "
-            "that is supported and pays."
+            "help": "Whether tokens that rows share are computed once rather than once a row, in rollouts and in the "
+            "training step, where that is supported and pays."
         },
     )
 
@@ -212,6 +227,7 @@ class ARPOConfig(GRPOConfig):
             ("branch_rule", BRANCH_RULES),
             ("advantage_attribution", ATTRIBUTIONS),
             ("tool_protocol", TOOL_PROTOCOLS),
+            ("rollout_schedule", ROLLOUT_SCHEDULES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

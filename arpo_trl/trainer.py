@@ -34,6 +34,7 @@ from .rollout.loop import (
     run_waves,
 )
 from .rollout.metrics import completion_columns, rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.prefix_cache import PrefixCache
 from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.tree import Group, Segment, Trajectory
@@ -166,9 +167,10 @@ class ARPOTrainer(GRPOTrainer):
         self._max_length = self._context_length()
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
+        self._prefix_cache: PrefixCache | None = None  # of the rollout that is going on
         self._ordered_inputs = None  # the buffered inputs that have been put into order
         self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
-        self._prefix_cache: Counter[str] = Counter()  # tokens that vLLM looked up and found in the latest rollout
+        self._lookups: Counter[str] = Counter()  # tokens given to a prefix cache in the latest rollout, and found
         self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
         self._records_failed = False
         self._next_tree = 0  # the step from which on the next tree is drawn
@@ -217,9 +219,11 @@ class ARPOTrainer(GRPOTrainer):
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
         self._groups = self._empty_groups(len(prompts))
-        self._prefix_cache.clear()
+        self._lookups.clear()
         step = self.state.global_step
         self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
+        if self._shares_rollout:
+            self._prefix_cache = PrefixCache()
         with tqdm(
             desc="Rollout",
             unit=" waves",
@@ -235,6 +239,7 @@ class ARPOTrainer(GRPOTrainer):
                     tools_of=self._tools_of,
                     submit=self._submit,
                     copy_state=self._copy_environment,
+                    keep=lambda contexts: self._prefix_cache and self._prefix_cache.keep(contexts),
                     anyone=self._anyone,
                     on_wave=lambda wave: _show(bar, wave),
                 ),
@@ -256,7 +261,11 @@ class ARPOTrainer(GRPOTrainer):
                 # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
                 random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
                 self.eos_token_ids.__contains__,
+                eager=self.args.rollout_schedule == "eager",
             )
+        if self._prefix_cache is not None:
+            self._lookups.update(self._prefix_cache.lookups)
+            self._prefix_cache = None  # its memory is the training step's now
         for trajectory in trajectories:
             prompt_ids[trajectory.row] = trajectory.prompt_ids
         conversational = is_conversational({"prompt": prompts[0]})
@@ -270,6 +279,12 @@ class ARPOTrainer(GRPOTrainer):
             sum(call.error is not None for call in executed),
             [[] for _ in trajectories],
         )
+
+    @property
+    def _shares_rollout(self) -> bool:
+        """Whether rollouts keep keys and values; not where a forward is collective, since processes read in turns."""
+        collective = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.args.prefix_sharing and not self.use_vllm and not collective
 
     @property
     def _branches(self) -> bool:
@@ -313,6 +328,7 @@ class ARPOTrainer(GRPOTrainer):
             self._stop_strings,
             self.args.entropy_window,
             self.temperature,
+            self._prefix_cache,
         ) as (recorder, stops):
             ids, _ = super()._generate_single_turn(contexts, None, {}, num_generations=1)
         return [] if idle else recorded_samples(ids, recorder, stops)
@@ -338,7 +354,7 @@ class ARPOTrainer(GRPOTrainer):
         top_k = self.args.vllm_entropy_top_k
         with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows]) as cache:
             _, ids, logprobs, tokens = engine.generate(prompts=padded, images=None, num_generations=1)
-        self._prefix_cache.update(cache)
+        self._lookups.update(cache)
         samples = top_k_samples(ids, logprobs, tokens, top_k, self.args.entropy_window, self._vocab_size)
         return samples[: len(contexts)]
 
@@ -479,7 +495,7 @@ class ARPOTrainer(GRPOTrainer):
     def _log_rollout_metrics(self, mode: str):
         names = sum_names(self._tool_names)
         sums = rollout_sums(self._groups)
-        sums.update(self._prefix_cache)
+        sums.update(self._lookups)
         device = self.accelerator.device
         total = self.accelerator.reduce(
             torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=device), reduction="sum"

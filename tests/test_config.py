@@ -40,6 +40,7 @@ def test_defaults_are_those_of_the_paper(tmp_path):
         ({"branch_rule": "greedy"}, ["`branch_rule` is 'greedy'", "'bernoulli', 'threshold', 'random'"]),
         ({"advantage_attribution": "both"}, ["`advantage_attribution` is 'both'", "'soft', 'hard'"]),
         ({"tool_protocol": "xml"}, ["`tool_protocol` is 'xml'"]),
+        ({"rollout_schedule": "lazy"}, ["`rollout_schedule` is 'lazy'", "'waves', 'eager'"]),
         ({"tool_timeout": 0}, ["`tool_timeout` is 0"]),
         ({"max_tool_concurrency": 0}, ["`max_tool_concurrency` is 0"]),
     ],

@@ -1,8 +1,10 @@
 """What holds for every rollout, over random policies, tools and settings."""
 
 import random
+import threading
 from concurrent.futures import Future
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +37,7 @@ class RandomProtocol:
         return turns
 
 
-def random_rollout(seed, groups, size, initial, branching, limits, offset=0, rows=None):
+def random_rollout(seed, groups, size, initial, branching, limits, offset=0, rows=None, eager=False):
     rng = random.Random(seed)
     executed = []
 
@@ -53,7 +55,10 @@ def random_rollout(seed, groups, size, initial, branching, limits, offset=0, row
         for call in calls:
             executed.append(call)
             call.result, future = str(rng.randint(1, 6)), Future()
-            future.set_result(call)
+            if eager:
+                threading.Timer(rng.random() / 1000, future.set_result, [call]).start()
+            else:
+                future.set_result(call)
             futures.append(future)
         return futures
 
@@ -61,7 +66,7 @@ def random_rollout(seed, groups, size, initial, branching, limits, offset=0, row
     prompts = [[100 + (offset + row) // size] for row in range(rows or groups * size)]
     hooks = RolloutHooks(sample=sample, tools_of=lambda trajectory: {}, submit=submit)
     trajectories = run_waves(
-        parts, prompts, RandomProtocol(), hooks, branching, limits, random.Random(seed + 1), END.__eq__
+        parts, prompts, RandomProtocol(), hooks, branching, limits, random.Random(seed + 1), END.__eq__, eager
     )
     return parts, trajectories, executed
 
@@ -87,10 +92,11 @@ def cases(draw):
     )
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @settings(max_examples=200, deadline=None)
-@given(cases())
-def test_invariants_of_a_rollout(case):
-    groups, trajectories, executed = random_rollout(**case)
+@given(case=cases())
+def test_invariants_of_a_rollout(eager, case):
+    groups, trajectories, executed = random_rollout(**case, eager=eager)
     size, limits = case["size"], case["limits"]
     assert [trajectory.row for trajectory in trajectories] == list(range(case["groups"] * size)), "M rows, in order"
     for group in groups:

@@ -2,7 +2,8 @@
 https://huggingface.co/papers/2507.19849).
 
 One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the tools,
-append their results. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and
+append their results. The eager schedule does not wait for the slowest tool: its next wave holds the trajectories whose
+results are there. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and
 run, so that tests drive it with scripts.
 
 What is not here: images in tool results.
@@ -11,7 +12,7 @@ What is not here: images in tool results.
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -96,6 +97,8 @@ class RolloutHooks:
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
         copy_state (`Callable[[Trajectory, Trajectory], None]`): Copies what a stateful environment holds from a parent
             to its fork, before it is touched again.
+        keep (`Callable[[list[list[int]]], None]`): Told, before `sample` in the eager schedule, the contexts that are
+            waiting for a tool: what an engine has cached of them will be needed again.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
     """
@@ -104,6 +107,7 @@ class RolloutHooks:
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
     copy_state: Callable[[Trajectory, Trajectory], None] = lambda parent, fork: None
+    keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
 
@@ -128,6 +132,7 @@ def run_waves(
     limits: Limits,
     rng: random.Random,
     ends_turn: Callable[[int], bool],
+    eager: bool = False,
 ) -> list[Trajectory]:
     """
     Fill every group.
@@ -141,6 +146,9 @@ def run_waves(
         limits ([`Limits`]): When a row ends before the model ends it.
         rng (`random.Random`): Decides on forks and breaks ties.
         ends_turn (`Callable[[int], bool]`): Whether a token ends the turn.
+        eager (`bool`, *optional*, defaults to `False`): Go on with the rows whose tools are done rather than wait for
+            all. Which rows meet in a wave then depends on how long tools take, so a seed does not repeat a rollout.
+            Processes still take every wave together, and wait for each other's first result when none has any.
 
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
@@ -148,8 +156,11 @@ def run_waves(
     waiting = [_start(group, prompts, "initial") for group in groups for _ in range(group.num_initial)]
     group_of = {row: group for group in groups for row in group.rows}
     wave = Wave(index=0, active=0, calls=0, forks=0)
+    pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
+        if eager:
+            hooks.keep([step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending])
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         samples = hooks.sample(contexts, budgets)
@@ -178,13 +189,21 @@ def run_waves(
         )
         hooks.on_wave(wave)
 
-        waiting = forks + [step.trajectory for step in steps if _answer(step, protocol, limits, ends_turn)]
-        if not limits.cut_afterwards:
-            waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
-        unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
-        for group in groups:
-            if group.budget and id(group) not in unfinished:
-                waiting += [_start(group, prompts, "supplement") for _ in range(group.budget)]
+        waiting, pending = forks, pending + steps
+        while True:
+            answered, pending = _split_answered(pending) if eager else (pending, [])
+            waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
+            if not limits.cut_afterwards:
+                waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
+            unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
+            unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
+            for group in groups:
+                if group.budget and id(group) not in unfinished:
+                    waiting += [_start(group, prompts, "supplement") for _ in range(group.budget)]
+            if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
+                break
+            running = [future for step in pending for future in step.futures if not future.done()]
+            wait(running, return_when=FIRST_COMPLETED)
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
@@ -292,6 +311,15 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls)
     return True
+
+
+def _split_answered(pending: list[_Step]) -> tuple[list[_Step], list[_Step]]:
+    """The steps whose calls are all done (or that made none), and the others."""
+    answered: list[_Step] = []
+    others: list[_Step] = []
+    for step in pending:
+        (answered if all(future.done() for future in step.futures) else others).append(step)
+    return answered, others
 
 
 def _has_room(trajectory: Trajectory, limits: Limits) -> bool:

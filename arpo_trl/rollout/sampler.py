@@ -27,6 +27,7 @@ from transformers import (
 
 from .branching import top_k_entropy
 from .loop import Sample
+from .prefix_cache import PrefixCache
 
 
 class EntropyRecorder(LogitsProcessor):
@@ -88,9 +89,9 @@ class RowStops(StoppingCriteria):
 
 
 @contextmanager
-def generate_with(model: nn.Module, **kwargs) -> Iterator[None]:
-    """Within the context, `model.generate` is called with `kwargs` besides the caller's own."""
-    model.generate = partial(model.generate, **kwargs)
+def generate_with(model: nn.Module, generate: Callable) -> Iterator[None]:
+    """Within the context, `model.generate` is `generate`."""
+    model.generate = generate
     try:
         yield
     finally:
@@ -104,15 +105,24 @@ def stop_string_criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[s
 
 @contextmanager
 def recorded_generation(
-    model: nn.Module, limits: Sequence[int], stop_strings: StopStringCriteria | None, window: int, temperature: float
+    model: nn.Module,
+    limits: Sequence[int],
+    stop_strings: StopStringCriteria | None,
+    window: int,
+    temperature: float,
+    cache: PrefixCache | None = None,
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
-    """Within the context, `model.generate` records entropies and ends each row at its own limit or stop string."""
+    """
+    Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
+    `cache`, it reads no token that the cache knows.
+    """
     recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
-    with generate_with(
-        model,
+    generate = partial(
+        model.generate,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([stops]),
-    ):
+    )
+    with generate_with(model, partial(cache.generate, model, generate) if cache else generate):
         yield recorder, stops
 
 

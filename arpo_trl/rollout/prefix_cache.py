@@ -1,0 +1,246 @@
+"""Keys and values of the contexts that a rollout has already read, so that `generate` reads no token twice.
+
+Within one call, what several contexts share (a system prompt, the prompt of a group) is read once. Between the calls of
+a rollout, a row goes on from the keys and values that it left, and a fork or a supplement from those of the row whose
+tokens it repeats. What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
+
+What it does not do: layers whose cache forgets or summarises (sliding windows, recurrent states), quantised, offloaded
+or static caches, beam search, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of
+forwards would differ between processes). For those `supports_prefix_cache` is false and `generate` starts anew.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
+
+from ..prefix_tree import shared_prefixes
+
+# A forward of its own for what contexts share has to save more than it costs to launch
+_MIN_STEM = 16
+
+
+class Found(NamedTuple):
+    """The longest known prefix of a context: in which block and row of it, and how many tokens."""
+
+    block: int
+    row: int
+    length: int
+
+
+class Block(NamedTuple):
+    """
+    Keys and values of some rows.
+
+    Args:
+        layers (`list[tuple[torch.Tensor, torch.Tensor]]`): Keys and values of each layer, of shape
+            `(rows, heads, positions, head_dim)`.
+        starts (`list[int]`): Position of each row's first token.
+        rows (`list[np.ndarray]`): Tokens of each row, which stand at consecutive positions.
+    """
+
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    starts: list[int]
+    rows: list[np.ndarray]
+
+
+def supports_prefix_cache(model: nn.Module, generation_config: GenerationConfig) -> bool:
+    """Whether each position of the model's cache depends on the tokens up to it alone, and is kept."""
+    if generation_config.use_cache is False or generation_config.cache_implementation is not None:
+        return False
+    if (generation_config.num_beams or 1) > 1 or generation_config.prefill_chunk_size is not None:
+        return False
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def longest_prefixes(contexts: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    """
+    For each context, the index of a known row that begins like it for longest, and for how many tokens (`(-1, 0)` if
+    none does). Time is that of sorting the rows.
+    """
+    rows = [*contexts, *known]
+    order, shared = shared_prefixes(rows)
+    best = [(-1, 0)] * len(contexts)
+    # In sorted order the best known row is the nearest one before or after
+    for places, common in ((range(len(order)), shared), (range(len(order) - 1, -1, -1), [*shared[1:], 0])):
+        nearest, length = -1, 0
+        for place in places:
+            length = min(length, common[place])
+            row = order[place]
+            if row >= len(contexts):
+                nearest, length = row - len(contexts), len(rows[row])
+            elif length > best[row][1]:
+                best[row] = (nearest, length)
+    return best
+
+
+def shared_stems(contexts: Sequence[np.ndarray], known: Sequence[int]) -> list[np.ndarray]:
+    """
+    Prefixes that several contexts share beyond what is known of them, outermost first: none lies within another.
+
+    Args:
+        contexts (`Sequence[np.ndarray]`): Tokens of each context.
+        known (`Sequence[int]`): Leading tokens of each that need not be read.
+    """
+    order, shared = shared_prefixes(contexts)
+    stems: list[np.ndarray] = []
+    length = 0  # of the stem that the row before belongs to; 0 for none
+    for before, row, common in zip(order, order[1:], shared[1:], strict=False):
+        common = min(common, len(contexts[before]) - 1, len(contexts[row]) - 1)  # `generate` reads the last token
+        if common - known[row] < _MIN_STEM:
+            length = 0
+        elif length:
+            length = min(length, common)
+            stems[-1] = contexts[row][:length]
+        else:
+            length = common
+            stems.append(contexts[row][:length])
+    return stems
+
+
+class PrefixCache:
+    """
+    What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
+
+    Its memory is that of the cache of one `generate`, kept while the tools run. `lookups` counts the tokens that it was
+    given (`prefix_cache_queries`), and those of them that were not read for it (`prefix_cache_hits`).
+    """
+
+    def __init__(self):
+        self._blocks: list[Block] = []
+        self._later: list[np.ndarray] = []
+        self.lookups: Counter[str] = Counter()
+
+    def keep(self, contexts: Sequence[Sequence[int]]) -> None:
+        """Name the contexts that are not in the next `generate` but in a later one."""
+        self._later = [np.asarray(context) for context in contexts]
+
+    def generate(
+        self,
+        model: nn.Module,
+        generate: Callable[..., torch.Tensor],
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        generation_config: GenerationConfig,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Call `generate` with the keys and values of all but the last token of each row.
+
+        Args:
+            model (`nn.Module`): The model that reads what is not known yet.
+            generate (`Callable`): Its `generate`.
+            input_ids (`torch.Tensor` of shape `(B, T)`): Contexts, padded on the left.
+            attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding.
+            generation_config ([`~transformers.GenerationConfig`]): How to sample.
+
+        Returns:
+            `torch.Tensor`: what `generate` returns.
+        """
+        arguments = {"attention_mask": attention_mask, "generation_config": generation_config, **kwargs}
+        if input_ids.size(1) == 1 or not supports_prefix_cache(model, generation_config):
+            return generate(input_ids=input_ids, **arguments)
+        lengths = attention_mask.sum(1).tolist()
+        width = input_ids.size(1)
+        contexts = [ids[width - length :] for ids, length in zip(input_ids.cpu().numpy(), lengths, strict=True)]
+
+        found = self._find(contexts)
+        while stems := shared_stems(contexts, [place.length for place in found]):
+            self._read(model, stems)
+            found = self._find(contexts)
+        unread = [row for row, place in enumerate(found) if place.length < len(contexts[row]) - 1]
+        if unread:
+            self._read(model, [contexts[row][:-1] for row in unread])
+            found = self._find(contexts)
+        self.lookups["prefix_cache_queries"] += sum(lengths)
+        self.lookups["prefix_cache_hits"] += sum(lengths) - len(lengths)  # `generate` reads the last tokens
+
+        cache = self._gather(model, found, width - 1)
+        self._blocks = self._kept(model)  # frees the rest before the cache grows
+        output = generate(input_ids=input_ids, past_key_values=cache, **arguments)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        end = cache.get_seq_length()  # the last token has been sampled but not read
+        rows = [ids[width - length : end] for ids, length in zip(output.cpu().numpy(), lengths, strict=True)]
+        self._blocks.append(Block(layers, [width - length for length in lengths], rows))
+        return output
+
+    def _find(self, contexts: Sequence[np.ndarray]) -> list[Found]:
+        places = [(index, row) for index, block in enumerate(self._blocks) for row in range(len(block.rows))]
+        known = [self._blocks[index].rows[row] for index, row in places]
+        return [
+            Found(*places[nearest], min(length, len(context) - 1)) if length else Found(-1, -1, 0)
+            for context, (nearest, length) in zip(contexts, longest_prefixes(contexts, known), strict=True)
+        ]
+
+    def _kept(self, model: nn.Module) -> list[Block]:
+        """A block of what the contexts named by `keep` will need."""
+        # Of a context whose last token `generate` has not read yet, one token less is known
+        found = [place for place in self._find(self._later) if place.length]
+        rows = [self._blocks[place.block].rows[place.row][: place.length] for place in found]
+        self._later = []
+        if not found:
+            return []
+        width = max(place.length for place in found)
+        cache = self._gather(model, found, width)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return [Block(layers, [width - place.length for place in found], rows)]
+
+    def _read(self, model: nn.Module, rows: list[np.ndarray]) -> None:
+        """Read the unknown rest of each row in one forward, and remember it."""
+        found = self._find([np.append(row, -1) for row in rows])  # the whole row may be known, the last token included
+        past = max(place.length for place in found)
+        rest = [row[place.length :] for row, place in zip(rows, found, strict=True)]
+        device = model.device
+        new = max(map(len, rest))
+        input_ids = torch.zeros(len(rows), new, dtype=torch.long)
+        mask = torch.zeros(len(rows), past + new, dtype=torch.long)
+        for index, (ids, place) in enumerate(zip(rest, found, strict=True)):
+            input_ids[index, : len(ids)] = torch.from_numpy(ids)
+            mask[index, past - place.length : past + len(ids)] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        cache = self._gather(model, found, past)
+        model(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        self._blocks.append(Block(layers, [past - place.length for place in found], rows))
+        self.lookups["prefix_cache_hits"] -= sum(map(len, rest))
+
+    def _gather(self, model: nn.Module, found: Sequence[Found], width: int) -> DynamicCache:
+        """A cache of `width` positions in which the known prefix of each row ends at the last position."""
+        cache = DynamicCache(config=model.config.get_text_config())
+        places = torch.arange(width)
+        picks = []
+        for index, block in enumerate(self._blocks):
+            rows = [row for row, place in enumerate(found) if place.block == index]
+            if rows:
+                sources = torch.tensor([found[row].row for row in rows])
+                ends = torch.tensor([block.starts[found[row].row] + found[row].length for row in rows])
+                # What stands before a row's start is padding, so any position does
+                positions = (ends.unsqueeze(1) - width + places).clamp(min=0)
+                picks.append((block, torch.tensor(rows), sources.unsqueeze(1), positions))
+        if not picks or not width:
+            return cache
+        for layer in range(len(picks[0][0].layers)):
+            states = []
+            for kind in range(2):
+                first = picks[0][0].layers[layer][kind]
+                state = first.new_zeros(len(found), first.size(1), width, first.size(3))
+                for block, rows, sources, positions in picks:
+                    state[rows] = block.layers[layer][kind][sources, :, positions].transpose(1, 2)
+                states.append(state)
+            cache.update(*states, layer)
+        return cache

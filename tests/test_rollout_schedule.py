@@ -1,0 +1,135 @@
+"""The eager schedule: rows whose tools are done do not wait for the others."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+import tiny
+from test_rollout_properties import CALL, END, RandomProtocol
+from test_trainer_options import build, check, records
+
+from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
+
+SLOW, FAST = 10, 20  # the prompts of two groups
+SECONDS = 20  # after which a test gives up
+
+
+def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0):
+    """Run a rollout with `sample(contexts)` and tools that are threads running `call(trajectory)`."""
+    with ThreadPoolExecutor(8) as pool:
+
+        def work(trajectory, tool_call):
+            call(trajectory)
+            tool_call.result = "2"
+            return tool_call
+
+        def submit(trajectory, calls):
+            return [pool.submit(work, trajectory, tool_call) for tool_call in calls]
+
+        hooks = RolloutHooks(
+            sample=lambda contexts, limits: sample(contexts),
+            tools_of=lambda trajectory: {},
+            submit=submit,
+            keep=lambda contexts: kept.append(contexts) if kept is not None else None,
+        )
+        return run_waves(
+            group_parts(0, size * len(prompts), size, num_initial=1),
+            [[prompt] for prompt in prompts for _ in range(size)],
+            RandomProtocol(),
+            hooks,
+            Branching(vocab_size=100, branch_probability=branch_probability),
+            Limits(completion=100, context=200, tool_turns=4),
+            random.Random(0),
+            END.__eq__,
+            eager,
+        )
+
+
+def one_call_then_end(context):
+    return Sample([5, END] if CALL in context else [5, CALL], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_fast_row_ends_before_a_slow_tool(eager):
+    fast_row_ended = Event()
+
+    def sample(contexts):
+        samples = [one_call_then_end(context) for context in contexts]
+        if any(context[0] == FAST and CALL in context for context in contexts):
+            fast_row_ended.set()
+        return samples
+
+    waited: list[bool] = []
+
+    def call(trajectory):
+        if trajectory.prompt_ids == [SLOW]:
+            waited.append(fast_row_ended.wait(SECONDS if eager else 0.2))
+
+    kept: list = []
+    trajectories = run(sample, call, eager, kept=kept)
+    assert waited == [eager], "in waves the fast row waits until the slow tool gives up"
+    assert [trajectory.completion_ids for trajectory in trajectories] == [[5, CALL, 0, 0, 5, END]] * 2
+    # The slow row was waiting for its tool while the fast one generated
+    assert kept == ([[], [[SLOW, 5, CALL]], []] if eager else [])
+
+
+def test_a_fork_generates_while_the_tool_of_its_parent_runs():
+    fork_generated = Event()
+
+    def sample(contexts):
+        for context in contexts:
+            if context == [FAST, 5, CALL, 0, 0] and sample.segments:
+                fork_generated.set()
+            sample.segments += context == [FAST, 5, CALL, 0, 0]
+        # Two calls, then the end
+        return [Sample([5, END] if context.count(CALL) == 2 else [5, CALL], [1.0, 1.0]) for context in contexts]
+
+    sample.segments = 0
+    waited = []
+
+    def call(trajectory):
+        if trajectory.kind == "initial" and len(trajectory.calls) == 1:
+            waited.append(fork_generated.wait(SECONDS))
+
+    trajectories = run(sample, call, eager=True, size=2, prompts=(FAST,))
+    assert waited == [True]
+    assert [trajectory.kind for trajectory in trajectories] == ["initial", "fork"]
+
+
+def test_supplements_wait_for_rows_whose_tools_still_run():
+    """Nothing forks, so the second row of a group is a supplement. The tool of the slow group's first row ends after the
+    fast group is full."""
+    fast_group_is_full = Event()
+    order = []
+
+    def sample(contexts):
+        order.append([context[0] for context in contexts])
+        if sum(contexts.count(FAST) for contexts in order) == 2:
+            fast_group_is_full.set()
+        return [
+            one_call_then_end(context) if context[0] == SLOW else Sample([5, END], [1.0] * 2) for context in contexts
+        ]
+
+    trajectories = run(
+        sample, lambda trajectory: fast_group_is_full.wait(SECONDS), eager=True, size=2, branch_probability=0.0
+    )
+    assert [trajectory.kind for trajectory in trajectories] == ["initial", "supplement"] * 2
+    # Both start; the fast supplement; the slow answer; the slow supplement, and its answer
+    assert order == [[SLOW, FAST], [FAST], [SLOW], [SLOW], [SLOW]]
+
+
+@pytest.mark.parametrize("protocol", ["chat_template", "tags"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_training(agent_dirs, tokenizer, tmp_path, protocol, sharing):
+    trainer = build(
+        agent_dirs, tokenizer, tmp_path, protocol, rollout_schedule="eager", prefix_sharing=sharing, seed=1
+    )
+    trainer.train()
+    check(trainer, tmp_path, groups=4)
+    found = records(tmp_path)
+    assert {"initial", "fork"} <= {record["kind"] for record in found}
+    for record in found:
+        for call in record["tool_calls"]:
+            arguments = call["arguments"]
+            assert call["error"] or call["result"] == str(tiny.add(**arguments))
