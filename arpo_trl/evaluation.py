@@ -1,32 +1,37 @@
 """Sample a model with tools outside of training, and score what it does: accuracy, pass@k, calls per question.
 
-The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits.
+The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits. The engine is
+transformers or vLLM.
 
-What is not here: vLLM, and the tables of published benchmarks.
+What is not here: published benchmarks (see [`arpo_trl.benchmarks`]), several processes, and entropies on vLLM.
 """
 
 import json
 import math
+import os
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 from trl.data_utils import is_conversational
 
 from .protocols import ChatTemplateProtocol, TagsProtocol
+from .rewards.completions import final_answers
+from .rewards.judge import last_user_text
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
-from .rollout.record import call_records
+from .rollout.record import rollout_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
-from .rollout.tree import Trajectory
+from .rollout.tree import Group, Trajectory
 from .tools.executor import ToolCall, ToolExecutor
 
 
@@ -35,13 +40,14 @@ class Agent:
     A model that calls tools.
 
     Args:
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
         tool_protocol (`str`): `"chat_template"` or `"tags"`, as the model was trained.
         max_completion_length (`int`): Tokens of a completion, tool results included.
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
-        temperature, top_p, top_k: Sampling, as in [`ARPOConfig`]. A temperature of 0 decodes greedily.
+        temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0 decodes
+            greedily.
         batch_size (`int`): Completions sampled together.
         chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.
         tool_timeout (`float`, *optional*): Seconds after which a tool call is given up.
@@ -50,7 +56,7 @@ class Agent:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         tools: Sequence[Callable] = (),
         tool_protocol: str = "chat_template",
@@ -59,6 +65,8 @@ class Agent:
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         batch_size: int = 32,
         chat_template_kwargs: dict[str, Any] | None = None,
         tool_timeout: float | None = 120.0,
@@ -74,9 +82,19 @@ class Agent:
         self.executor = ToolExecutor(
             timeout=tool_timeout, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))
         )
+        if hasattr(model, "llm_engine"):
+            self._generate = self._generate_vllm
+            config = model.llm_engine.model_config
+            context, self.vocab_size = config.max_model_len, config.get_vocab_size()
+            eos = config.try_get_generation_config().get("eos_token_id")
+        else:
+            self._generate = self._generate_transformers
+            config = model.config.get_text_config()
+            context, self.vocab_size = config.max_position_embeddings, config.vocab_size
+            eos = model.generation_config.eos_token_id
         self.limits = Limits(
             completion=max_completion_length,
-            context=model.config.get_text_config().max_position_embeddings,
+            context=context,
             tool_turns=max_tool_calling_iterations if max_tool_calling_iterations is not None else 2**31,
         )
         self.chat_template = None
@@ -99,15 +117,17 @@ class Agent:
                 tokenizer, lambda messages: GRPOTrainer._get_tool_suffix_ids(renderer, messages)
             )
         self.stop_strings = stop_string_criteria(tokenizer, self.protocol.stop_strings)
-        eos = model.generation_config.eos_token_id
         self.eos_token_ids = {
             tokenizer.eos_token_id,
             *(eos if isinstance(eos, list) else [eos] if eos is not None else []),
         }
+        self.sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or 0.0}
+        self.repetition_penalty = repetition_penalty
         self.generation_config = GenerationConfig(
             max_new_tokens=max_completion_length,
             do_sample=temperature > 0,
-            **({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}),
+            **(self.sampling if temperature > 0 else {}),
+            repetition_penalty=repetition_penalty,
             eos_token_id=sorted(self.eos_token_ids),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
@@ -118,25 +138,24 @@ class Agent:
         trajectories: list[Trajectory] = []
         for start in range(0, len(contexts), self.batch_size):
             batch = contexts[start : start + self.batch_size]
-            trajectories += run_waves(
+            rows = run_waves(
                 group_parts(0, len(batch), group_size=1, num_initial=1),
                 batch,
                 self.protocol,
                 RolloutHooks(sample=self._sample, tools_of=lambda trajectory: self.tools, submit=self._submit),
-                Branching(self.model.config.get_text_config().vocab_size, entropy_window=self.entropy_window),
+                Branching(self.vocab_size, entropy_window=self.entropy_window),
                 self.limits,
                 random.Random(0),
                 self.eos_token_ids.__contains__,
             )
+            for trajectory in rows:
+                trajectory.row += start
+            trajectories += rows
         return trajectories
 
     def completion(self, trajectory: Trajectory, prompt: str | list[dict]) -> Any:
         """What reward functions see of a trajectory."""
         return self.protocol.completion(trajectory.turns, is_conversational({"prompt": prompt}))
-
-    def model_text(self, trajectory: Trajectory) -> str:
-        """The text of the model's own tokens."""
-        return self.tokenizer.decode(trajectory.own_ids, skip_special_tokens=True)
 
     def close(self) -> None:
         self.executor.close()
@@ -158,22 +177,26 @@ class Agent:
         refuse_calls_over_limit(calls, trajectory, self.tools)
         return [self.executor.submit(call, self.tools.get(call.name)) for call in calls]
 
-    @torch.no_grad()
     def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        """A segment after each context; an empty one where there is no room left."""
         fitting = [index for index, limit in enumerate(limits) if limit > 0]
         samples = [Sample([], []) for _ in contexts]
-        if not fitting:
-            return samples
-        length = max(len(contexts[index]) for index in fitting)
-        pad = self.generation_config.pad_token_id
-        input_ids = torch.full((len(fitting), length), pad)
+        if fitting:
+            sampled = self._generate([contexts[index] for index in fitting], [limits[index] for index in fitting])
+            for index, sample in zip(fitting, sampled, strict=True):
+                samples[index] = sample
+        return samples
+
+    @torch.no_grad()
+    def _generate_transformers(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        length = max(map(len, contexts))
+        input_ids = torch.full((len(contexts), length), self.generation_config.pad_token_id)
         attention_mask = torch.zeros_like(input_ids)
-        for row, index in enumerate(fitting):
-            input_ids[row, length - len(contexts[index]) :] = torch.tensor(contexts[index])
-            attention_mask[row, length - len(contexts[index]) :] = 1
-        budgets = [limits[index] for index in fitting]
+        for row, context in enumerate(contexts):
+            input_ids[row, length - len(context) :] = torch.tensor(context)
+            attention_mask[row, length - len(context) :] = 1
         with recorded_generation(
-            self.model, budgets, self.stop_strings, self.entropy_window, self.temperature or 1.0
+            self.model, limits, self.stop_strings, self.entropy_window, self.temperature or 1.0
         ) as (recorder, stops):
             output = self.model.generate(
                 input_ids.to(self.model.device),
@@ -181,9 +204,24 @@ class Agent:
                 generation_config=self.generation_config,
             )
         ids = [_until_end(row, self.eos_token_ids) for row in output[:, length:].tolist()]
-        for index, sample in zip(fitting, recorded_samples(ids, recorder, stops), strict=True):
-            samples[index] = sample
-        return samples
+        return recorded_samples(ids, recorder, stops)
+
+    def _generate_vllm(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        from vllm import SamplingParams
+
+        settings = self.sampling | {
+            "repetition_penalty": self.repetition_penalty,
+            "stop": self.protocol.stop_strings,
+            "include_stop_str_in_output": True,
+            "stop_token_ids": sorted(self.eos_token_ids),
+            "skip_special_tokens": False,  # a stop string may be a special token
+        }
+        outputs = self.model.generate(
+            [{"prompt_token_ids": context} for context in contexts],
+            sampling_params=[SamplingParams(**settings, max_tokens=limit) for limit in limits],
+            use_tqdm=False,
+        )
+        return [Sample(list(output.outputs[0].token_ids), []) for output in outputs]
 
 
 def _until_end(ids: list[int], ends: set[int]) -> list[int]:
@@ -196,6 +234,8 @@ def evaluate(
     score: Callable[..., list[float | None]],
     num_generations: int = 1,
     records_path: str | Path | None = None,
+    correct: Callable[..., list[float | None]] | None = None,
+    description: str = "Evaluation",
 ) -> list[dict[str, Any]]:
     """
     Let an agent answer questions and score the answers.
@@ -203,107 +243,203 @@ def evaluate(
     Args:
         agent ([`Agent`]): The agent.
         rows (`Iterable[dict]`): Questions: `prompt`, and the columns that `score` reads.
-        score (`Callable`): A reward function; a completion counts as right if it returns 1 or more.
+        score (`Callable`): A reward function.
         num_generations (`int`): Completions for each question, for pass@k.
-        records_path (`str` or `Path`, *optional*): JSONL file that gets a line for each question as soon as it is done.
-            Questions that it already holds are not asked again, so a killed run goes on where it stopped.
+        records_path (`str` or `Path`, *optional*): JSONL file that gets a line for each completion as soon as its
+            question is done (format: docs/evaluation.md). Questions that it already holds are not asked again, so a
+            killed run goes on where it stopped; completions without a score are scored again.
+        correct (`Callable`, *optional*): Reward function that returns 1 or more for a right answer; by default `score`.
+        description (`str`): Stands before the progress bar.
 
     Returns:
-        `list[dict]`: for each question `index`, `scores` (`None` where `score` had nothing to say), `truncated` (one
-        entry a completion), `tool_calls` (a list a
-        completion), `completions` and `seconds` (of the batch it was in, divided by its questions).
+        `list[dict]`: for each question `index`, `seconds` (of the batch it was in, divided by its questions) and, one
+        entry a completion, `scores` and `correct` (`None` where the function had nothing to say), `truncated`,
+        `tool_calls` (a list a completion), `completions` and `predictions` (what was boxed as the answer).
+
+    Raises:
+        ValueError: `records_path` holds other questions, or more completions of one than `num_generations`.
     """
     rows = list(rows)
-    done: dict[int, dict] = {}
-    if records_path is not None and Path(records_path).exists():
-        for line in Path(records_path).read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a killed run was writing
-                continue
-            if len(record["scores"]) == num_generations:
-                done[record["index"]] = record
+    fill_scores = partial(_fill_scores, agent, score, correct or score)
+    path = None if records_path is None else Path(records_path)
+    done = {} if path is None else _resume(path, rows, num_generations, fill_scores)
     todo = [index for index in range(len(rows)) if index not in done]
     step = max(1, agent.batch_size // num_generations)
-    with tqdm(total=len(rows), initial=len(done), desc="Evaluation", unit=" questions") as bar:
+    with tqdm(total=len(rows), initial=len(done), desc=description, unit=" questions") as bar:
         for start in range(0, len(todo), step):
             batch = todo[start : start + step]
             started = time.perf_counter()
-            results = _ask(agent, [rows[index] for index in batch], score, num_generations)
-            seconds = (time.perf_counter() - started) / len(batch)
-            for index, result in zip(batch, results, strict=True):
-                done[index] = {"index": index, **result, "seconds": seconds}
-            if records_path is not None:
-                Path(records_path).parent.mkdir(parents=True, exist_ok=True)
-                with open(records_path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(done[index], default=str) + "\n" for index in batch)
+            records = _ask(agent, [rows[index] for index in batch], batch, num_generations)
+            try:
+                fill_scores(records, rows)
+            finally:  # what was sampled is kept where scoring fails
+                seconds = (time.perf_counter() - started) / len(records)
+                for record in records:
+                    record["seconds"] = seconds
+                if path is not None:
+                    _write(path, records, "a")
+            for index in batch:
+                done[index] = [record for record in records if record["prompt_index"] == index]
             bar.update(len(batch))
-    return [done[index] for index in range(len(rows))]
+            right = [record["correct"] for group in done.values() for record in group if record["correct"] is not None]
+            bar.set_postfix_str(f"{sum(right) / len(right):.1%} right" if right else "")
+    return [_question(index, done[index]) for index in range(len(rows))]
 
 
-def _ask(agent: Agent, rows: list[dict], score: Callable, num_generations: int) -> list[dict[str, Any]]:
-    repeated = [row for row in rows for _ in range(num_generations)]
-    prompts = [row["prompt"] for row in repeated]
-    trajectories = agent.rollout(prompts)
-    completions = [
-        agent.completion(trajectory, prompt) for trajectory, prompt in zip(trajectories, prompts, strict=True)
+def _fill_scores(
+    agent: Agent, score: Callable, correct: Callable, records: Sequence[dict], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Score `records`, whose `prompt_index` is a place in `rows`, from what they hold."""
+    own = [rows[record["prompt_index"]] for record in records]
+    completions = [record["completion"] for record in records]
+    own_ids = [
+        [token for token, mine in zip(record["completion_ids"], record["tool_mask"], strict=True) if mine]
+        for record in records
     ]
-    calls = [call_records(trajectory) for trajectory in trajectories]
-    columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
-    scores = score(
-        prompts=prompts,
-        completions=completions,
-        completion_ids=[trajectory.completion_ids for trajectory in trajectories],
-        tool_calls=calls,
-        model_text=[agent.model_text(trajectory) for trajectory in trajectories],
-        **columns,
-    )
-    results = []
-    for start in range(0, len(repeated), num_generations):
-        own = slice(start, start + num_generations)
-        results.append(
-            {
-                "scores": list(scores[own]),
-                "truncated": [trajectory.truncated for trajectory in trajectories[own]],
-                "tool_calls": calls[own],
-                "completions": completions[own],
-            }
-        )
-    return results
+    texts = agent.tokenizer.batch_decode(own_ids, skip_special_tokens=True)
+    for record, answer in zip(records, final_answers(completions, texts), strict=True):
+        record["prediction"] = answer
+    columns = {
+        "prompts": [row["prompt"] for row in own],
+        "completions": completions,
+        "completion_ids": [record["completion_ids"] for record in records],
+        "tool_calls": [record["tool_calls"] for record in records],
+        "model_text": texts,
+        **{name: [row[name] for row in own] for name in own[0] if name != "prompt"},
+    }
+    scores = score(**columns)
+    verdicts = scores if correct is score else correct(**columns)
+    for record, value, verdict in zip(records, scores, verdicts, strict=True):
+        record["score"] = value
+        record["correct"] = None if verdict is None else verdict >= 1.0
+        record["rewards"] = {_name(score): value, _name(correct): verdict}
+
+
+def _name(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _ask(agent: Agent, rows: list[dict], indices: Sequence[int], num_generations: int) -> list[dict[str, Any]]:
+    """Records of `num_generations` completions of each question, not yet scored."""
+    trajectories = agent.rollout([row["prompt"] for row in rows for _ in range(num_generations)])
+    groups = []
+    for start in range(0, len(trajectories), num_generations):
+        own = range(start, start + num_generations)
+        groups.append(Group(own, num_generations, num_generations, trajectories=trajectories[start : own.stop]))
+    records = rollout_records(0, groups, {}, [0.0] * len(trajectories), None)
+    for place, (record, trajectory) in enumerate(zip(records, trajectories, strict=True)):
+        row = rows[place // num_generations]
+        record |= {
+            "step": None,
+            "prompt_index": indices[place // num_generations],
+            "advantage": None,
+            "question": _question_text(row),
+            "answer": row.get("answer"),
+            "completion": agent.completion(trajectory, row["prompt"]),
+            **dict.fromkeys(("prediction", "score", "correct", "seconds")),
+        }
+    return records
+
+
+def _question_text(row: Mapping[str, Any]) -> str:
+    return row.get("question") or last_user_text(row["prompt"])
+
+
+def _question(index: int, records: Sequence[dict]) -> dict[str, Any]:
+    """What [`evaluate`] returns for a question."""
+    columns = {
+        "scores": "score",
+        "correct": "correct",
+        "truncated": "truncated",
+        "tool_calls": "tool_calls",
+        "completions": "completion",
+        "predictions": "prediction",
+    }
+    lists = {name: [record[key] for record in records] for name, key in columns.items()}
+    return {"index": index, **lists, "seconds": sum(record["seconds"] for record in records)}
+
+
+def _resume(path: Path, rows: Sequence[dict], num_generations: int, fill_scores: Callable) -> dict[int, list[dict]]:
+    """
+    The questions that a file of records holds, by their index. What a killed run left half done is taken out of the file,
+    and completions that could not be scored are scored again.
+    """
+    if not path.exists():
+        return {}
+    found: dict[int, list[dict]] = {}
+    *lines, rest = path.read_bytes().split(b"\n")
+    damaged = bool(rest)  # the line that a killed run was writing
+    for line in lines:
+        try:
+            record = json.loads(line)
+            found.setdefault(record["prompt_index"], []).append(record)
+        except (ValueError, KeyError, TypeError):  # such a line with more behind it
+            damaged = True
+    kept = {index: group for index, group in found.items() if len(group) >= num_generations}
+    for index, group in kept.items():
+        if len(group) > num_generations:
+            raise ValueError(
+                f"{path} holds {len(group)} completions of a question, and num_generations is {num_generations}: "
+                "evaluate into another file, or ask for as many as before."
+            )
+        if index < len(rows) and group[0]["question"] != _question_text(rows[index]):
+            raise ValueError(
+                f"{path} holds other questions: number {index} was {group[0]['question'][:80]!r}. Evaluate into another "
+                "file, or delete this one."
+            )
+    unscored = [r for index in kept if index < len(rows) for r in kept[index] if r["score"] is None]
+    if unscored:
+        fill_scores(unscored, rows)
+    if unscored or damaged or len(kept) < len(found):
+        whole = path.with_suffix(".tmp")
+        _write(whole, [record for index in sorted(kept) for record in kept[index]], "w")
+        os.replace(whole, path)
+    return {index: group for index, group in kept.items() if index < len(rows)}
+
+
+def _write(path: Path, records: Sequence[dict], mode: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, encoding="utf-8") as file:
+        file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
 
 
 def summarize(records: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> dict[str, float]:
     """
-    Accuracy, its 95 % bootstrap interval over questions, pass@k, calls and seconds per question.
+    Mean score, accuracy, pass@k, each with its 95 % bootstrap interval over questions (`…_low`, `…_high`), calls and
+    seconds per question.
 
-    Completions without a score are counted in `unscored` and left out of the rest.
+    Completions without a score are counted in `unscored` and left out of the rest; pass@k is over the questions that have
+    k scored completions.
 
     Args:
         records (`Sequence[dict]`): What [`evaluate`] returned.
         ks (`Sequence[int]`): Values of k; those above the number of completions are left out.
     """
-    right = [[value >= 1.0 for value in record["scores"] if value is not None] for record in records]
-    right = [row for row in right if row]
-    if not right:
+    scores = [[value for value in record["scores"] if value is not None] for record in records]
+    right = [[value for value in record["correct"] if value is not None] for record in records]
+    if not any(right):
         raise ValueError("No completion has a score: `records` is empty, or the score function returned only None.")
     calls = [len(calls) for record in records for calls in record["tool_calls"]]
-    per_question = [sum(row) / len(row) for row in right]
-    low, high = bootstrap_interval(per_question)
-    summary = {
+    summary: dict[str, float] = {
         "questions": len(records),
         "completions_per_question": len(calls) / len(records),
         "unscored": len(calls) - sum(map(len, right)),
-        "accuracy": sum(per_question) / len(per_question),
-        "accuracy_low": low,
-        "accuracy_high": high,
+        **_with_interval("score", [sum(row) / len(row) for row in scores if row]),
+        **_with_interval("accuracy", [sum(row) / len(row) for row in right if row]),
         "calls_per_completion": sum(calls) / len(calls),
         "truncated": sum(sum(record["truncated"]) for record in records) / len(calls),
         "seconds_per_question": sum(record["seconds"] for record in records) / len(records),
     }
     for k in ks:
-        if k <= min(map(len, right)):
-            summary[f"pass@{k}"] = sum(pass_at_k(len(row), sum(row), k) for row in right) / len(right)
+        estimates = [pass_at_k(len(row), sum(row), k) for row in right if len(row) >= k]
+        if estimates:
+            summary |= _with_interval(f"pass@{k}", estimates)
     return summary
+
+
+def _with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    low, high = bootstrap_interval(values)
+    return {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

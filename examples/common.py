@@ -1,10 +1,12 @@
 """What the example scripts share: tools, reward functions and data sets by name."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
@@ -81,24 +83,36 @@ def _build_search(corpus: str | None, top_k: int) -> Callable:
 class SamplingArguments(ToolArguments):
     """A checkpoint that answers questions with tools, outside of training."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "Checkpoint: a local folder or a hub id."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Checkpoint: a local folder or a hub id.", "aliases": ["--model"]}
+    )
     dataset_name: str = field(default="", metadata={"help": "Questions: a local file or a hub id."})
     max_questions: int | None = field(default=None, metadata={"help": "Ask only the first so many questions."})
     max_completion_length: int = field(default=4096, metadata={"help": "Tokens, tool results included."})
     max_tool_calling_iterations: int | None = field(default=None, metadata={"help": "Turns whose calls are answered."})
+    tool_timeout: float = field(default=120.0, metadata={"help": "Seconds after which a tool call is given up."})
     temperature: float = field(default=1.0, metadata={"help": "0 decodes greedily."})
     top_p: float = field(default=1.0)
+    top_k: int = field(default=0, metadata={"help": "0 for the whole vocabulary."})
+    min_p: float | None = field(default=None)
+    repetition_penalty: float = field(default=1.0)
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": "JSON for the chat template, e.g. '{\"enable_thinking\": false}'."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Completions sampled together."})
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     seed: int = field(default=0)
+    use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM, in this process."})
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model."})
+    vllm_gpu_memory_utilization: float = field(default=0.9)
+    vllm_max_model_length: int | None = field(default=None, metadata={"help": "Context; by default the model's."})
 
 
 def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
     """The agent that `args` describes; seeds torch."""
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return Agent(
-        AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval(),
+        _load_vllm(args) if args.use_vllm else _load_transformers(args),
         AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
         build_tools(args),
         tool_protocol=tool_protocol,
@@ -106,7 +120,32 @@ def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
         max_tool_calling_iterations=args.max_tool_calling_iterations,
         temperature=args.temperature,
         top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
         batch_size=args.batch_size,
+        chat_template_kwargs=json.loads(args.chat_template_kwargs or "{}"),
+        tool_timeout=args.tool_timeout,
+    )
+
+
+def _load_transformers(args: SamplingArguments) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval()
+
+
+def _load_vllm(args: SamplingArguments) -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ImportError(f"`--use_vllm` needs vLLM: pip install 'arpo-trl[vllm]' ({error})") from error
+    return LLM(
+        args.model_name_or_path,
+        dtype=args.dtype,
+        seed=args.seed,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_len=args.vllm_max_model_length,
     )
 
 

@@ -14,15 +14,18 @@ import html
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .records import Row, find_steps, group_rows, read_file, step_metrics
+from .records import Row, find_benchmarks, find_steps, group_rows, question_groups, read_file, step_metrics
 
 MAX_TRAJECTORIES = 20_000
+QUESTIONS = 250
+"""Questions of a benchmark that are looked at together, as the groups of a training step are."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _HEAD = 60  # characters of a result by which it is found in what the model read
@@ -34,7 +37,7 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
 
     Args:
         run_dir (`str` or `Path`):
-            `output_dir` of a run with `log_rollouts=True`.
+            `output_dir` of a run with `log_rollouts=True`, or of `examples/evaluate.py`.
         tokenizer (`str`, `Path` or tokenizer, *optional*):
             Decodes the token ids. By default the one saved in `run_dir` or in its last checkpoint; where there is
             none, the page shows token ids.
@@ -51,25 +54,14 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
     run_dir = Path(run_dir)
     if max_trajectories < 1:
         raise ValueError(f"max_trajectories={max_trajectories} must be at least 1.")
-    steps = find_steps(run_dir)
     decoder = _load_tokenizer(run_dir, tokenizer)
-    kept = _steps_with_trees(steps, max_trajectories)
-
     notes: list[str] = []
     overview: list[dict] = []
     blocks: list[tuple[str, list[dict]]] = []
-    for step, paths in steps.items():
-        read = [read_file(path) for path in paths]
-        notes += [
-            f"{path.name}: {skipped} line{'s' * (skipped > 1)} skipped, not whole (a killed run leaves one)."
-            for path, (_, skipped) in zip(paths, read, strict=True)
-            if skipped
-        ]
-        groups = group_rows(rows for rows, _ in read)
-        if not groups:
-            continue
-        has_tree = step in kept or not blocks  # the first step may be an empty file
-        overview.append({"step": step, "tree": has_tree, "metrics": step_metrics(groups)})
+    read_steps = _evaluation_steps if find_benchmarks(run_dir) else _training_steps
+    for step, name, kept, groups in read_steps(run_dir, max_trajectories, notes):
+        has_tree = kept or not blocks  # the first step may be an empty file
+        overview.append({"step": step, "name": name, "tree": has_tree, "metrics": step_metrics(groups)})
         if has_tree:
             blocks.append((f"step-{step}", [_group(group, decoder) for group in groups]))
     if not overview:
@@ -125,12 +117,51 @@ def _load_tokenizer(run_dir: Path, tokenizer: Any) -> Any:
     return tokenizer
 
 
+Step = tuple[int, str, bool, list[list[Row]]]
+"""Number and name of what is looked at together, whether its trees are kept, and its groups."""
+
+
+def _training_steps(run_dir: Path, max_trajectories: int, notes: list[str]) -> Iterator[Step]:
+    """The steps of a training run."""
+    steps = find_steps(run_dir)
+    kept = _steps_with_trees(steps, max_trajectories)
+    for step, paths in steps.items():
+        groups = group_rows([_read(path, notes) for path in paths])
+        if groups:
+            yield step, f"step {step}", step in kept, groups
+
+
+def _evaluation_steps(run_dir: Path, max_trajectories: int, notes: list[str]) -> Iterator[Step]:
+    """The benchmarks of an evaluation, long ones in parts."""
+    files = find_benchmarks(run_dir)
+    stride = _stride(files, max_trajectories)
+    step = 0
+    for path in files:
+        groups = question_groups(_read(path, notes))
+        for start in range(0, len(groups), QUESTIONS):
+            part = groups[start : start + QUESTIONS]
+            name = path.stem if len(groups) <= QUESTIONS else f"{path.stem} {start + 1}–{start + len(part)}"
+            yield step, name, step % stride == 0, part
+            step += 1
+
+
+def _read(path: Path, notes: list[str]) -> list[Row]:
+    rows, skipped = read_file(path)
+    if skipped:
+        notes.append(f"{path.name}: {skipped} line{'s' * (skipped > 1)} skipped, not whole (a killed run leaves one).")
+    return rows
+
+
 def _steps_with_trees(steps: dict[int, list[Path]], max_trajectories: int) -> set[int]:
     """Evenly spaced steps, the first and the last among them, whose records stay within `max_trajectories`."""
-    counts = [sum(path.read_bytes().count(b"\n") for path in paths) for paths in steps.values()]
-    stride = -(-sum(counts) // max_trajectories) or 1  # ceiling
+    stride = _stride((path for paths in steps.values() for path in paths), max_trajectories)
     names = list(steps)
     return {*names[::stride], names[-1]}
+
+
+def _stride(paths: Iterable[Path], max_trajectories: int) -> int:
+    """Of how many steps one is kept, so that the trajectories of all that are kept stay within `max_trajectories`."""
+    return -(-sum(path.read_bytes().count(b"\n") for path in paths) // max_trajectories) or 1  # ceiling
 
 
 def _group(rows: list[Row], tokenizer: Any) -> dict:
@@ -141,7 +172,8 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
     ids = [row["completion_ids"][s:e] for row, own in zip(rows, spans, strict=True) for s, e, _ in own]
     prompt, *decoded = _decode([rows[0]["prompt_ids"], *ids], tokenizer)
     texts = iter(decoded)
-    return {
+    asked = {key: rows[0][key] for key in ("prompt_index", "question", "answer") if "question" in rows[0]}
+    return asked | {
         "prompt": prompt,
         "prompt_tokens": len(rows[0]["prompt_ids"]),
         "rows": [
@@ -155,6 +187,7 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
                 "rewards": row["rewards"],
                 "advantage": row["advantage"],
                 "shared_advantages": row["shared_advantages"],
+                "prediction": row.get("prediction"),
                 "parts": _parts(row, own, [next(texts) for _ in own], start),
             }
             for row, own, start in zip(rows, spans, starts, strict=True)
@@ -258,7 +291,7 @@ def _add_previews(groups: list[dict]) -> None:
     for group in groups:
         prompt = group["prompt"]
         preview = prompt[start : len(prompt) - end].strip() if len(prompts) > 1 else prompt[-300:].strip()
-        group["preview"] = preview[:300]
+        group["preview"] = group.get("question", preview)[:300]
 
 
 def _scales(groups: list[dict]) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""Rollout records from a run dir: read them, put groups together, and compute what is followed over the steps.
+"""Rollout records from a run dir or an evaluation: read them, put groups together, and compute what is followed over the
+steps.
 
 What it does not do: it does not write records, and it does not judge them. A line that a killed run left half-written
 is skipped and reported; a file that holds something else is an error.
@@ -53,6 +54,11 @@ def find_steps(run_dir: Path) -> dict[int, list[Path]]:
     for step, _, path in sorted(found):
         steps.setdefault(step, []).append(path)
     return steps
+
+
+def find_benchmarks(run_dir: Path) -> list[Path]:
+    """The files of an evaluation, one for each benchmark; none where `run_dir` is not the output of examples/evaluate.py."""
+    return sorted((run_dir / "records").glob("*.jsonl"))
 
 
 def read_file(path: Path) -> tuple[list[Row], int]:
@@ -120,6 +126,14 @@ def group_rows(files: Iterable[list[Row]]) -> list[list[Row]]:
     return [[group[row] for row in sorted(group)] for group in groups]
 
 
+def question_groups(rows: Iterable[Row]) -> list[list[Row]]:
+    """The completions of each question of a benchmark, in the order of the questions."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt_index"], []).append(row)
+    return [groups[index] for index in sorted(groups)]
+
+
 def step_metrics(groups: list[list[Row]]) -> dict[str, float]:
     """
     What one step contributes to the curves: the rollout metrics that training logs, computed once more from the
@@ -133,6 +147,8 @@ def step_metrics(groups: list[list[Row]]) -> dict[str, float]:
     """
     rows = [row for group in groups for row in group]
     metrics: dict[str, float | None] = {}
+    for name in ("score", "correct"):  # of an evaluation: the same for all benchmarks, whatever the reward function
+        metrics[name] = _mean(row.get(name) for row in rows)
     for name in dict.fromkeys(name for row in rows for name in row["rewards"]):
         metrics[f"rewards/{name}/mean"] = _mean(row["rewards"].get(name) for row in rows)
     rolled_out = [_rolled_out(group) for group in groups]

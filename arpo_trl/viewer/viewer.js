@@ -48,6 +48,10 @@ const unique = (values) => [...new Set(values)];
 const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value, null, 2));
 const failed = (part) => part.kind === "tool" && part.calls.some((call) => call.error != null);
 
+// Of a training run its number, of an evaluation the benchmark.
+const stepName = (step) => index.steps.find((each) => each.step === step).name;
+const isEvaluation = () => groups[0]?.question != null;
+
 // Of the function that is chosen, or the sum of all.
 function reward(row) {
   const name = $("reward").value;
@@ -324,7 +328,8 @@ function rowFacts(row) {
     plural(row.length, "token"),
     row.truncated && "cut at a length or call limit",
   ];
-  return node("div", { class: "facts" }, node("b", {}, rowTitle(row)), node("br"), joined(facts));
+  const answered = isEvaluation() && [node("br"), "answered ", node("b", {}, row.prediction ?? "nothing")];
+  return node("div", { class: "facts" }, node("b", {}, rowTitle(row)), node("br"), joined(facts), answered);
 }
 
 // One row, or two: what they share once, then each on its own side.
@@ -345,6 +350,8 @@ function drawTranscript() {
     node("div", { class: "side" }, parts.slice(shared).map(([part, owner]) => card(part, owner, rows[i])));
   const prompt = [node("summary", {}, `Prompt · ${plural(group.prompt_tokens, "token")}`), textOf(group.prompt)];
   $("transcript").replaceChildren(
+    isEvaluation() ? node("div", { class: "asked" }, group.question,
+      node("div", { class: "facts" }, "accepted ", node("b", {}, joined([group.answer ?? "nothing"].flat())))) : "",
     node("details", { class: "prompt" }, prompt),
     node("div", { class: "sides" }, rows.map(rowFacts)),
     ...paths[0].slice(0, shared).map(([part, owner]) => card(part, owner, row)),
@@ -376,6 +383,7 @@ function drawGroups() {
 }
 
 function groupItem(each, at, found) {
+  const name = isEvaluation() ? `Question ${each.prompt_index}` : `Group ${at}`;
   const rewards = each.rows.map(reward).filter((value) => value != null);
   const mean = rewards.length ? rewards.reduce((a, b) => a + b, 0) / rewards.length : null;
   const forks = each.rows.filter((row) => row.kind === "fork").length;
@@ -383,8 +391,8 @@ function groupItem(each, at, found) {
   return node("li", {},
     node("button", { "aria-current": at === state.group, onclick: () => openGroup(at) },
       node("div", { class: "top" },
-        node("b", {}, `Group ${at}`),
-        node("span", {}, `reward ${signed(mean, 2)} · ${plural(forks, "fork")}`)),
+        node("b", {}, name),
+        node("span", {}, joined([`reward ${signed(mean, 2)}`, !isEvaluation() && plural(forks, "fork")]))),
       node("div", { class: "preview" }, each.preview),
       node("div", { class: "leaves" }, each.rows.map(leaf))));
 }
@@ -395,7 +403,7 @@ function drawChart() {
   const points = index.steps.map(({ step, tree, metrics }) => ({ step, tree, value: metrics[state.metric] }));
   const present = points.filter((point) => point.value != null), values = present.map((point) => point.value);
   const now = points.find((point) => point.step === state.step);
-  $("metric-value").textContent = now ? `${number(now.value)} at step ${state.step}` : "";
+  $("metric-value").textContent = now ? `${number(now.value)} at ${stepName(state.step)}` : "";
   if (right < LEFT || !values.length) return chart.replaceChildren();
 
   const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low)) * (to - from);
@@ -404,9 +412,11 @@ function drawChart() {
   const x = scale(...steps, LEFT, right), y = scale(...range, BOTTOM, TOP);
   const curve = points.map(({ step, value }, i) => {
     const pen = i && points[i - 1].value != null ? "L" : "M"; // a step without a value leaves a gap
-    return value == null ? "" : `${pen}${x(step)} ${y(value)}`;
+    return value == null || isEvaluation() ? "" : `${pen}${x(step)} ${y(value)}`;
   });
   const isNow = (point) => point.step === state.step;
+  const edges = points.length > 1 && isEvaluation() ? { [points[0].step]: "start", [points.at(-1).step]: "end" } : {};
+  const anchor = (step) => edges[step] ?? "middle"; // a name is too long for the margin
   const dot = (point) =>
     svg("circle", {
       class: point.tree ? "" : "bare", cx: x(point.step), cy: y(point.value), r: isNow(point) ? 4.5 : 2.5,
@@ -417,7 +427,7 @@ function drawChart() {
       svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, number(value)),
     ]),
     ...ticks(...steps, ticksFor(right - LEFT)).filter(Number.isInteger).map((step) =>
-      svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": "middle" }, step)),
+      svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": anchor(step) }, isEvaluation() ? stepName(step) : step)),
     svg("line", { class: "now", x1: x(state.step), x2: x(state.step), y1: TOP, y2: BOTTOM }),
     svg("path", { class: "curve", d: curve.join("") }),
     ...present.filter((point) => present.length <= 120 || isNow(point)).map(dot),
@@ -429,7 +439,7 @@ function drawChart() {
   chart.onclick = (event) => openStep(nearest(event, stepsWithTrees));
   chart.onpointermove = (event) => {
     const step = nearest(event, points.map((point) => point.step));
-    showTip(event, [`step ${step}: ${number(points.find((point) => point.step === step).value)}`]);
+    showTip(event, [`${stepName(step)}: ${number(points.find((point) => point.step === step).value)}`]);
   };
   chart.onpointerleave = hideTip;
 }
@@ -486,7 +496,8 @@ async function openStep(step, target = {}) {
   $("step").value = at;
   $("previous-step").disabled = at === 0;
   $("next-step").disabled = at === last;
-  $("step-name").textContent = `step ${step}` + (last ? ` (${stepsWithTrees[0]} to ${stepsWithTrees[last]})` : "");
+  const among = isEvaluation() ? `${at + 1} of ${last + 1}` : `${stepsWithTrees[0]} to ${stepsWithTrees[last]}`;
+  $("step-name").textContent = stepName(step) + (last ? ` (${among})` : "");
   drawChart();
   openGroup(groups[target.group] ? target.group : 0, target);
 }
