@@ -1,6 +1,7 @@
 """The two ways of speaking to tools: what is parsed, what the model reads, and that nothing breaks them."""
 
 import json
+import math
 import random
 
 import pytest
@@ -38,18 +39,17 @@ TOOLS = {"search": search, "shift": shift}
 
 @pytest.fixture(scope="module")
 def tags(tokenizer):
-    return TagsProtocol(tokenizer, list(TOOLS))
+    return TagsProtocol(tokenizer, [*TOOLS, "plus"])
 
 
 @pytest.fixture(scope="module")
-def chat(tokenizer, agent_dirs, tmp_path_factory):
+def chat(tokenizer, tmp_path_factory):
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM
 
     from arpo_trl import ARPOConfig, ARPOTrainer
 
     trainer = ARPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(agent_dirs["chat_template"]),
+        model=tiny.build_model(tokenizer),
         args=ARPOConfig(str(tmp_path_factory.mktemp("chat")), bf16=False, use_cpu=True, report_to="none"),
         reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
         train_dataset=Dataset.from_list([{"prompt": tiny.question(1, 2)}]),
@@ -129,36 +129,95 @@ def test_structured_calls(chat, tokenizer, arguments):
     assert (call.name, call.arguments, call.error) == ("add", arguments, None)
 
 
+PIECES = (
+    *("<search>", "</search>", "<shift>", "</shift>", "<result>", "</result>", "<think>", "</think>", "<answer>"),
+    *("<tool_call>\n", "\n</tool_call>", "<tool_response>", "<|im_end|>", "<|im_start|>", "<|endoftext|>"),
+    *(
+        '{"name": "add", "arguments": {"a": 1',
+        '{"text":',
+        '"by": 3',
+        "}}",
+        "}",
+        "[",
+        "]",
+        '"',
+        ":",
+        ",",
+        "null",
+        "1e999",
+    ),
+    *("\\ud800", "\\", "<add>", "</add>", "\xff", "\0", "🙂"),
+)
+
+
 @pytest.mark.parametrize("protocol", ["tags", "chat"])
-def test_random_tokens_never_break_a_parser(request, tokenizer, protocol):
+def test_10_000_random_sequences_never_break_a_parser(request, tokenizer, protocol):
+    """And what is parsed can be written, and its answers read."""
     protocol = request.getfixturevalue(protocol)
     tools = TOOLS if isinstance(protocol, TagsProtocol) else {"add": tiny.add}
     rng = random.Random(0)
-    pieces = [
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in (
-            "<search>",
-            "</search>",
-            "<shift>",
-            "</shift>",
-            "<result>",
-            '{"text":',
-            "<tool_call>\n",
-            "\n</tool_call>",
-            '{"name": "add", "arguments": {"a": 1',
-            "}}",
-            "<|im_end|>",
-            "<think>",
-            "</think>",
-        )
-    ]
-    for _ in range(5000):
-        ids = []
-        while len(ids) < 30:
-            ids += rng.choice(pieces) if rng.random() < 0.5 else [rng.randrange(len(tokenizer))]
+    pieces = [tokenizer.encode(text, add_special_tokens=False) for text in PIECES]
+    whole = tokenizer.encode('<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>')
+    whole = [whole, tokenizer.encode('<shift>{"text": "x", "by": 3}</shift>')]
+    called = wrong = 0
+    for number in range(10_000):
+        if number % 4 == 0:  # a good call, of which a token or two are other ones
+            ids = list(rng.choice(whole))
+            for _ in range(rng.randrange(3)):
+                ids[rng.randrange(len(ids))] = rng.randrange(len(tokenizer))
+        else:
+            ids = []
+            while len(ids) < 30:
+                ids += rng.choice(pieces) if rng.random() < 0.5 else [rng.randrange(len(tokenizer))]
         turn = protocol.parse(ids, [], tools)
         for call in turn.calls:
             assert isinstance(call, ToolCall) and isinstance(call.name, str)
+            json.dumps([call.name, call.arguments, turn.message]).encode()
+            f"{call.name} {call.arguments} {call.error}".encode()
+            called, wrong = called + 1, wrong + (call.error is not None)
+        if number % 100 == 0:
+            assert protocol.result_ids(turn.calls or [ToolCall("add", result=tokenizer.decode(ids))])
+    assert called > 400 and (isinstance(protocol, ChatTemplateProtocol) or wrong > 1000)
+
+
+DEEP = 2000
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("[" * DEEP + "]" * DEEP, None),
+        ("[" * 50_000, None),
+        ('{"a":' * DEEP + "1" + "}" * DEEP, None),
+        ('{"a": ' + "[" * DEEP + "]" * DEEP + ', "b": 1}', None),
+        ('{"a": ' + "[" * 150 + "]" * 150 + ', "b": 1}', None),
+        ('{"a": ' + "9" * 5000 + ', "b": 1}', None),
+        ('{"a": 1e999, "b": -1e999}', {"a": math.inf, "b": -math.inf}),
+        ('{"a": 1, "a": 2, "b": 3}', {"a": 2, "b": 3}),
+        ('{"a": "' + "x" * 100_000 + '", "b": 1}', {"a": "x" * 100_000, "b": 1}),
+        ('{"a": "\\ud83d\\ude00", "b": "\\ud800"}', {"a": "😀", "b": "\ufffd"}),
+        ('{"\\udfff": 1, "b": "\\u0000"}', {"\ufffd": 1, "b": "\0"}),
+        ('{"a": [{"b": "\\ud800"}], "b": null}', {"a": [{"b": "\ufffd"}], "b": None}),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("protocol", ["tags", "chat"])
+def test_json_bombs(request, tokenizer, protocol, arguments, expected):
+    """What cannot be read is an error (tags) or plain text (chat template, as TRL has it); the rest is fit to be read."""
+    parser = request.getfixturevalue(protocol)
+    if protocol == "tags":
+        (call,) = parser.parse(tokenizer.encode(f"<plus>{arguments}</plus>"), [], {"plus": tiny.add}).calls
+        assert (call.error is None) == (expected is not None)
+    else:
+        text = f'<tool_call>\n{{"name": "add", "arguments": {arguments}}}\n</tool_call><|im_end|>'
+        turn = parser.parse(tokenizer.encode(text), [], {"add": tiny.add})
+        if expected is None:
+            assert turn.calls == [] and "tool_calls" not in turn.message
+            return
+        (call,) = turn.calls
+        assert turn.message["tool_calls"][0]["function"]["arguments"] == expected
+    assert call.arguments == (expected or {})
+    json.dumps(call.arguments, ensure_ascii=False).encode()
 
 
 def test_the_schema_of_known_templates_is_found(tokenizer):
