@@ -13,6 +13,7 @@ from processes_script import agent
 def main(folder: str, checkpoint: str):
     scenarios = {
         "accepted": {"hub_token": "good", "hub_model_id": "team/agent", "hub_private_repo": True},
+        "public": {"hub_token": "good"},
         "refused": {"hub_token": "bad"},
         "refused-at-once": {"hub_token": "bad", "push_to_hub": True},
         "revoked": {
@@ -23,6 +24,8 @@ def main(folder: str, checkpoint: str):
             "max_steps": 2,
         },
     }
+    (Path(folder) / "public").mkdir()
+    (Path(folder) / "public" / ".gitignore").write_text("runs/\n")
     for name, settings in scenarios.items():
         try:
             trainer = agent(Path(folder) / name, checkpoint, **settings)

@@ -103,12 +103,14 @@ class HubStandIn:
         for name, repo in self.repos.items():
             start = f"/api/models/{name}"
             if (method, path) == ("POST", f"{start}/preupload/main"):
+                # The Hub knows all of gitignore's patterns; here a line is the name of a folder
+                ignored = tuple((json.loads(body).get("gitIgnore") or "").split())
                 return 200, {
                     "files": [
                         {
                             "path": file["path"],
                             "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                            "shouldIgnore": False,
+                            "shouldIgnore": bool(ignored) and file["path"].startswith(ignored),
                             "oid": None,
                         }
                         for file in json.loads(body)["files"]

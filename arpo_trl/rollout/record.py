@@ -72,12 +72,18 @@ def write_records(
 
     Without `append` what the file held goes: a run that was killed after its last checkpoint does the step once more.
 
+    Records hold the prompts and whatever tools returned, which a push of the model should not publish by itself: the
+    first one leaves a `.gitignore` in `output_dir`, unless there is one, by which the Hub leaves `rollouts/` out.
+
     Raises:
         `OSError`: the file cannot be written, for instance because the disk is full.
     """
     suffix = f"-rank{rank}" if world_size > 1 else ""
     path = Path(output_dir) / "rollouts" / f"step-{step:06d}{suffix}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
+    ignored = Path(output_dir) / ".gitignore"
+    if rank == 0 and not ignored.exists():
+        ignored.write_text("rollouts/\n", encoding="utf-8")
     lines = [json.dumps(record, default=str) + "\n" for record in records]
     with path.open("a" if append else "w", encoding="utf-8") as file:
         file.writelines(lines)
