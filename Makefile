@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo reproduce test lint bench clean
 
 setup: $(INSTALLED)
 
@@ -20,6 +20,10 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/demo.py --seed $(SEED)
+
+# ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
+reproduce: setup
+	$(BIN)/python examples/reproduce.py
 
 test: setup
 	$(BIN)/python -m pytest

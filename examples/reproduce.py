@@ -246,7 +246,14 @@ def run(world_name: str, arm: str, seed: int, directory: Path, steps: int = STEP
     return path
 
 
-CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
+CPU = {
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 LOGGED = {
     "reward": "reward",
     "entropy_initial": "arpo/entropy_initial",
@@ -370,8 +377,11 @@ def _quiet() -> None:
 
 
 def main(directory: Path, workers: int, report_only: bool) -> None:
+    from reproduce_report import write
+
     if not report_only:
         train_all(directory, workers)
+    print(f"Written: {write(directory, GRID)} and docs/results/.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,580 @@
+"""
+From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. Nothing in the page is typed by hand: each
+verdict is decided here, from the intervals, by rules that were written down before the runs.
+
+What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close to
+the range of the seeds.
+"""
+
+import itertools
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+COMMAND = "make reproduce"
+AXES = {
+    "calls": ("calls_executed", "tool calls executed"),
+    "tokens": ("tokens_sampled", "tokens sampled"),
+    "seconds": ("cpu_seconds", "processor seconds of training"),
+}
+RESAMPLES = 2000
+INFINITY = math.inf
+
+
+# Curves
+
+
+def curve(run: dict, quantity: str | None = None) -> list[tuple[float, float, int]]:
+    """(x, accuracy, answers) of a run's evaluations; x is the sum of `quantity` so far, by default optimiser steps."""
+    spent = [0, *itertools.accumulate(step[quantity] if quantity else 1 for step in run["steps"])]
+    return [(spent[entry["step"]], entry["accuracy"], entry["answers"]) for entry in run["evaluations"]]
+
+
+def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in weighted squares (pool adjacent violators)."""
+    blocks: list[list[float]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        blocks.append([value, weight, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            value, weight, length = blocks.pop()
+            mean, before, count = blocks[-1]
+            blocks[-1] = [(mean * before + value * weight) / (before + weight), before + weight, count + length]
+    return [mean for mean, _, length in blocks for _ in range(int(length))]
+
+
+def smooth(run: dict, quantity: str | None = None) -> tuple[list[float], list[float]]:
+    """A run's curve made non-decreasing: x, accuracy. Answers weigh."""
+    xs, values, answers = zip(*curve(run, quantity), strict=True)
+    return list(xs), isotonic(values, answers)
+
+
+def first_reach(xs: Sequence[float], values: Sequence[float], target: float) -> float:
+    """Where a non-decreasing curve, straight between its points, first reaches `target`; infinite if it never does."""
+    for i, value in enumerate(values):
+        if value >= target - 1e-9:
+            if i == 0 or value == values[i - 1]:
+                return xs[i]
+            share = (target - values[i - 1]) / (value - values[i - 1])
+            return xs[i - 1] + share * (xs[i] - xs[i - 1])
+    return INFINITY
+
+
+def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0) -> float:
+    """What `run` spent, as a fraction of what `base` spent, until the accuracy that `base` has at the end.
+
+    Args:
+        run, base (`dict`): Two runs from one cold start.
+        quantity (`str`): What is spent.
+        share_of_gain (`float`): Below 1: until `base` had that share of its gain over the cold start.
+
+    Returns:
+        `float`: infinite if `run` never gets there.
+    """
+    base_xs, base_values = smooth(base, quantity)
+    target = base_values[0] + share_of_gain * (base_values[-1] - base_values[0])
+    needed = first_reach(base_xs, base_values, target)
+    return first_reach(*smooth(run, quantity), target) / needed if needed else INFINITY
+
+
+# Statistics
+
+
+def bootstrap(values: Sequence[float], statistic: Callable, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of a statistic over seeds; the resampling is seeded, so that it repeats."""
+    rng = random.Random(0)
+    draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    tail = (1 - level) / 2
+    return draws[int(tail * RESAMPLES)], draws[min(int((1 - tail) * RESAMPLES), RESAMPLES - 1)]
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value; of an even number the upper of the two, so that an infinite one stays infinite."""
+    return sorted(values)[len(values) // 2]
+
+
+def estimate(values: Sequence[float], statistic: Callable = statistics.fmean) -> dict:
+    low, high = bootstrap(values, statistic)
+    return {"value": statistic(values), "low": low, "high": high, "seeds": len(values)}
+
+
+class Runs(dict):
+    """Runs by (world, arm): a dict from seed to run."""
+
+    @classmethod
+    def read(cls, directory: Path) -> "Runs":
+        runs = cls()
+        for path in sorted(directory.glob("*.json")):
+            run = json.loads(path.read_text())
+            runs.setdefault((run["world"], run["arm"]), {})[run["seed"]] = run
+        return runs
+
+    def pairs(self, world: str, arm: str, base: str) -> list[tuple[dict, dict]]:
+        """Runs of two arms by seed, where both are there."""
+        first, second = self.get((world, arm), {}), self.get((world, base), {})
+        return [(first[seed], second[seed]) for seed in sorted(first) if seed in second]
+
+    def arms(self, world: str) -> list[str]:
+        return [arm for of_world, arm in self if of_world == world]
+
+
+def final(run: dict, name: str = "accuracy") -> float:
+    return run["evaluations"][-1][name]
+
+
+def total(run: dict, quantity: str) -> float:
+    return sum(step[quantity] for step in run["steps"])
+
+
+def compare(runs: Runs, world: str, arm: str, base: str) -> dict | None:
+    """All that is said of two arms: final accuracy and what it cost, over the seeds that both have."""
+    pairs = runs.pairs(world, arm, base)
+    if not pairs:
+        return None
+    result = {"difference": estimate([final(run) - final(other) for run, other in pairs])}
+    for axis, (quantity, _) in AXES.items():
+        result[axis] = estimate([cost_ratio(run, other, quantity) for run, other in pairs], median)
+        result[f"{axis}_90"] = estimate([cost_ratio(run, other, quantity, 0.9) for run, other in pairs], median)
+        result[f"{axis}_total"] = estimate([total(run, quantity) / total(other, quantity) for run, other in pairs])
+    return result
+
+
+# Words
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def points(e: dict) -> str:
+    return f"{100 * e['value']:+.1f} ({100 * e['low']:+.1f} to {100 * e['high']:+.1f})"
+
+
+def ratio(e: dict) -> str:
+    def one(value):
+        return "not reached" if value == INFINITY else f"{value:.2f}"
+
+    return f"{one(e['value'])} ({one(e['low'])} to {one(e['high'])})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+# Figures
+
+NAMES = {"easy": "the demo's world", "hard": "the harder world"}
+COLORS = {"grpo": "0.35", "arpo": "C0", "random": "C1", "few_tree": "C2"}
+MAIN = ("grpo", "arpo", "random", "few_tree")
+
+
+def draw_accuracy(runs: Runs, worlds: Sequence[str], plt) -> None:
+    axes_of = [("steps", None, "optimiser steps"), ("calls", *AXES["calls"])]
+    figure, grid = plt.subplots(len(worlds), 2, figsize=(11, 4 * len(worlds)), squeeze=False, layout="constrained")
+    for world, row in zip(worlds, grid, strict=True):
+        for (_, quantity, label), axis in zip(axes_of, row, strict=True):
+            for arm in MAIN:
+                own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
+                if not own:
+                    continue
+                columns = list(zip(*own, strict=True))  # one a step that was evaluated
+                xs = [statistics.fmean(point[0] for point in column) for column in columns]
+                means = [estimate([point[1] for point in column]) for column in columns]
+                axis.plot(
+                    xs,
+                    [e["value"] for e in means],
+                    marker="o",
+                    ms=3,
+                    color=COLORS[arm],
+                    label=f"{arm} ({len(own)} seeds)",
+                )
+                axis.fill_between(
+                    xs, [e["low"] for e in means], [e["high"] for e in means], color=COLORS[arm], alpha=0.15, lw=0
+                )
+            axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
+            axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(_path("accuracy"), dpi=110)
+
+
+def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
+    figure, grid = plt.subplots(len(worlds), 3, figsize=(12, 3.4 * len(worlds)), squeeze=False, layout="constrained")
+    for world, row in zip(worlds, grid, strict=True):
+        arms = [arm for arm in runs.arms(world) if arm != "grpo" and runs.pairs(world, arm, "grpo")]
+        for (quantity, label), axis in zip(AXES.values(), row, strict=True):
+            for y, arm in enumerate(arms):
+                values = [cost_ratio(run, base, quantity) for run, base in runs.pairs(world, arm, "grpo")]
+                shown = [min(value, 2.0) for value in values]  # at the edge: never reached, or more than twice
+                axis.plot(shown, [y] * len(values), "o", ms=4, color=COLORS.get(arm, "0.6"), alpha=0.6)
+                axis.plot([min(median(values), 2.0)], [y], "|", ms=16, mew=2, color="black")
+            axis.axvline(1, color="0.5", lw=1)
+            axis.axvline(0.5, color="0.5", lw=1, ls=":")
+            axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 2.05), title=NAMES[world])
+            axis.set_xlabel(f"{label}\nto GRPO's final accuracy, GRPO = 1; edge: not reached", fontsize=8)
+    figure.savefig(_path("cost"), dpi=110)
+
+
+def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
+    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.8), squeeze=False, layout="constrained")
+    for world, axis in zip(worlds, grid[0], strict=True):
+        lines = [("cold start", "arpo", "entropy_before", "0.35")]
+        lines += [(f"after {arm}", arm, "entropy_after", COLORS[arm]) for arm in ("grpo", "arpo")]
+        for label, arm, name, color in lines:
+            own = [run[name] for run in runs.get((world, arm), {}).values()]
+            if not own:
+                continue
+            # Few answers have a token far from a result; a mean of less than ten tokens is left out
+            kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
+            means = [estimate([each["mean"][i] for each in own]) for i in kept]
+            xs = [i - own[0]["before"] for i in kept]
+            axis.plot(
+                xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=f"{label} ({len(own)} seeds)"
+            )
+            axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
+        axis.axvline(-0.5, color="0.6", ls="--", lw=1)
+        axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)", title=NAMES[world])
+        axis.legend(fontsize=8)
+    figure.savefig(_path("entropy"), dpi=110)
+
+
+def fork_shares(run: dict) -> list[float]:
+    """Share of a run's forks that leave after the first, second, … call of a row."""
+    counts: dict[int, int] = {}
+    for step in run["steps"]:
+        for calls, forks in step["forks_after_call"].items():
+            counts[int(calls)] = counts.get(int(calls), 0) + forks
+    return [counts.get(calls, 0) / max(sum(counts.values()), 1) for calls in range(1, 5)]
+
+
+def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
+    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
+    for world, axis in zip(worlds, grid[0], strict=True):
+        arms = [arm for arm in MAIN if arm != "grpo" and (world, arm) in runs]
+        for place, arm in enumerate(arms):
+            shares = [
+                estimate(list(values)) for values in zip(*map(fork_shares, runs[world, arm].values()), strict=True)
+            ]
+            xs = [calls + 0.25 * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
+            axis.bar(
+                xs, [e["value"] for e in shares], 0.25, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
+            )
+            spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
+            axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
+        axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5), title=NAMES[world])
+        axis.legend(fontsize=8)
+    figure.savefig(_path("forks"), dpi=110)
+
+
+def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
+    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
+    for world, axis in zip(worlds, grid[0], strict=True):
+        arms = [arm for arm in MAIN if (world, arm) in runs]
+        for place, arm in enumerate(arms):
+            own = [estimate([final(run, f"pass@{k}") for run in runs[world, arm].values()]) for k in (1, 3, 5)]
+            xs = [i + 0.2 * (place - (len(arms) - 1) / 2) for i in range(3)]
+            axis.bar(xs, [e["value"] for e in own], 0.2, color=COLORS[arm], label=f"{arm} ({own[0]['seeds']} seeds)")
+            spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
+            axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
+        axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1), title=NAMES[world])
+        axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(_path("pass"), dpi=110)
+
+
+_directory = Path("docs/results")
+
+
+def _path(name: str) -> Path:
+    return _directory / f"{name}.png"
+
+
+# The page
+
+
+def verdict(claim: str, holds: bool | None, why: str) -> str:
+    mark = {True: "**Holds.**", False: "**Does not hold.**", None: "**Not run.**"}[holds]
+    return f"{mark} {claim} {why}"
+
+
+def calls_claim(runs: Runs, world: str, arm: str) -> tuple[bool | None, str]:
+    result = compare(runs, world, arm, "grpo")
+    if result is None:
+        return None, ""
+    e = result["calls"]
+    holds = e["value"] <= 0.5 and e["high"] < 1
+    reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, "grpo"))
+    return holds, (
+        f"Calls to GRPO's final accuracy, GRPO = 1: {ratio(e)}, reached by {reached} of {e['seeds']} seeds; to 90 % of its "
+        f"gain: {ratio(result['calls_90'])}. The same number of steps executed {ratio(result['calls_total'])} of the calls."
+    )
+
+
+def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tuple[bool | None, str]:
+    result = compare(runs, world, arm, base)
+    if result is None:
+        return None, ""
+    e = result["difference"]
+    return (e["low"] > 0 if strictly else e["value"] >= 0), f"Difference in points: {points(e)}, {e['seeds']} seeds."
+
+
+def entropy_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
+    result = compare(runs, world, "arpo", "random")
+    if result is None:
+        return None, ""
+    difference, calls = result["difference"], result["calls"]
+    return difference["low"] > 0 or calls["high"] < 1, (
+        f"Difference in points: {points(difference)}; calls to random's final accuracy, random = 1: {ratio(calls)}; "
+        f"{difference['seeds']} seeds."
+    )
+
+
+def spike_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
+    own = [run for arm in runs.arms(world) for run in runs[world, arm].values()]
+    if not own:
+        return None, ""
+    entropy = own[0]["entropy_before"]  # of the cold start, which all runs of a world share
+
+    def mean(places):
+        tokens = sum(entropy["tokens"][i] for i in places)
+        return sum(entropy["mean"][i] * entropy["tokens"][i] for i in places) / max(tokens, 1)
+
+    start = entropy["before"]
+    before, after = mean(range(start)), mean(range(start, start + 6))
+    return after > before, f"{before:.3f} nats before a tool result, {after:.3f} after it, at the cold start."
+
+
+def claims(runs: Runs, worlds: Sequence[str]) -> str:
+    lines = []
+    for world in worlds:
+        name = NAMES[world]
+        lines += [
+            f"### In {name}\n",
+            "1. "
+            + verdict(
+                "ARPO reaches GRPO's accuracy with at most half of the calls.", *calls_claim(runs, world, "arpo")
+            ),
+            "2. " + verdict("ARPO ends at or above GRPO.", *end_claim(runs, world, "arpo", "grpo", strictly=False)),
+            "3. " + verdict("Branching by entropy beats branching at random.", *entropy_claim(runs, world)),
+            "4. "
+            + verdict("Soft attribution beats hard.", *end_claim(runs, world, "arpo", "hard_credit", strictly=True)),
+            "5. " + verdict("Entropy rises after a tool result.", *spike_claim(runs, world)),
+            "",
+            "Improvement tried, `few_tree` (N = 4 and tree credit):\n",
+            "- "
+            + verdict(
+                "It reaches GRPO's accuracy with at most half of the calls.", *calls_claim(runs, world, "few_tree")
+            ),
+            "- " + verdict("It ends at or above GRPO.", *end_claim(runs, world, "few_tree", "grpo", strictly=False)),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def arms_table(runs: Runs, world: str) -> str:
+    rows = []
+    for arm in runs.arms(world):
+        own = list(runs[world, arm].values())
+        compared = compare(runs, world, arm, "grpo") if arm != "grpo" else None
+        accuracy = estimate([final(run) for run in own])
+        rows.append(
+            (
+                f"`{arm}`",
+                len(own),
+                f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
+                *(percent(statistics.fmean(final(run, f"pass@{k}") for run in own)) for k in (3, 5)),
+                round(statistics.fmean(total(run, "calls_executed") for run in own)),
+                round(statistics.fmean(total(run, "tokens_sampled") for run in own)),
+                round(statistics.fmean(total(run, "cpu_seconds") for run in own)),
+                *(
+                    (points(compared["difference"]), *(ratio(compared[axis]) for axis in AXES))
+                    if compared
+                    else ("",) * 4
+                ),
+            )
+        )
+    header = ["arm", "seeds", "final accuracy", "pass@3", "pass@5", "calls", "tokens", "seconds"]
+    return table([*header, "points above GRPO", "calls to GRPO's", "tokens to GRPO's", "seconds to GRPO's"], rows)
+
+
+SWEEPS = {
+    "N, initial rows of 16": ("n2", "few", "arpo", "n12", "grpo"),
+    "β, weight of the entropy gap": ("beta0", "arpo", "beta1"),
+    "k, tokens read": ("k5", "arpo"),
+    "rule": ("arpo", "threshold", "random"),
+    "credit": ("arpo", "hard_credit", "tree"),
+}
+
+
+def sweeps_table(runs: Runs, world: str) -> str:
+    """Each sweep over the seeds that all of its arms have."""
+    rows = []
+    for name, arms in SWEEPS.items():
+        arms = [arm for arm in arms if (world, arm) in runs]
+        seeds = sorted(set.intersection(*(set(runs[world, arm]) for arm in arms))) if arms else []
+        for arm in arms if len(arms) > 1 and seeds else []:
+            own = [runs[world, arm][seed] for seed in seeds]
+            accuracy = estimate([final(run) for run in own])
+            calls = statistics.fmean(total(run, "calls_executed") for run in own)
+            spread = f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})"
+            rows.append((name, f"`{arm}`", len(seeds), spread, round(calls)))
+    return table(["sweep", "arm", "seeds", "final accuracy", "calls"], rows)
+
+
+def advice(runs: Runs, world: str) -> str:
+    """What the sweeps say of the defaults, decided by intervals of paired differences to `arpo`."""
+    better, cheaper, same, worse = [], [], [], []
+    for arm in dict.fromkeys(arm for arms in SWEEPS.values() for arm in arms if arm not in ("arpo", "grpo")):
+        result = compare(runs, world, arm, "arpo")
+        if result is None:
+            continue
+        difference = result["difference"]
+        if difference["low"] > 0:
+            better.append(arm)
+        elif difference["high"] < 0:
+            worse.append(arm)
+        else:
+            (cheaper if result["calls_total"]["high"] < 0.9 else same).append(arm)
+
+    def listed(arms):
+        return ", ".join(f"`{arm}`" for arm in arms) or "none"
+
+    return (
+        f"Against the defaults, over the seeds that both have: above them {listed(better)}; no different, and with at least "
+        f"a tenth fewer calls {listed(cheaper)}; no different {listed(same)}; below them {listed(worse)}. The paper's "
+        "defaults stay the defaults"
+        + (
+            ". "
+            if not better and not cheaper
+            else ", since a world this small is no ground to leave them; where tool calls are what costs, "
+            + listed(better + cheaper)
+            + " is worth trying first. "
+        )
+        + "With these few seeds an interval is close to the range of the seeds, so a difference that is called none may be one."
+    )
+
+
+FIGURES = {
+    "accuracy": (draw_accuracy, "Held-out accuracy against optimiser steps and against executed tool calls."),
+    "cost": (draw_cost, "What each arm spent to reach GRPO's final accuracy; a dot is a seed, the bar the median."),
+    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results, all results of a row together."),
+    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row."),
+    "pass": (draw_pass, "pass@1, 3 and 5 on held-out questions at the end, five answers a question."),
+}
+
+
+def write(directory: Path, grid: Sequence[tuple[str, str, Sequence[int]]], docs: Path = Path("docs")) -> Path:
+    """
+    Write `<docs>/results.md` and `<docs>/results/` from the runs in `directory`.
+
+    Args:
+        directory (`Path`): Where `reproduce.py` wrote them.
+        grid (`Sequence[tuple[str, str, Sequence[int]]]`): What was to be run, so that the page says what is missing.
+        docs (`Path`): Where the page goes.
+    """
+    global _directory
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = Runs.read(directory / "runs")
+    if not runs:
+        raise SystemExit(f"There are no runs in {directory / 'runs'}; run `{COMMAND}` first.")
+    worlds = [world for world in NAMES if any(of_world == world for of_world, _ in runs)]
+    _directory = docs / "results"
+    _directory.mkdir(parents=True, exist_ok=True)
+    for draw, _ in FIGURES.values():
+        draw(runs, worlds, plt)
+        plt.close("all")
+    numbers = {
+        world: {arm: compare(runs, world, arm, "grpo") for arm in runs.arms(world) if arm != "grpo"}
+        for world in worlds
+    }
+    (_directory / "numbers.json").write_text(json.dumps(_finite(numbers), indent=1) + "\n")
+    (_directory / "runs.json").write_text(
+        json.dumps([_compact(run) for own in runs.values() for run in own.values()]).replace('{"world"', '\n{"world"')
+        + "\n"
+    )
+    page = docs / "results.md"
+    page.write_text(_page(runs, worlds, grid))
+    return page
+
+
+def _finite(value):
+    """Numbers as JSON knows them; infinite becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if value == INFINITY else round(value, 5)
+
+
+def _compact(run: dict) -> dict:
+    """What the page needs of a run: evaluations, and what was spent until each of them."""
+    kept = {name: run[name] for name in ("world", "arm", "seed", "evaluations")}
+    spent = {
+        quantity: [round(x, 1) for x, _, _ in curve(run, quantity)]
+        for quantity in ("calls_executed", "calls_saved", "tokens_sampled", "cpu_seconds")
+    }
+    return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
+
+
+def _page(runs: Runs, worlds: Sequence[str], grid: Sequence[tuple[str, str, Sequence[int]]]) -> str:
+    planned = [(world, arm, seed) for world, arm, seeds in grid for seed in seeds]
+    missing = [key for key in planned if key[2] not in runs.get(key[:2], {})]
+    wanted: dict[str, list[int]] = {}
+    for world, arm, seed in missing:
+        wanted.setdefault(f"{world} {arm}", []).append(seed)
+    left = (
+        "All runs of the grid are in."
+        if not missing
+        else f"**{len(planned) - len(missing)} of the grid's {len(planned)} runs are in.** Missing: "
+        + "; ".join(f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in wanted.items())
+        + ". The command runs what is missing and writes this page anew."
+    )
+    any_run = next(iter(next(iter(runs.values())).values()))
+    steps, evaluations = len(any_run["steps"]), [entry["step"] for entry in any_run["evaluations"]]
+    shown = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
+    parts = [
+        "# Results: ARPO against GRPO, DAPO, RLOO and a random control",
+        "<!-- Written by examples/reproduce_report.py; do not edit. -->",
+        f"""`{COMMAND}` trains the grid of `examples/reproduce.py`, in which the claims and the rules that decide them stand as they were
+written before the runs, and writes this page and everything in `docs/results/`. {left}
+
+Small models (half a million parameters) in two invented worlds, {steps} optimiser steps of 64 rows in groups of M = 16, all
+arms of a world from one cold start, in pairs by seed. Held-out accuracy is read at steps {", ".join(map(str, evaluations))}, sampled
+at temperature 1. Intervals are 95 % bootstrap intervals over seeds, of the mean for accuracy and of the median for costs.
+A cost is the ratio of what an arm and GRPO spent until GRPO's final accuracy. Made with {shown}, on a CPU.
+
+- **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
+- **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
+  results, and no call to spare.
+
+What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One cold
+start a world means that the intervals are over training runs, not over worlds.""",
+        "## Claims",
+        claims(runs, worlds),
+        "## Arms",
+        """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
+theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
+attribution. `few` starts N = 4 rows instead of 8; `few_tree` is that with tree credit
+([TreeRL](https://huggingface.co/papers/2506.11902)).""",
+    ]
+    for world in worlds:
+        parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
+    parts += [
+        "Each batch is used for one optimiser step, so no ratio is clipped. Soft and hard attribution then differ only by the "
+        "length that each row's loss is divided by, and DAPO from GRPO only by that as well.",
+        "## Figures",
+    ]
+    for name, (_, caption) in FIGURES.items():
+        parts.append(
+            f"![{caption}](results/{name}.png)\n\n{caption} Band or bar: 95 % interval over seeds. Made by `{COMMAND}`."
+        )
+    parts += [
+        "## Sweeps",
+        f"In {NAMES['easy']}, over the seeds that all arms of a sweep have.",
+        sweeps_table(runs, "easy"),
+    ]
+    parts += [advice(runs, "easy")]
+    return "\n\n".join(parts) + "\n"
