@@ -7,6 +7,7 @@ members.
 What is not here: images in tool results; see [`ARPOTrainer`].
 """
 
+import functools
 import inspect
 import json
 import re
@@ -72,10 +73,16 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def defuse(tokenizer: PreTrainedTokenizerBase, text: str, separator: str = "\u200b") -> str:
     """`text` with `separator` (a zero-width space) after the first character of every special or added token in it."""
-    found = [token for token in tokenizer.get_added_vocab() if len(token) > 1 and token in text]
-    for token in sorted(found, key=len, reverse=True):
-        text = text.replace(token, token[0] + separator + token[1:])
+    for token in _added_tokens(tokenizer, len(tokenizer)):
+        if token in text:
+            text = text.replace(token, token[0] + separator + token[1:])
     return text
+
+
+@functools.lru_cache(maxsize=8)
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """Special and added tokens, longest first. Asking the tokenizer is slow; its `size` changes when some are added."""
+    return sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
 
 
 def _tame(value: Any, levels: int = 100) -> Any:
