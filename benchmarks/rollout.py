@@ -1,20 +1,27 @@
 """
-Whole rollouts against TRL at equal group size, and the eager schedule against its critical path; both sides in one run.
+Whole rollouts against TRL at equal group size, ways to generate their segments, and the eager schedule against its
+critical path; all sides in one run.
 
     python benchmarks/rollout.py --json outputs/rollout.json
-    python benchmarks/rollout.py --hidden 256 --repeats 1
+    python benchmarks/rollout.py --prompts 1 --hidden 512 --repeats 1
 
-Both sides are a trainer's own `_generate`, from prompts to token ids, with a real model of random weights that reads and
+First table: both sides are a trainer's own `_generate`, from prompts to token ids, with a real model of random weights that reads and
 samples every token. Only what decides the shape of a rollout is written for it: where a segment ends (16 to 39 tokens),
-that it ends in a call, and after three calls in an answer. TRL fills its group of 16 from the prompt; ARPO samples 8 and
-forks the rest.
+that it ends in a call, and after three calls in an answer. TRL fills its groups of 16 from the prompt; ARPO samples 8
+and forks the rest. With tools of 0 s what differs is how much is read and sampled; TRL runs tools one after another.
 
-The second table has 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its
-tools, and what a row takes to generate that is alone.
+Second table: four segments of 32 tokens for 16 rows of one prompt of 750 tokens, with a result of 110 tokens between
+them, by `generate` as TRL calls it, by `generate` with our prefix cache, and by transformers' continuous batching with
+its own prefix cache kept from one call to the next.
+
+Third table: 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its tools,
+and what the rollout takes without any.
 """
 
 import argparse
+import functools
 import json
+import logging
 import random
 import statistics
 import sys
@@ -27,10 +34,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from arpo_trl import ARPOConfig, ARPOTrainer  # noqa: E402
+from arpo_trl.rollout.prefix_cache import PrefixCache  # noqa: E402
 
 ROUNDS = 3
 RESULT = "It is " + "what it is and " * 25
@@ -113,37 +128,39 @@ class Waiting:
         return wait
 
 
-def roll_out(trainer_class, args_class, hidden: int, tool: Waiting, rows: int, folder: str, **settings):
-    """Return the seconds of one rollout of a group, and the trainer."""
+def roll_out(trainer_class, args_class, hidden: int, tool: Waiting, prompts: int, **settings):
+    """Return the seconds of one rollout of groups of 16, and the trainer."""
     tokenizer = tiny.build_tokenizer()
     function = tool.tool()
-    question = tiny.question(3, 4)
-    trainer = trainer_class(
-        model=build_model(tokenizer, hidden),
-        args=args_class(
-            folder,
-            num_generations=rows,
-            per_device_train_batch_size=rows,
-            max_completion_length=2000,
-            max_tool_calling_iterations=ROUNDS,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        ),
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        train_dataset=Dataset.from_list([{"prompt": question}]),
-        processing_class=tokenizer,
-        tools=[function],
-    )
+    questions = [tiny.question(3, 4 + prompt) for prompt in range(prompts)]
+    rows = 16 * prompts
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_class(
+            model=build_model(tokenizer, hidden),
+            args=args_class(
+                folder,
+                num_generations=16,
+                per_device_train_batch_size=rows,
+                max_completion_length=2000,
+                max_tool_calling_iterations=ROUNDS,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                report_to="none",
+                disable_tqdm=True,
+                **settings,
+            ),
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            train_dataset=Dataset.from_list([{"prompt": question} for question in questions]),
+            processing_class=tokenizer,
+            tools=[function],
+        )
     # What `_generate_and_score_completions` sets up before it calls `_generate`
     trainer._sync_tool_dicts = [{"wait": function} for _ in range(rows)]
     trainer._async_tool_dicts = [{} for _ in range(rows)]
     torch.manual_seed(0)
     start = time.perf_counter()
-    _, completion_ids, tool_mask, *_ = trainer._generate([question] * rows)
+    _, completion_ids, tool_mask, *_ = trainer._generate([question for question in questions for _ in range(16)])
     seconds = time.perf_counter() - start
     turns = [sum(a < b for a, b in zip([0, *mask], mask, strict=False)) for mask in tool_mask]
     if len(completion_ids) != rows or set(turns) != {ROUNDS + 1}:
@@ -151,84 +168,128 @@ def roll_out(trainer_class, args_class, hidden: int, tool: Waiting, rows: int, f
     return seconds, trainer
 
 
-def against_trl(hidden: int, repeats: int) -> list[dict]:
-    print(f"Group of 16, {ROUNDS} calls a row, hidden size {hidden}\n")
-    print(f"{'tool, s':>8}{'TRL, s':>10}{'ARPO, s':>10}{'ratio':>9}{'TRL calls':>11}{'ARPO calls':>12}")
+SIDES = {
+    "TRL": (GRPOTrainer, GRPOConfig, {}),
+    "waves": (ARPOTrainer, ARPOConfig, {"num_initial_generations": 8}),
+    "eager": (ARPOTrainer, ARPOConfig, {"num_initial_generations": 8, "rollout_schedule": "eager"}),
+}
+
+
+def against_trl(hidden: int, prompts: int, repeats: int) -> list[dict]:
+    print(f"{prompts} groups of 16, {ROUNDS} calls a row, hidden size {hidden}\n")
+    print(
+        f"{'tool, s':>8}{'TRL, s':>10}{'waves, s':>10}{'eager, s':>10}{'TRL/waves':>11}{'TRL/eager':>11}{'calls':>12}"
+    )
     table = []
     for seconds in (0.0, 0.2, 1.0):
-        taken: dict[str, list[float]] = {"trl": [], "arpo": []}
+        taken: dict[str, list[float]] = {side: [] for side in SIDES}
         calls = {}
         for _ in range(repeats):
-            for side, classes, settings in (
-                ("trl", (GRPOTrainer, GRPOConfig), {}),
-                ("arpo", (ARPOTrainer, ARPOConfig), {"num_initial_generations": 8}),
-            ):
+            for side, (trainer_class, args_class, settings) in SIDES.items():
                 tool = Waiting(lambda seconds=seconds: seconds)
-                with tempfile.TemporaryDirectory() as folder:
-                    taken[side].append(roll_out(*classes, hidden, tool, 16, folder, **settings)[0])
+                taken[side].append(roll_out(trainer_class, args_class, hidden, tool, prompts, **settings)[0])
                 calls[side] = tool.calls
-        trl, arpo = statistics.median(taken["trl"]), statistics.median(taken["arpo"])
-        table.append({"tool_s": seconds, "trl_s": trl, "arpo_s": arpo, "ratio": trl / arpo, "calls": calls})
+        trl, waves, eager = (statistics.median(taken[side]) for side in SIDES)
+        table.append({"tool_s": seconds, "trl_s": trl, "waves_s": waves, "eager_s": eager, "calls": calls})
         print(
-            f"{seconds:>8g}{trl:>10.2f}{arpo:>10.2f}{trl / arpo:>8.1f}×{calls['trl']:>11}{calls['arpo']:>12}",
+            f"{seconds:>8g}{trl:>10.2f}{waves:>10.2f}{eager:>10.2f}{trl / waves:>10.1f}×{trl / eager:>10.1f}×"
+            f"{calls['TRL']:>6} /{calls['waves']:>4}",
             flush=True,
         )
     return table
+
+
+def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
+    tokenizer = tiny.build_tokenizer()
+    model = build_model(tokenizer, hidden).eval()
+    config = GenerationConfig(do_sample=True, max_new_tokens=32, pad_token_id=0, top_k=0)
+
+    def padded(contexts):
+        width = max(map(len, contexts))
+        ids = torch.tensor([[0] * (width - len(context)) + context for context in contexts])
+        mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+        return {"input_ids": ids, "attention_mask": mask, "generation_config": config}
+
+    def stock(contexts):
+        inputs = padded(contexts)
+        return Qwen3ForCausalLM.generate(model, **inputs)[:, inputs["input_ids"].size(1) :].tolist()
+
+    def cached(cache):
+        def generate(contexts):
+            inputs = padded(contexts)
+            output = cache.generate(model, functools.partial(Qwen3ForCausalLM.generate, model), **inputs)
+            return output[:, inputs["input_ids"].size(1) :].tolist()
+
+        return generate
+
+    def continuous(contexts):
+        settings = ContinuousBatchingConfig(page_size=32, num_blocks=2000, max_batch_tokens=2048)
+        outputs = model.generate_batch(
+            contexts, generation_config=config, continuous_batching_config=settings, persistent_manager=True
+        )
+        return [output.generated_tokens for output in outputs.values()]
+
+    def seconds_of(generate) -> float:
+        rng = random.Random(0)
+        contexts = [[rng.randrange(200) for _ in range(750)]] * 16
+        start = time.perf_counter()
+        for _ in range(4):
+            outputs = generate(contexts)
+            contexts = [
+                context + output + [rng.randrange(200) for _ in range(110)]
+                for context, output in zip(contexts, outputs, strict=True)
+            ]
+        return time.perf_counter() - start
+
+    print(f"\nFour segments of 16 rows, hidden size {hidden}\n")
+    print(f"{'':<24}{'s':>8}{'ratio':>9}")
+    medians: dict[str, float] = {}
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+    with torch.no_grad():
+        taken = [
+            (seconds_of(stock), seconds_of(cached(PrefixCache())), seconds_of(continuous)) for _ in range(repeats)
+        ]
+    for name, seconds in zip(
+        ("generate", "with our prefix cache", "continuous batching"), zip(*taken, strict=True), strict=True
+    ):
+        medians[name] = statistics.median(seconds)
+        print(f"{name:<24}{medians[name]:>8.2f}{medians['generate'] / medians[name]:>8.2f}×", flush=True)
+    return medians
 
 
 def against_critical_path(hidden: int, repeats: int) -> list[dict]:
     print(f"\n16 rows, tools of 0.1 to 5 s, hidden size {hidden}\n")
     print(f"{'schedule':>10}{'rollout, s':>12}{'critical path, s':>18}{'ratio':>8}")
     table = []
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"num_initial_generations": 1}
-        alone = roll_out(
-            ARPOTrainer,
-            ARPOConfig,
-            hidden,
-            Waiting(lambda: 0.0),
-            2,
-            folder,
-            **settings | {"num_initial_generations": 2},
-        )[0]
-        for schedule in ("waves", "eager"):
-            ratios, seconds_of, paths = [], [], []
-            for repeat in range(repeats):
-                rng = random.Random(repeat)
-                tool = Waiting(lambda rng=rng: rng.uniform(0.1, 5))
-                seconds, trainer = roll_out(
-                    ARPOTrainer,
-                    ARPOConfig,
-                    hidden,
-                    tool,
-                    16,
-                    folder,
-                    num_initial_generations=16,
-                    rollout_schedule=schedule,
-                )
-                rows = trainer._groups[0].trajectories
-                path = max(sum(own.call.seconds for own in row.calls) for row in rows) + alone
-                ratios.append(seconds / path)
-                seconds_of.append(seconds)
-                paths.append(path)
-            row = {"rollout_s": statistics.median(seconds_of), "critical_path_s": statistics.median(paths)}
-            table.append({"schedule": schedule, **row, "ratio": statistics.median(ratios)})
-            print(
-                f"{schedule:>10}{row['rollout_s']:>12.2f}{row['critical_path_s']:>18.2f}{table[-1]['ratio']:>7.2f}×",
-                flush=True,
-            )
+    alike = {"num_initial_generations": 16}  # nothing forks: a fork waits for the row that it leaves
+    without_tools = roll_out(ARPOTrainer, ARPOConfig, hidden, Waiting(lambda: 0.0), 1, **alike)[0]
+    for schedule in ("waves", "eager"):
+        runs = []
+        for repeat in range(repeats):
+            rng = random.Random(repeat)
+            tool = Waiting(lambda rng=rng: rng.uniform(0.1, 5))
+            seconds, trainer = roll_out(ARPOTrainer, ARPOConfig, hidden, tool, 1, rollout_schedule=schedule, **alike)
+            rows = trainer._groups[0].trajectories
+            path = without_tools + max(sum(own.call.seconds for own in row.calls) for row in rows)
+            runs.append((seconds / path, seconds, path))
+        ratio, seconds, path = statistics.median_low(runs)
+        table.append({"schedule": schedule, "rollout_s": seconds, "critical_path_s": path, "ratio": ratio})
+        print(f"{schedule:>10}{seconds:>12.2f}{path:>18.2f}{ratio:>7.2f}×", flush=True)
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of the model, three layers")
+    parser.add_argument("--prompts", type=int, default=4, help="groups of a rollout, first table")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size of the model, three layers")
     parser.add_argument("--repeats", type=int, default=3, help="rollouts of each side; medians are printed")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
     results = {
         "hidden": args.hidden,
-        "against_trl": against_trl(args.hidden, args.repeats),
+        "prompts": args.prompts,
+        "against_trl": against_trl(args.hidden, args.prompts, args.repeats),
+        "ways_to_generate": ways_to_generate(args.hidden, args.repeats),
         "against_critical_path": against_critical_path(args.hidden, args.repeats),
     }
     if args.json:
