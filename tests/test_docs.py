@@ -8,6 +8,7 @@ import argparse
 import ast
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import re
 import runpy
@@ -15,10 +16,12 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
 import trl
+import viewer_samples
 import yaml
 from datasets import Dataset
 
@@ -215,7 +218,7 @@ def small(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(arpo_trl, "ARPOConfig", shrunk(ARPOConfig), raising=False)
     monkeypatch.setattr(trl, "GRPOConfig", shrunk(trl.GRPOConfig))
     monkeypatch.chdir(tmp_path)
-    write_record(tmp_path / "outputs" / "run" / "rollouts")
+    viewer_samples.write_run(tmp_path / "outputs" / "run", steps=1)
     return lambda text: text.replace('"Qwen/Qwen3-0.6B"', repr(model_dir))
 
 
@@ -245,12 +248,6 @@ def what_the_reader_brings() -> dict:
 
     rows = [{"prompt": tiny.question(a, 2), "answer": str(a + 2)} for a in range(8)]
     return {"correct": correct, "search": search, "python": python, "dataset": Dataset.from_list(rows)}
-
-
-def write_record(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    line = '{"step": 0, "row": 3, "kind": "fork", "parent": 1, "advantage": 0.5}\n'
-    (folder / "step-000000.jsonl").write_text(line)
 
 
 @pytest.mark.parametrize("before, text, runs", named(python_cases()))
@@ -346,12 +343,17 @@ def test_command_is_understood(line, parse_only, monkeypatch):
         return
     if program == "accelerate":
         arguments = arguments[arguments.index(next(a for a in arguments if a.endswith(".py"))) :]
-    else:
+    elif program not in ("tensorboard", "trackio"):
         assert Path(program).name == "python", line
     if arguments[:2] == ["-m", "pytest"]:
         assert (ROOT / arguments[2]).exists()
         return
-    if arguments[0] == "-m":
+    if program in ("tensorboard", "trackio"):
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name=program)
+        start, arguments = lambda **_: script.load()(), [program, *arguments]
+        if program == "trackio":  # its arguments are parsed in two steps
+            monkeypatch.setattr("trackio.cli.show", Mock(side_effect=Parsed))
+    elif arguments[0] == "-m":
         start, arguments = functools.partial(runpy.run_module, arguments[1]), arguments[1:]
     else:
         script = ROOT / arguments[0]
