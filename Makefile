@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test lint bench clean
+.PHONY: setup demo reproduce test test-trl-1.15 lint bench clean
 
 setup: $(INSTALLED)
 
@@ -27,6 +27,17 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The trainer's tests with the oldest TRL that is supported. Its loss is a Triton kernel, which Triton's interpreter runs on
+# a CPU
+TRL_1_15 := $(VENV)/trl-1.15
+
+test-trl-1.15: setup $(TRL_1_15)
+	PYTHONPATH=$(TRL_1_15) TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_contract.py tests/test_faults.py \
+		tests/test_protocols.py tests/test_trainer_grpo_equivalence.py tests/test_trainer_options.py
+
+$(TRL_1_15): | setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ "trl==1.15.*" triton==3.9.0
 
 # One table of ratios against TRL's own code, and JSON under outputs/
 bench: setup

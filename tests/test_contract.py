@@ -1,6 +1,8 @@
 """Every private name of TRL that ARPOTrainer overrides, calls or reads. A release that moves one fails here first."""
 
+import importlib.metadata
 import inspect
+import runpy
 
 import pytest
 import trl
@@ -8,6 +10,8 @@ from trl import GRPOTrainer
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
+
+import arpo_trl
 
 # Methods that we override, with the parameters that we rely on
 OVERRIDDEN = {
@@ -131,3 +135,24 @@ def test_constructor_arguments_are_the_same():
     from arpo_trl import ARPOTrainer
 
     assert list(inspect.signature(ARPOTrainer).parameters) == list(inspect.signature(GRPOTrainer).parameters)
+
+
+@pytest.mark.parametrize("installed", ["0.29.0", "1.14.2", "1.17.0", "2.0.0.dev0", None])
+def test_another_trl_is_refused_in_one_sentence_that_says_what_is_supported(monkeypatch, installed):
+    def version(name):
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError) as error:
+        runpy.run_path(arpo_trl.__file__)
+    has = "none is" if installed is None else f"{installed} is"
+    need = "needs TRL 1.15 or 1.16" if installed is None else "supports TRL 1.15 and 1.16"
+    assert str(error.value) == f"arpo_trl {need}, and {has} installed: pip install 'trl>=1.15,<1.17'"
+
+
+@pytest.mark.parametrize("installed", ["1.15.0", "1.16.3", "1.16.0.dev0"])
+def test_supported_versions_are_taken(monkeypatch, installed):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    assert runpy.run_path(arpo_trl.__file__)["__version__"] == arpo_trl.__version__
