@@ -42,7 +42,9 @@ $(TRL_1_15): | setup
 # One table of ratios against TRL's own code, and JSON under outputs/
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
+	$(BIN)/python benchmarks/rollout.py --json outputs/benchmarks/rollout.json
 	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
+	$(BIN)/python benchmarks/summary.py outputs/benchmarks
 
 lint: setup
 	$(BIN)/ruff check .
