@@ -97,7 +97,8 @@ def test_each_kind_of_tool_answers(small, tmp_path):
     notebook = run("02_your_own_tools", tmp_path, **small)
     assert '"description": "Name of the town."' in texts(notebook, "get_json_schema")
     lines = texts(notebook, '"Atlantis"').splitlines()
-    assert lines[0].startswith("2,103,000") and lines[1].endswith("| failed")
+    assert lines[0].startswith("2,103,000")
+    assert "No town is called Atlantis" in lines[1] and lines[1].endswith("| failed")
     assert "100 answers" in texts(notebook, "weather(town") and "Sunny in town 99" in texts(notebook, "weather(town")
     assert texts(notebook, "exchange_rate").splitlines() == [
         "1.08 USD | attempts so far: 2 | from the cache: False",
@@ -109,7 +110,7 @@ def test_each_kind_of_tool_answers(small, tmp_path):
 
 
 def test_qlora_saves_an_adapter_that_loads(small, tmp_path):
-    notebook = run("03_qlora_on_one_gpu", tmp_path, **small)
+    notebook = run("03_qlora_on_one_gpu", tmp_path, **small | {"STEPS": 1, "MAX_TOKENS": 90})  # 4 bits are slow on a CPU
     saved = {path.name for path in (tmp_path / "outputs/qlora").glob("adapter_*")}
     assert saved == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(name in texts(notebook, "save_model") for name in saved)
@@ -119,7 +120,7 @@ def test_qlora_saves_an_adapter_that_loads(small, tmp_path):
 
 
 def test_three_names_lead_from_grpo_to_arpo(small, tmp_path):
-    notebook = run("04_from_grpo_to_arpo", tmp_path, **small)
+    notebook = run("04_from_grpo_to_arpo", tmp_path, **small | {"STEPS": 1})
     lines = texts(notebook, "difflib").splitlines()
     assert [line for line in lines if line[0] == "-"][1:] == [
         "-from trl import GRPOConfig, GRPOTrainer",
