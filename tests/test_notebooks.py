@@ -110,7 +110,8 @@ def test_each_kind_of_tool_answers(small, tmp_path):
 
 
 def test_qlora_saves_an_adapter_that_loads(small, tmp_path):
-    notebook = run("03_qlora_on_one_gpu", tmp_path, **small | {"STEPS": 1, "MAX_TOKENS": 90})  # 4 bits are slow on a CPU
+    small |= {"STEPS": 1, "MAX_TOKENS": 90}  # 4 bits are slow on a CPU
+    notebook = run("03_qlora_on_one_gpu", tmp_path, **small)
     saved = {path.name for path in (tmp_path / "outputs/qlora").glob("adapter_*")}
     assert saved == {"adapter_config.json", "adapter_model.safetensors"}
     assert all(name in texts(notebook, "save_model") for name in saved)
@@ -120,7 +121,7 @@ def test_qlora_saves_an_adapter_that_loads(small, tmp_path):
 
 
 def test_three_names_lead_from_grpo_to_arpo(small, tmp_path):
-    notebook = run("04_from_grpo_to_arpo", tmp_path, **small | {"STEPS": 1})
+    notebook = run("04_from_grpo_to_arpo", tmp_path, **{**small, "STEPS": 1})
     lines = texts(notebook, "difflib").splitlines()
     assert [line for line in lines if line[0] == "-"][1:] == [
         "-from trl import GRPOConfig, GRPOTrainer",
