@@ -21,6 +21,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..prefix_tree import shared_prefixes
 
+_FREED = (torch.empty(0), torch.empty(0))
+
 # A forward of its own for what contexts share has to save more than it costs to launch
 _MIN_STEM = 16
 
@@ -163,8 +165,9 @@ class PrefixCache:
         self.lookups["prefix_cache_queries"] += sum(lengths)
         self.lookups["prefix_cache_hits"] += sum(lengths) - len(lengths)  # `generate` reads the last tokens
 
-        cache = self._gather(model, found, width - 1)
-        self._blocks = self._kept(model)  # frees the rest before the cache grows
+        kept = self._kept(model)
+        cache = self._gather(model, found, width - 1, release=True)
+        self._blocks = kept
         output = generate(input_ids=input_ids, past_key_values=cache, **arguments)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         end = cache.get_seq_length()  # the last token has been sampled but not read
@@ -219,19 +222,23 @@ class PrefixCache:
         self._blocks.append(Block(layers, [past - place.length for place in found], rows))
         self.lookups["prefix_cache_hits"] -= sum(map(len, rest))
 
-    def _gather(self, model: nn.Module, found: Sequence[Found], width: int) -> DynamicCache:
-        """A cache of `width` positions in which the known prefix of each row ends at the last position."""
+    def _gather(self, model: nn.Module, found: Sequence[Found], width: int, release: bool = False) -> DynamicCache:
+        """
+        A cache of `width` positions in which the known prefix of each row ends at the last position. With `release` each
+        layer of the blocks is freed once it is copied, so that memory never holds two caches.
+        """
         cache = DynamicCache(config=model.config.get_text_config())
-        places = torch.arange(width)
+        places = torch.arange(width, device=model.device)
         picks = []
         for index, block in enumerate(self._blocks):
             rows = [row for row, place in enumerate(found) if place.block == index]
             if rows:
-                sources = torch.tensor([found[row].row for row in rows])
-                ends = torch.tensor([block.starts[found[row].row] + found[row].length for row in rows])
+                sources = [found[row].row for row in rows]
+                ends = [block.starts[source] + found[row].length for source, row in zip(sources, rows, strict=True)]
+                rows, sources, ends = (torch.tensor(values, device=model.device) for values in (rows, sources, ends))
                 # What stands before a row's start is padding, so any position does
                 positions = (ends.unsqueeze(1) - width + places).clamp(min=0)
-                picks.append((block, torch.tensor(rows), sources.unsqueeze(1), positions))
+                picks.append((block, rows, sources.unsqueeze(1), positions))
         if not picks or not width:
             return cache
         for layer in range(len(picks[0][0].layers)):
@@ -243,4 +250,7 @@ class PrefixCache:
                     state[rows] = block.layers[layer][kind][sources, :, positions].transpose(1, 2)
                 states.append(state)
             cache.update(*states, layer)
+            if release:
+                for block in self._blocks:
+                    block.layers[layer] = _FREED
         return cache
