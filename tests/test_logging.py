@@ -161,6 +161,13 @@ def row(number: int, parent=None, fork_token=None, entropy=0.0, advantage=0.0) -
 def test_each_row_is_followed_by_its_forks_the_latest_nearest():
     rows = [row(0), row(1), row(2, 0, 60), row(3, 0, 90), row(4, 2, 80)]
     assert [lane["row"] for lane in picture._in_lanes(rows)] == [0, 3, 2, 4, 1]
+    assert [lane["row"] for lane in picture._in_lanes(rows[1:])] == [1, 2, 4, 3]  # row 0 was lost
+
+
+def test_rows_without_a_parent_or_a_score_are_drawn():
+    unscored = row(1, 0, 60, advantage=None)
+    unscored["rewards"] = {"right": None}
+    assert picture.draw_tree([unscored, row(2, advantage=float("nan"))]).startswith(b"\x89PNG")
 
 
 def test_colours_are_those_of_entropy_and_advantage():

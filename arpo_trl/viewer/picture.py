@@ -5,6 +5,7 @@ What it does not do: it shows no text and no tool calls, and its colours are sca
 """
 
 import io
+import math
 from collections import Counter
 
 from .records import Row
@@ -35,7 +36,7 @@ def draw_tree(rows: list[Row]) -> bytes:
     entropy_colours = ScalarMappable(
         Normalize(0.0, highest), LinearSegmentedColormap.from_list("entropy", [LOW, HIGH])
     )
-    largest = max((abs(row["advantage"]) for row in rows), default=0.0) or 1.0
+    largest = max(abs(_advantage(row)) for row in rows) or 1.0
     advantage_colours = ScalarMappable(
         Normalize(-largest, largest), LinearSegmentedColormap.from_list("advantage", [NEGATIVE, ZERO, POSITIVE])
     )
@@ -46,17 +47,17 @@ def draw_tree(rows: list[Row]) -> bytes:
     for row in rows:
         y, end = lanes[row["row"]], len(row["completion_ids"])
         start = row["fork_token"] or 0
-        if row["kind"] == "fork":
+        if row["parent"] in lanes:
             axes.plot([start, start], [lanes[row["parent"]], y], color=TOOL, linewidth=1, zorder=0)
         axes.plot([start, end], [y, y], color=TOOL, linewidth=2, linestyle=(0, (1.5, 1)))
         for segment in row["segments"]:
             if segment["start"] >= start:
                 span, colour = [segment["start"], segment["end"]], entropy_colours.to_rgba(segment["entropy"] or 0.0)
                 axes.plot(span, [y, y], color=colour, linewidth=7, solid_capstyle="butt")
-        axes.plot([end], [y], "o", color=advantage_colours.to_rgba(row["advantage"]), markeredgecolor="white")
+        axes.plot([end], [y], "o", color=advantage_colours.to_rgba(_advantage(row)), markeredgecolor="white")
         rewards = [value for value in row["rewards"].values() if value is not None]
         earned = f"{sum(rewards):.2f}" if rewards else "–"
-        axes.text(end + 0.012 * longest, y, f"{earned}  ({row['advantage']:+.2f})", va="center", fontsize=8)
+        axes.text(end + 0.012 * longest, y, f"{earned}  ({_advantage(row):+.2f})", va="center", fontsize=8)
 
     kinds = Counter(row["kind"] for row in rows)
     counts = f"initial {kinds['initial']}, forks {kinds['fork']}, supplements {kinds['supplement']}"
@@ -75,15 +76,22 @@ def draw_tree(rows: list[Row]) -> bytes:
 
 def _in_lanes(rows: list[Row]) -> list[Row]:
     """Each row followed by its forks, the latest nearest, so that no line to a fork crosses a row."""
+    present = {row["row"] for row in rows}  # a killed run may have lost a parent
     children: dict[int | None, list[Row]] = {}
     for row in rows:
-        children.setdefault(row["parent"], []).append(row)
+        children.setdefault(row["parent"] if row["parent"] in present else None, []).append(row)
 
     def below(row: Row) -> list[Row]:
         forks = sorted(children.get(row["row"], ()), key=lambda fork: -fork["fork_token"])
         return [row, *(later for fork in forks for later in below(fork))]
 
     return [later for root in children.get(None, ()) for later in below(root)]
+
+
+def _advantage(row: Row) -> float:
+    """The row's advantage; 0 where no reward function scored it."""
+    value = row["advantage"]
+    return 0.0 if value is None or math.isnan(value) else value
 
 
 def _label(row: Row) -> str:
