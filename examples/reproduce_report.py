@@ -341,7 +341,7 @@ def spike_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
         return sum(entropy["mean"][i] * entropy["tokens"][i] for i in places) / max(tokens, 1)
 
     start = entropy["before"]
-    before, after = mean(range(start)), mean(range(start, start + 6))
+    before, after = mean(range(start)), mean(range(start, min(start + 6, len(entropy["mean"]))))
     return after > before, f"{before:.3f} nats before a tool result, {after:.3f} after it, at the cold start."
 
 

@@ -1,0 +1,206 @@
+"""`make reproduce`: its arithmetic by hand, its verdicts, its page, and that the same seed gives the same curve."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import demo_world  # noqa: E402
+import reproduce  # noqa: E402
+import reproduce_report as report  # noqa: E402
+from reproduce import ARMS, COMMON, GRID, SEEDS  # noqa: E402
+
+from arpo_trl import ARPOConfig  # noqa: E402
+
+
+def made_up(world="easy", arm="arpo", seed=0, accuracies=(0.5, 0.7, 0.8), calls=10):
+    """A run of one step between two evaluations, each of which executes `calls` calls."""
+    steps = len(accuracies) - 1
+    step = {"calls_executed": calls, "calls_saved": 2, "tokens_sampled": 100, "cpu_seconds": 1.0}
+    step |= {"forks_after_call": {} if arm == "grpo" else {"1": 3, "2": 1}}
+    evaluations = [{"step": i, "answers": 1, "accuracy": value} for i, value in enumerate(accuracies)]
+    evaluations[-1] |= {f"pass@{k}": accuracies[-1] for k in (1, 3, 5)}
+    entropy = {"before": 2, "mean": [0.1, 0.1, 0.4, 0.2], "tokens": [20, 20, 20, 20]}
+    return {
+        "world": world,
+        "arm": arm,
+        "seed": seed,
+        "steps": [step] * steps,
+        "evaluations": evaluations,
+        "entropy_before": entropy,
+        "entropy_after": entropy,
+    }
+
+
+# Arithmetic
+
+
+def test_isotonic_pools_what_falls():
+    assert report.isotonic([1, 3, 2, 4], [1, 1, 1, 1]) == [1, 2.5, 2.5, 4]
+    assert report.isotonic([3, 2, 1], [1, 1, 2]) == pytest.approx([1.75] * 3)  # (3 + 2 + 2 · 1) / 4
+    assert report.isotonic([0.1, 0.2], [1, 5]) == [0.1, 0.2]
+
+
+def test_first_reach_reads_between_the_points():
+    assert report.first_reach([0, 10, 20], [0.5, 0.7, 0.8], 0.6) == pytest.approx(5)
+    assert report.first_reach([0, 10, 20], [0.5, 0.7, 0.8], 0.8) == 20
+    assert report.first_reach([0, 10, 20], [0.5, 0.8, 0.8], 0.8) == 10  # the start of the plateau
+    assert report.first_reach([0, 10], [0.5, 0.7], 0.71) == math.inf
+
+
+def test_cost_ratio_by_hand():
+    grpo = made_up(arm="grpo", accuracies=(0.5, 0.6, 0.8), calls=20)  # 0.8 after 40 calls
+    arpo = made_up(accuracies=(0.5, 0.8, 0.8), calls=10)  # 0.8 after 10
+    assert report.cost_ratio(arpo, grpo, "calls_executed") == pytest.approx(10 / 40)
+    assert report.cost_ratio(grpo, grpo, "calls_executed") == 1
+    # half of GRPO's gain is 0.65: GRPO has it after 20 + 20 · 0.05 / 0.2 = 25 calls, ARPO after 10 · 0.15 / 0.3 = 5
+    assert report.cost_ratio(arpo, grpo, "calls_executed", 0.5) == pytest.approx(5 / 25)
+    assert report.cost_ratio(made_up(accuracies=(0.5, 0.6, 0.7)), grpo, "calls_executed") == math.inf
+
+
+def test_a_median_of_many_that_never_arrive_is_infinite():
+    assert report.median([0.4, math.inf, 0.5]) == 0.5
+    assert report.median([0.4, math.inf, math.inf]) == math.inf
+    assert report.median([0.4, math.inf]) == math.inf
+
+
+def test_an_interval_holds_its_value_and_repeats():
+    estimate = report.estimate([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert estimate["value"] == pytest.approx(0.3)
+    assert 0.1 <= estimate["low"] < 0.3 < estimate["high"] <= 0.5
+    assert estimate == report.estimate([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+# Verdicts
+
+
+def runs_of(*runs) -> report.Runs:
+    collected = report.Runs()
+    for run in runs:
+        collected.setdefault((run["world"], run["arm"]), {})[run["seed"]] = run
+    return collected
+
+
+def test_half_of_the_calls_is_decided_by_median_and_interval():
+    base = [made_up(arm="grpo", seed=seed, accuracies=(0.5, 0.6, 0.8), calls=20) for seed in range(3)]
+    fast = [made_up(seed=seed, accuracies=(0.5, 0.8, 0.8)) for seed in range(3)]
+    assert report.calls_claim(runs_of(*base, *fast), "easy", "arpo")[0] is True
+    # one seed that never arrives leaves the median at a quarter, but the interval reaches infinity
+    slow = made_up(seed=2, accuracies=(0.5, 0.6, 0.6))
+    assert report.calls_claim(runs_of(*base, *fast[:2], slow), "easy", "arpo")[0] is False
+    assert report.calls_claim(runs_of(*base), "easy", "arpo")[0] is None
+
+
+def test_entropy_has_to_beat_the_control():
+    entropy = [made_up(seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
+    same = [made_up(arm="random", seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
+    worse = [made_up(arm="random", seed=seed, accuracies=(0.5, 0.6, 0.7)) for seed in range(3)]
+    assert report.entropy_claim(runs_of(*entropy, *same), "easy")[0] is False
+    assert report.entropy_claim(runs_of(*entropy, *worse), "easy")[0] is True
+
+
+# The page
+
+
+def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for seed in range(2):
+        for run in (made_up(arm="grpo", seed=seed), made_up(seed=seed, accuracies=(0.5, 0.6, 0.7))):
+            (tmp_path / "runs" / f"{run['arm']}-{seed}.json").write_text(json.dumps(run))
+    grid = [("easy", "grpo", (0, 1)), ("easy", "arpo", (0, 1, 2)), ("easy", "random", (0,))]
+    page = report.write(tmp_path, grid, tmp_path / "docs").read_text()
+    assert "4 of the grid's 6 runs are in" in page
+    assert "easy arpo (seeds 2); easy random (seeds 0)" in page
+    assert "**Does not hold.** ARPO reaches GRPO's accuracy with at most half of the calls." in page
+    assert "**Does not hold.** ARPO ends at or above GRPO. Difference in points: -10.0" in page
+    assert "**Not run.** Branching by entropy beats branching at random." in page
+    for name in report.FIGURES:
+        assert (tmp_path / "docs" / "results" / f"{name}.png").stat().st_size > 1000
+        assert f"results/{name}.png" in page
+    numbers = json.loads((tmp_path / "docs" / "results" / "numbers.json").read_text())
+    assert numbers["easy"]["arpo"]["calls"]["value"] is None  # never reached
+    assert numbers["easy"]["arpo"]["difference"]["value"] == pytest.approx(-0.1)
+
+
+def test_without_runs_it_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match="make reproduce"):
+        report.write(tmp_path, GRID, tmp_path / "docs")
+
+
+# The grid
+
+
+def test_every_arm_can_be_configured_and_has_the_same_group(tmp_path):
+    for arm, own in ARMS.items():
+        args = ARPOConfig(str(tmp_path), **{**COMMON, **own}, **reproduce.CPU, max_steps=1)
+        assert args.num_generations == 16, arm
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64, arm
+        assert args.steps_per_generation == args.gradient_accumulation_steps, arm
+
+
+def test_the_main_comparison_has_five_seeds_in_both_worlds():
+    seeds = {}
+    for world, arm, own in GRID:
+        assert arm in ARMS
+        seeds.setdefault((world, arm), set()).update(own)
+    for world in ("easy", "hard"):
+        for arm in ("grpo", "arpo", "random"):
+            assert seeds[world, arm] == set(SEEDS) and len(SEEDS) >= 5
+
+
+def test_the_tool_runs_sums_and_differences_only():
+    assert reproduce.python("print(1999-1942)") == "57"
+    assert reproduce.python("print(-3+1942)") == "1939"
+    with pytest.raises(ValueError, match="only print"):
+        reproduce.python("print(open('x'))")
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A folder with a cold start that has seen little, in a world with few demonstrations."""
+    directory = tmp_path_factory.mktemp("reproduce")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo_world.SPLITS, "cold_start", 400)
+        reproduce.cold_start("easy", directory, steps=60, questions=2)
+    return directory
+
+
+def without_times(run: dict) -> dict:
+    run["steps"] = [{k: v for k, v in step.items() if not k.endswith("_seconds")} for step in run["steps"]]
+    return run
+
+
+def test_the_same_seed_gives_the_same_curve(started, monkeypatch):
+    small = {"num_generations": 8, "num_initial_generations": 4, "per_device_train_batch_size": 8}
+    for name, value in (small | {"gradient_accumulation_steps": 1, "max_completion_length": 60}).items():
+        monkeypatch.setitem(COMMON, name, value)
+
+    def train(seed):
+        path = reproduce.run("easy", "arpo", seed, started, steps=2, questions=2)
+        run = without_times(json.loads(path.read_text()))
+        path.unlink()
+        return run
+
+    first = train(0)
+    assert first == train(0)  # every reward, norm of a gradient, entropy and count, to the last bit
+    other = train(1)
+    assert [step["grad_norm"] for step in first["steps"]] != [step["grad_norm"] for step in other["steps"]]
+    assert sum(step["calls_executed"] for step in first["steps"]) > 0
+    assert [entry["step"] for entry in first["evaluations"]] == [0, 2]
+
+
+def test_what_is_finished_is_not_run_again(started, monkeypatch):
+    path = started / "runs" / "easy-arpo-7.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("done")
+    monkeypatch.setattr(reproduce, "load", lambda world: pytest.fail("it ran again"))
+    assert reproduce.run("easy", "arpo", 7, started) == path
+    assert reproduce.cold_start("easy", started) == started / "cold_start" / "easy"
+    assert path.read_text() == "done"
