@@ -1,6 +1,6 @@
 """
-How the training side grows: the prefix tree up to 64 groups of 16 rows of 8k tokens, and a training step as the group
-(M), the nesting of forks, the tool rounds and the length of a segment double, one at a time.
+How things grow: the prefix tree up to 64 groups of 16 rows of 8k tokens, a training step as the group (M), the nesting
+of forks, the tool rounds and the length of a segment double, one at a time, and the generation of a rollout likewise.
 
     python benchmarks/scaling.py --json outputs/scaling.json
     python benchmarks/scaling.py --only tree
@@ -8,7 +8,7 @@ How the training side grows: the prefix tree up to 64 groups of 16 rows of 8k to
 A column is followed by its growth at each doubling as an exponent: 1 is linear, 2 is quadratic. Times are CPU seconds,
 which other work on the machine disturbs least; memory is the peak of the resident set beyond that of the loaded model.
 
-Not covered: rollouts and tools.
+Not covered: tools, and what vLLM does.
 """
 
 import argparse
@@ -20,9 +20,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from prefix_sharing import PROMPT, VOCABULARY, build_model, grow, peak_resident_mib, step
+from transformers import GenerationConfig
 
 from arpo_trl.prefix_tree import Cost, pack, shared_prefixes
+from arpo_trl.rollout.prefix_cache import PrefixCache
 
 DISTINCT = Cost(token=1, pair=0, call=0)
 BASE = {"rows": 16, "chain": 2, "rounds": 2, "segment": 64}
@@ -105,6 +108,50 @@ def step_table(name: str, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
+def print_rollout(side: str, rows: int, rounds: int, segment: int) -> None:
+    """Sample `rounds + 1` segments for each row of a group, with a result of 64 tokens after each."""
+    model = build_model(argparse.Namespace(hidden=256, layers=2, device="cpu")).eval()
+    cache = PrefixCache()
+
+    def sample(contexts: list[list[int]], tokens: int) -> list[list[int]]:
+        width = max(map(len, contexts))
+        inputs = {
+            "input_ids": torch.tensor([[0] * (width - len(ids)) + ids for ids in contexts]),
+            "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in contexts]),
+            "generation_config": GenerationConfig(do_sample=True, max_new_tokens=tokens, pad_token_id=0),
+        }
+        output = model.generate(**inputs) if side == "plain" else cache.generate(model, model.generate, **inputs)
+        return output[:, width:].tolist()
+
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(VOCABULARY, size=PROMPT).tolist()] * rows
+    with torch.no_grad():
+        model.generate(torch.zeros(1, 4, dtype=torch.long), max_new_tokens=2, pad_token_id=0)  # warms up
+        before, start = peak_resident_mib(), time.process_time()
+        for _ in range(rounds + 1):
+            results = rng.integers(VOCABULARY, size=(rows, 64)).tolist()
+            sampled = sample(contexts, segment)
+            contexts = [ids + new + result for ids, new, result in zip(contexts, sampled, results, strict=True)]
+        seconds, peak = time.process_time() - start, peak_resident_mib() - before
+    print(json.dumps({"cpu_seconds": seconds, "peak_mib": peak}))
+
+
+def rollout_table(name: str) -> list[dict]:
+    lines = []
+    for factor in (1, 2, 4):
+        shape = {"rows": 8, "rounds": 2, "segment": 32}
+        shape[name] *= factor
+        line = shape | {"sampled_tokens": shape["rows"] * (shape["rounds"] + 1) * shape["segment"]}
+        for side in ("plain", "cached"):
+            options = [str(value) for value in shape.values()]
+            command = [sys.executable, __file__, "--rollout-of", side, *options]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True)
+            taken = json.loads(answer.stdout.splitlines()[-1])
+            line |= {f"{side}: {key}": value for key, value in taken.items()}
+        lines.append(line)
+    return lines
+
+
 def print_table(title: str, lines: list[dict], columns: list[str], compare: str | None = None) -> None:
     print(f"\n{title}\n" + "".join(f"{column:>25}" for column in columns))
     before = None
@@ -121,21 +168,31 @@ def print_table(title: str, lines: list[dict], columns: list[str], compare: str 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["tree", "step"])
+    parser.add_argument("--only", choices=["tree", "step", "rollout"])
     parser.add_argument("--micro-batch", type=int, default=0, help="rows of a micro-batch; 0 is the whole group")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--step-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--rollout-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rollout_of:
+        side, *numbers = args.rollout_of
+        return print_rollout(side, *map(int, numbers))
     if args.step_of:
         side, *shape = args.step_of
         return print_step(side, [int(value) for value in shape], args.micro_batch)
     tables = {}
-    if args.only != "step":
+    if args.only in (None, "tree"):
         tables["tree"] = tree_table()
         columns = ["groups", "length", "tokens", "packed_tokens", "cpu_seconds_to_sort", "cpu_seconds"]
         print_table("Prefix tree: length doubles", tables["tree"][:4], columns, "groups")
         print_table("Prefix tree: groups double", tables["tree"][4:], columns, "length")
-    if args.only != "tree":
+    if args.only in (None, "rollout"):
+        for name in ("rows", "rounds", "segment"):
+            tables[f"rollout: {name}"] = rollout_table(name)
+            columns = [name, "sampled_tokens"]
+            columns += [f"{side}: {key}" for side in ("plain", "cached") for key in ("cpu_seconds", "peak_mib")]
+            print_table(f"Rollout: {DOUBLED[name]} doubles", tables[f"rollout: {name}"], columns, name)
+    if args.only in (None, "step"):
         for name, title in DOUBLED.items():
             tables[name] = step_table(name, args)
             columns = [name, "row_tokens", "packed_tokens", "pairs"]
