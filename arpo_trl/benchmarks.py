@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet
 from datasets import Audio, Dataset, Image, load_dataset
 
 from .data import CHAT_SYSTEM_PROMPT
@@ -336,7 +337,7 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a .jsonl, .json (a list of objects, or JSON lines), .parquet or .csv file."""
     if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+        return pyarrow.parquet.read_table(path).to_pylist()
     if path.suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))

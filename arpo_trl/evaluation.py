@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 from trl.data_utils import is_conversational
 
-from .protocols import ChatTemplateProtocol, TagsProtocol
+from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
 from .rewards.completions import final_answers
 from .rewards.judge import last_user_text
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
@@ -97,7 +97,8 @@ class Agent:
             context=context,
             tool_turns=max_tool_calling_iterations if max_tool_calling_iterations is not None else 2**31,
         )
-        self.chat_template = None
+        self.chat_template: str | None = None
+        self.protocol: ToolProtocol
         if tool_protocol == "tags":
             self.protocol = TagsProtocol(tokenizer, list(self.tools))
         else:
@@ -106,7 +107,7 @@ class Agent:
                 if not is_chat_template_prefix_preserving(tokenizer):
                     self.chat_template = get_training_chat_template(tokenizer)
             # The one piece of TRL's trainer that renders results into tokens needs nothing but these
-            renderer = SimpleNamespace(
+            renderer: Any = SimpleNamespace(
                 processing_class=tokenizer,
                 _tokenizer=tokenizer,
                 _is_vlm=False,
@@ -265,6 +266,7 @@ def evaluate(
     done = {} if path is None else _resume(path, rows, num_generations, fill_scores)
     todo = [index for index in range(len(rows)) if index not in done]
     step = max(1, agent.batch_size // num_generations)
+    verdicts = [record["correct"] for group in done.values() for record in group if record["correct"] is not None]
     with tqdm(total=len(rows), initial=len(done), desc=description, unit=" questions") as bar:
         for start in range(0, len(todo), step):
             batch = todo[start : start + step]
@@ -281,8 +283,8 @@ def evaluate(
             for index in batch:
                 done[index] = [record for record in records if record["prompt_index"] == index]
             bar.update(len(batch))
-            right = [record["correct"] for group in done.values() for record in group if record["correct"] is not None]
-            bar.set_postfix_str(f"{sum(right) / len(right):.1%} right" if right else "")
+            verdicts += [record["correct"] for record in records if record["correct"] is not None]
+            bar.set_postfix_str(f"{sum(verdicts) / len(verdicts):.1%} right" if verdicts else "")
     return [_question(index, done[index]) for index in range(len(rows))]
 
 

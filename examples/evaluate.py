@@ -55,8 +55,8 @@ class EvaluationArguments(SamplingArguments):
     system_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "System prompt of the benchmarks, or a file that holds it: what the model was trained with. Empty for "
-            "none."
+            "help": "System prompt of the benchmarks, or a .txt file that holds it: what the model was trained with. "
+            "Empty for none."
         },
     )
     judge_base_url: str | None = field(
@@ -94,30 +94,37 @@ class Task(NamedTuple):
 
 def main(args: EvaluationArguments) -> dict[str, dict]:
     output_dir = Path(args.output_dir)
-    results = open_results(args, output_dir)
-    tasks = load_tasks(args, output_dir)  # before the model: a missing file shows at once
+    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
+    check_settings(settings, output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tasks = load_tasks(args)  # before the model: a missing file shows at once
     agent = load_agent(args, args.tool_protocol)
     agent.tokenizer.save_pretrained(output_dir)  # with which the viewer decodes
+    (output_dir / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    results_path = output_dir / "results.json"
+    results = json.loads(results_path.read_text(encoding="utf-8"))["benchmarks"] if results_path.exists() else {}
     for name, task in tasks.items():
         path = output_dir / "records" / f"{name}.jsonl"
         records = evaluate(agent, task.rows, task.score, args.num_generations, path, task.correct, task.title)
         ks = args.pass_at or range(1, args.num_generations + 1)
         results[name] = {"title": task.title, "metric": task.score.__name__, **summarize(records, ks)}
-        write_results(results, args, output_dir)
+        write_results(results, args.model_name_or_path, output_dir)
     agent.close()
     print((output_dir / "results.md").read_text(encoding="utf-8"))
     return results
 
 
-def load_tasks(args: EvaluationArguments, output_dir: Path) -> dict[str, Task]:
+def load_tasks(args: EvaluationArguments) -> dict[str, Task]:
     """By name, what `args` asks for."""
     judge = None
     if args.judge_base_url and args.judge_model:
-        judge = make_judge_reward(args.judge_base_url, args.judge_model, cache_path=output_dir / "verdicts.sqlite")
+        judge = make_judge_reward(
+            args.judge_base_url, args.judge_model, cache_path=Path(args.output_dir) / "verdicts.sqlite"
+        )
     prompt = args.system_prompt
     if prompt is None:
         prompt = system_prompt(args.tool_protocol, [name.rpartition(".")[2] for name in args.tools])
-    elif Path(prompt[:250]).is_file():
+    elif prompt.endswith(".txt"):
         prompt = Path(prompt).read_text(encoding="utf-8").strip()
     tasks = {}
     for entry in args.benchmarks:
@@ -137,30 +144,20 @@ def load_tasks(args: EvaluationArguments, output_dir: Path) -> dict[str, Task]:
     return tasks
 
 
-def open_results(args: EvaluationArguments, output_dir: Path) -> dict[str, dict]:
-    """What `output_dir` holds already. Records of another model or with other settings are not mixed with these."""
-    settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
+def check_settings(settings: dict[str, Any], output_dir: Path) -> None:
+    """Records of another model or with other settings are not mixed with these."""
     path = output_dir / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if name in before and before[name] != settings[name]]
-        if changed:
-            told = ", ".join(f"`--{name}` was {before[name]!r} and is {settings[name]!r}" for name in changed)
-            raise ValueError(
-                f"{output_dir} holds an evaluation with other settings: {told}. Give another `--output_dir`."
-            )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    results = output_dir / "results.json"
-    return json.loads(results.read_text(encoding="utf-8"))["benchmarks"] if results.exists() else {}
+    if not path.exists() or not (output_dir / "records").exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if name in before and before[name] != settings[name]]
+    if changed:
+        told = ", ".join(f"`--{name}` was {before[name]!r} and is {settings[name]!r}" for name in changed)
+        raise ValueError(f"{output_dir} holds an evaluation with other settings: {told}. Give another `--output_dir`.")
 
 
-def write_results(results: dict[str, dict], args: EvaluationArguments, output_dir: Path) -> None:
-    document = {
-        "model": args.model_name_or_path,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "benchmarks": results,
-    }
+def write_results(results: dict[str, dict], model: str, output_dir: Path) -> None:
+    document = {"model": model, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "benchmarks": results}
     (output_dir / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     (output_dir / "results.md").write_text(markdown_table(results), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is not None:

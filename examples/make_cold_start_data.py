@@ -19,7 +19,7 @@ Every question's samples go to `<output_path>.samples.jsonl` as soon as they are
 where it stopped. `--output_path` is written at the end, in TRL's conversational format: `messages`, and for the chat
 template `tools`.
 
-Does NOT sample with vLLM, and does NOT look at how a right answer was found: a lucky guess is kept.
+Does NOT look at how a right answer was found: a lucky guess is kept.
 """
 
 import json

@@ -19,7 +19,7 @@ import tiny
 import torch
 from loopback import Loopback, http
 from scripted import END, PROMPT, ScriptedModel, character_tokenizer, plan
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from viewer_samples import open_browser
 
 from arpo_trl.evaluation import Agent, bootstrap_interval, evaluate, pass_at_k, summarize
@@ -108,6 +108,18 @@ def test_a_line_is_a_rollout_record_and_more(tmp_path):
     text = agent.tokenizer.decode(records[0]["completion_ids"])
     assert text == "A<s>q</s><result>found q</result>yes" + END
     assert records[0]["tool_mask"] == [int(not 9 <= i < 33) for i in range(len(records[0]["completion_ids"]))]
+
+
+def test_a_question_may_take_several_batches(tmp_path):
+    agent = scripted_agent([plan("A<s>q</s>yes"), plan("Bno")], batch_size=2)
+    evaluate(agent, [{"prompt": PROMPT, "answer": "yes"}] * 2, score, num_generations=3, records_path=tmp_path / "a")
+    records = lines(tmp_path / "a")
+    assert agent.model.batches == [2, 1, 1, 1] * 2  # two rows, the first after its call; one row, after its call
+    assert [(record["prompt_index"], record["row"]) for record in records] == [
+        (i, j) for i in (0, 1) for j in range(3)
+    ]
+    assert [record["score"] for record in records] == [1.0, 0.0, 1.0] * 2
+    agent.close()
 
 
 def test_an_interrupted_evaluation_goes_on(tmp_path):
@@ -388,7 +400,8 @@ def settings_of(agent_dirs, tmp_path):
 
 def test_several_benchmarks_in_one_command(script, agent_dirs, tmp_path):
     counts = write_benchmarks(tmp_path / "data")
-    settings = settings_of(agent_dirs, tmp_path)
+    (tmp_path / "prompt.txt").write_text("Add.\n")
+    settings = settings_of(agent_dirs, tmp_path) | {"system_prompt": str(tmp_path / "prompt.txt")}
     results = script.main(script.EvaluationArguments(**settings))
 
     out = tmp_path / "out"
@@ -407,6 +420,9 @@ def test_several_benchmarks_in_one_command(script, agent_dirs, tmp_path):
         *(["| GSM8K", "6", "math"], ["| AIME25", "4", "math"], ["| HotpotQA", "5", "token f1"]),
     ]
     assert all(row.count("|") == header.count("|") for row in table)
+    assert (out / "results.png").stat().st_size > 1000
+    first = lines(out / "records" / "gsm8k.jsonl")[0]
+    assert "system\nAdd.<|im_end|>" in AutoTokenizer.from_pretrained(out).decode(first["prompt_ids"])
 
     # more questions or benchmarks later join what is there; other settings do not
     again = script.main(script.EvaluationArguments(**settings | {"benchmarks": ["aime25"], "batch_size": 2}))
@@ -438,6 +454,7 @@ def test_bad_arguments_are_told_before_anything_is_loaded(script, tmp_path):
     args = script.EvaluationArguments(benchmarks=["gsm9k"], model_name_or_path="none", output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="There is no benchmark 'gsm9k'"):
         script.main(args)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_judge_that_dies_costs_no_completion(script, agent_dirs, tmp_path):

@@ -9,7 +9,8 @@ In a notebook:
 
 The page shows the tree of each group (trajectories as branches along a token axis, forks where they happened, entropy
 as colour and thickness, rewards at the leaves), the text and the tool calls of every segment, metrics over the steps,
-and two trajectories side by side.
+and two trajectories side by side. Of an evaluation (examples/evaluate.py) it shows the benchmarks as steps and the
+questions as groups, with the accepted answers and what was answered.
 
 What it does not do:
 

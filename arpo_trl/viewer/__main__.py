@@ -11,7 +11,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m arpo_trl.viewer", description="Make one self-contained HTML page from a run's rollout records."
     )
-    parser.add_argument("run_dir", type=Path, help="output_dir of a run with log_rollouts=True")
+    parser.add_argument(
+        "run_dir", type=Path, help="output_dir of a run with log_rollouts=True, or of examples/evaluate.py"
+    )
     parser.add_argument("-o", "--output", type=Path, help="page to write (default: <run dir>/report.html)")
     parser.add_argument("--tokenizer", help="tokenizer to decode with (default: the one saved in the run dir)")
     parser.add_argument(

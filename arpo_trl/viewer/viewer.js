@@ -427,7 +427,7 @@ function drawChart() {
       svg("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, number(value)),
     ]),
     ...ticks(...steps, ticksFor(right - LEFT)).filter(Number.isInteger).map((step) =>
-      svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": anchor(step) }, isEvaluation() ? stepName(step) : step)),
+      svg("text", { x: x(step), y: HEIGHT - 4, "text-anchor": anchor(step) }, isEvaluation() ? stepName(step).split(" ")[0] : step)),
     svg("line", { class: "now", x1: x(state.step), x2: x(state.step), y1: TOP, y2: BOTTOM }),
     svg("path", { class: "curve", d: curve.join("") }),
     ...present.filter((point) => present.length <= 120 || isNow(point)).map(dot),
@@ -508,7 +508,7 @@ function offerFilters() {
   const names = unique(rows.flatMap((row) => Object.keys(row.rewards)));
   const tools = unique(rows.flatMap((row) => row.calls.map((call) => call.name))).sort();
   const offered = {
-    reward: [...(names.length > 1 ? [["", "sum of all"]] : []), ...names.map((name) => [name])],
+    reward: [...(names.length > 1 && !isEvaluation() ? [["", "sum of all"]] : []), ...names.map((name) => [name])],
     tool: [
       ["any"], ["none", "none called"], ["failed", "a call failed"], ...tools.map((name) => [`tool ${name}`, name]),
     ],
