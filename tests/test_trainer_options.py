@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+from pathlib import Path
 
+import pandas
 import pytest
 import tiny
 import torch
@@ -63,6 +65,7 @@ def check(trainer, tmp_path, groups):
     assert rows == [0, 1, 2, 3] * groups
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses and all(torch.isfinite(torch.tensor(loss)) for loss in losses)
+    assert any(log["grad_norm"] > 0 for log in trainer.state.log_history if "loss" in log)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"])
@@ -75,31 +78,128 @@ def test_loss_types(agent_dirs, tokenizer, tmp_path, loss_type, attribution):
     check(trainer, tmp_path, groups=2)
 
 
+def logged(trainer, name):
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
+def generated_at(*steps):
+    """The global steps at which new groups were sampled."""
+    return lambda trainer, rows: [row["step"] for row in rows[::4]] == [step for step in steps for _ in range(2)]
+
+
+def drifts_from_the_reference(trainer, rows):
+    first, second = logged(trainer, "kl")
+    return abs(first) < 1e-5 and second > 1e-5
+
+
+def scaled_over_the_batch(trainer, rows):
+    """The advantage is the reward less the mean of its group, over the deviation of the whole batch."""
+    for step in (0, 1):
+        groups = [rows[first : first + 4] for first in range(0, len(rows), 4) if rows[first]["step"] == step]
+        rewards = torch.tensor([[row["rewards"]["reward"] for row in group] for group in groups])
+        wanted = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)
+        assert torch.allclose(
+            wanted, torch.tensor([[row["advantage"] for row in group] for group in groups]), atol=1e-4
+        )
+    return True
+
+
+def a_table_of_each_step(trainer, rows):
+    tables = sorted((Path(trainer.args.output_dir) / "completions").glob("*.parquet"))
+    return [len(pandas.read_parquet(table)) for table in tables] == [8, 8]
+
+
+def every_result_forks_twice_while_there_is_room(trainer, rows):
+    return all(row["kind"] != "initial" for row in rows[2::4] + rows[3::4]) and any(
+        segment["forks"] == 2 for row in rows for segment in row["segments"]
+    )
+
+
 @pytest.mark.parametrize(
-    "settings, groups",
+    "settings, groups, shows",
     [
-        ({"num_iterations": 2}, 2),
-        ({"steps_per_generation": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, 2),
-        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 8),
-        ({"beta": 0.1}, 4),
-        ({"importance_sampling_level": "sequence", "loss_type": "grpo"}, 4),
-        ({"mask_truncated_completions": True}, 4),
-        ({"scale_rewards": "batch"}, 4),
-        ({"top_entropy_quantile": 0.5}, 4),
-        ({"entropy_coef": 0.01}, 4),
-        ({"log_completions": True}, 4),
-        ({"prefix_sharing": False}, 4),
-        ({"branch_rule": "random", "branch_factor": 2}, 4),
-        ({"gradient_checkpointing": False, "repetition_penalty": 1.1, "top_p": 0.9, "top_k": 20, "min_p": 0.01}, 4),
+        ({"num_iterations": 2}, 2, generated_at(0)),
+        (
+            {"steps_per_generation": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+            2,
+            generated_at(0),
+        ),
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 8, generated_at(0, 0, 1, 1)),
+        ({"beta": 0.1}, 4, drifts_from_the_reference),
+        ({"scale_rewards": "batch"}, 4, scaled_over_the_batch),
+        ({"top_entropy_quantile": 0.5}, 4, generated_at(0, 1)),
+        ({"entropy_coef": 0.01}, 4, generated_at(0, 1)),
+        ({"log_completions": True}, 4, a_table_of_each_step),
+        ({"prefix_sharing": False}, 4, generated_at(0, 1)),
+        (
+            {"branch_rule": "random", "branch_factor": 2, "branch_probability": 1.0},
+            4,
+            every_result_forks_twice_while_there_is_room,
+        ),
+        (
+            {"gradient_checkpointing": False, "repetition_penalty": 1.1, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+            4,
+            generated_at(0, 1),
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_options(agent_dirs, tokenizer, tmp_path, settings, groups):
+def test_options(agent_dirs, tokenizer, tmp_path, settings, groups, shows):
     trainer = build(agent_dirs, tokenizer, tmp_path, **settings)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.train()
     check(trainer, tmp_path, groups)
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    assert shows(trainer, records(tmp_path))
+
+
+def test_importance_sampling_levels_differ(agent_dirs, tokenizer, tmp_path):
+    """In the second pass over a batch the ratio is no longer 1, and each level weighs it in its own way."""
+    weights = []
+    for level in ("token", "sequence"):
+        trainer = build(
+            agent_dirs,
+            tokenizer,
+            tmp_path / level,
+            importance_sampling_level=level,
+            loss_type="grpo",
+            num_iterations=2,
+            branch_rule="random",
+            branch_probability=1.0,
+        )
+        trainer.train()
+        check(trainer, tmp_path / level, groups=2)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    ids = [[row["completion_ids"] for row in records(tmp_path / level)] for level in ("token", "sequence")]
+    assert ids[0] == ids[1] and any(row["kind"] == "fork" for row in records(tmp_path / "token"))
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_truncated_completions_bear_no_loss_where_they_are_masked(agent_dirs, tokenizer, tmp_path, masked):
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        mask_truncated_completions=masked,
+        max_completion_length=62,  # one call and an answer fit, two calls do not
+        branch_rule="random",
+        branch_probability=1.0,
+        max_steps=1,
+    )
+    tokens, compute_loss = [], trainer._compute_loss
+
+    def spy(model, inputs):
+        tokens.append(int((inputs["completion_mask"] * inputs["tool_mask"]).sum()))
+        return compute_loss(model, inputs)
+
+    trainer._compute_loss = spy
+    trainer.train()
+    rows = records(tmp_path)
+    check(trainer, tmp_path, groups=2)
+    cut = [row for row in rows if row["completion_ids"][-1] != tokenizer.eos_token_id]
+    assert 0 < len(cut) < len(rows) and all(row["truncated"] for row in cut)
+    assert sum(tokens) == sum(sum(row["tool_mask"]) for row in rows if not masked or row not in cut)
 
 
 def test_forks_happen_in_these_tests(agent_dirs, tokenizer, tmp_path):
@@ -129,7 +229,7 @@ def test_evaluation_never_branches(agent_dirs, tokenizer, tmp_path):
     assert {record["step"] for record in records(tmp_path)} == {0, 1}, "only training rollouts are recorded"
 
 
-def test_async_tools_and_several_calls_in_one_turn(agent_dirs, tokenizer, tmp_path):
+def test_async_tools(agent_dirs, tokenizer, tmp_path):
     running, most = [0], [0]
 
     async def add(a: int, b: int) -> int:
