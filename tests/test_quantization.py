@@ -20,7 +20,7 @@ FOUR_BITS = BitsAndBytesConfig(
 ADAPTER = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def qlora(checkpoint, tokenizer, folder, **settings) -> ARPOTrainer:
+def qlora(checkpoint, tokenizer, folder, quantization_config=FOUR_BITS, **settings) -> ARPOTrainer:
     return ARPOTrainer(
         model=checkpoint,
         args=ARPOConfig(
@@ -50,7 +50,7 @@ def qlora(checkpoint, tokenizer, folder, **settings) -> ARPOTrainer:
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
         tools=[tiny.add],
-        quantization_config=FOUR_BITS,
+        quantization_config=quantization_config,
         peft_config=ADAPTER,
     )
 
@@ -105,9 +105,18 @@ def test_only_the_adapter_changes(trained):
     assert not any(torch.equal(value, adapter_after[name]) for name, value in adapter_before.items())
 
 
-def test_the_rollout_samples_from_the_adapted_policy(agent_dirs, tokenizer, tmp_path):
+@pytest.mark.parametrize("quantization_config", [FOUR_BITS, None], ids=["QLoRA", "LoRA"])
+def test_the_rollout_samples_from_the_adapted_policy(agent_dirs, tokenizer, tmp_path, quantization_config):
     """At a temperature near 0 every sampled token is the argmax of the adapted model, and often not of the base's."""
-    trainer = qlora(agent_dirs["chat_template"], tokenizer, tmp_path, temperature=1e-3, learning_rate=0.0, max_steps=1)
+    trainer = qlora(
+        agent_dirs["chat_template"],
+        tokenizer,
+        tmp_path,
+        quantization_config,
+        temperature=1e-3,
+        learning_rate=0.0,
+        max_steps=1,
+    )
     disturb(trainer.model, 0.1)
     trainer.train()
     model = trainer.model.eval()
