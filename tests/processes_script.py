@@ -123,6 +123,20 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
 
         settings = {"num_generations": 4, "num_initial_generations": 2, "per_device_train_batch_size": 2}
         return scripted(folder, [plan("A<s>q</s>c")], tool=s, tool_timeout=1.0, max_steps=2, **settings)
+    if name == "eager":  # tools that take their time on process 1 alone, a group each
+
+        def s(query: str) -> str:
+            """
+            Search.
+
+            Args:
+                query: What to look for.
+            """
+            time.sleep(0.3 * rank)
+            return "found"
+
+        settings = {"num_generations": 4, "num_initial_generations": 2, "per_device_train_batch_size": 4}
+        return scripted(folder, [plan("A<s>q</s><s>q</s>c")], tool=s, rollout_schedule="eager", max_steps=2, **settings)
     if name == "agent-whole":
         return agent(folder, checkpoint, max_steps=2, learning_rate=1e-3)
     if name == "agent-split":

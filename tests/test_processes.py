@@ -64,7 +64,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(agent_dirs, tmp_path_factory):
-    names = "split,uneven,hang,agent-whole,agent-split,agent-shared,agent-stock"
+    names = "split,uneven,hang,eager,agent-whole,agent-split,agent-shared,agent-stock"
     return launch("multi_gpu.yaml", names, tmp_path_factory.mktemp("ddp"), agent_dirs["chat_template"])
 
 
@@ -107,6 +107,18 @@ def test_a_tool_that_hangs_on_one_process(runs):
         assert all("gave no answer within 1 s" in call["error"] for record in there for call in record["tool_calls"])
     assert [log["tools/s/failures"] for log in run.logs] == [2, 2]
     assert all(log["tools/s/seconds_max"] >= 1 for log in run.logs), "the maximum is over both"
+
+
+def test_the_eager_schedule_on_two_processes(runs):
+    run = runs["eager"]
+    for step in (0, 1):
+        for rank in (0, 1):
+            records = run.records(rank, step)
+            assert [record["row"] for record in records] == [0, 1, 2, 3]
+            assert all([call["result"] for call in record["tool_calls"]] == ["found"] * 2 for record in records)
+    # A row that waits for its tool does not hold up the other process, which takes part in every wave all the same
+    assert len(run.facts[0]["batches"]) == len(run.facts[1]["batches"])
+    assert torch.equal(*run.weights)
 
 
 @pytest.mark.parametrize("name", ["split", "uneven", "hang", "agent-whole", "agent-split"])
