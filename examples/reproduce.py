@@ -94,7 +94,12 @@ ARMS = {
     "k5": {"entropy_window": 5},
     "threshold": {"branch_rule": "threshold"},
     "tree": {"advantage_attribution": "tree"},
+    # Added after the first runs had been seen: entropy ignored at N = 4; and forks by entropy alone, since with α = 0.5 and
+    # β = 0.2 the gaps of these worlds move P by less than 0.1 (`start.json` has them)
+    "few_random": {"num_initial_generations": 4, "branch_rule": "random"},
+    "selective": {"branch_probability": 0.0, "entropy_weight": 1.0},
 }
+ADDED = ("few_random", "selective")
 
 # (world, arm, seeds), in the order in which they are run
 GRID = [
@@ -105,6 +110,11 @@ GRID = [
     *(("hard", arm, SEEDS[3:]) for arm in ("grpo", "arpo", "random")),
     *(("easy", arm, SEEDS[:3]) for arm in ("dapo", "rloo")),
     *(("easy", arm, SEEDS[:2]) for arm in ("n2", "n12", "beta0", "beta1", "k5", "threshold", "tree")),
+    # Added after the first runs had been seen, as were more seeds of `few`
+    *(("hard", arm, SEEDS) for arm in ("few", "few_random")),
+    *(("easy", "few", SEEDS[3:]), ("easy", "few_random", SEEDS)),
+    *(("easy", arm, SEEDS[:3]) for arm in ("selective", "n2")),
+    *(("hard", arm, SEEDS[:3]) for arm in ("selective", "n2", "hard_credit")),
 ]
 
 
@@ -139,7 +149,7 @@ def cold_start(world_name: str, directory: Path, steps: int = 1300, questions: i
     Train the checkpoint from which all arms of a world start, unless it is there.
 
     Returns:
-        `Path`: its folder; `start.json` in it holds its held-out accuracy and its entropy around tool results.
+        `Path`: its folder; `start.json` in it holds its held-out accuracy, its entropy around tool results, and what ARPO reads.
     """
     import torch
     from demo import cold_start as train_cold_start
@@ -157,6 +167,7 @@ def cold_start(world_name: str, directory: Path, steps: int = 1300, questions: i
     start = {
         "evaluation": {"step": 0, **ask(model, tokenizer, tools, held_out, FINAL_ANSWERS)},
         "entropy": entropy_by_position(model, tokenizer, tools, held_out),
+        "gaps": entropy_gaps(model, tokenizer, tools, held_out),
     }
     (path / "start.json").write_text(json.dumps(start) + "\n")
     return path
@@ -298,17 +309,9 @@ def entropy_by_position(model, tokenizer, tools, questions: list[dict], before: 
     """
     import torch
 
-    from arpo_trl.evaluation import Agent
-
     training = model.training
-    agent = Agent(
-        model.eval(), tokenizer, tools, "tags", COMMON["max_completion_length"], COMMON["max_tool_calling_iterations"]
-    )
     sums, counts = torch.zeros(before + after), torch.zeros(before + after)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        trajectories = agent.rollout([question["prompt"] for question in questions[:60]])
-    agent.close()
+    trajectories = answer_once(model.eval(), tokenizer, tools, questions[:60])
     with torch.no_grad():
         for trajectory in trajectories:
             ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
@@ -323,6 +326,30 @@ def entropy_by_position(model, tokenizer, tools, questions: list[dict], before: 
                 counts[before : before + len(tail)] += 1
     model.train(training)
     return {"before": before, "mean": (sums / counts.clamp(min=1)).tolist(), "tokens": counts.int().tolist()}
+
+
+def entropy_gaps(model, tokenizer, tools, questions: list[dict]) -> dict[str, list[float]]:
+    """ΔH with ARPO's defaults after the first, second, … call, sorted, over one answer to each question."""
+    gaps: dict[str, list[float]] = {}
+    for trajectory in answer_once(model.eval(), tokenizer, tools, questions):
+        for calls, segment in enumerate(trajectory.segments[1:], start=1):
+            gaps.setdefault(str(calls), []).append(round(segment.entropy_gap, 4))
+    return {calls: sorted(values) for calls, values in gaps.items()}
+
+
+def answer_once(model, tokenizer, tools, questions: list[dict]) -> list:
+    """One trajectory for each question, the same random numbers at every call."""
+    import torch
+
+    from arpo_trl.evaluation import Agent
+
+    limits = COMMON["max_completion_length"], COMMON["max_tool_calling_iterations"]
+    agent = Agent(model, tokenizer, tools, "tags", *limits)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        trajectories = agent.rollout([question["prompt"] for question in questions])
+    agent.close()
+    return trajectories
 
 
 def count_rollouts(directory: Path) -> list[dict]:
