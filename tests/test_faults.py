@@ -75,7 +75,7 @@ CASES = {
     "huge string": (chat(f'{{"text": "{"x" * 400}"}}'), tags("x" * 400, "echo"), ""),
     "duplicate keys": (chat('{"text": "a", "text": "b"}'), tags('{"a": 1, "a": 2, "b": 3}'), ""),
     "surrogate in an argument": (chat('{"text": "\\ud800"}'), tags('{"a": "\\ud800", "b": "x"}'), ""),
-    "several calls": (chat('{"text": "x"}')[:-10] * 3 + "<|im_end|>", tags("x", "echo"), ""),
+    "several calls": ("".join(chat(f'{{"text": "{x}"}}')[:-10] for x in "xyz") + "<|im_end|>", tags("x", "echo"), ""),
     "result with special tokens": (*called("special"), ""),
     "result with closing tags": (*called("closing"), ""),
     "result with a call in it": (*called("opening"), ""),
@@ -203,7 +203,9 @@ def test_the_loss_is_of_the_models_own_tokens_at_every_step(survived):
 
 
 def test_what_the_model_reads_of_a_result(survived):
-    _, groups, _, _ = survived
+    side, groups, _, _ = survived
+    for record in groups["several calls"]:  # forks, which share the calls, included
+        assert [call["result"] for call in record["tool_calls"]] == (list("xyz") if side == 0 else ["x"])
     shown = {case: groups[case][0]["tool_calls"][0]["result"] for case in groups if case.startswith("result that")}
     assert shown == {
         "result that is no text": "half \ufffd of a pair",
