@@ -27,11 +27,11 @@ _HOMES = {"ARPOConfig": ".config", "ARPOTrainer": ".trainer"}
 __all__ = ["ARPOConfig", "ARPOTrainer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
