@@ -43,15 +43,16 @@ def hard_advantages(
         return [row] + [below for child in children.get(row, []) for below in subtree(child)]
 
     own: dict[int, list[Span]] = {}  # spans of the tokens that a row does not have from its parent
+    left_at = [token or 0 for token in fork_tokens]
     for row, length in enumerate(lengths):
-        start = fork_tokens[row] if parents[row] is not None else 0
+        start = left_at[row] if parents[row] is not None else 0
         # Walking back from the end, each fork point adds a whole subtree to the rows that share what lies before it.
-        cuts = sorted(children.get(row, []), key=lambda child: fork_tokens[child], reverse=True)
+        cuts = sorted(children.get(row, []), key=lambda child: left_at[child], reverse=True)
         spans, sharing, end = [], [row], length
         for child in cuts:
-            if fork_tokens[child] < end:
-                spans.append(Span(fork_tokens[child], end, _mean(advantages, sharing)))
-                end = fork_tokens[child]
+            if left_at[child] < end:
+                spans.append(Span(left_at[child], end, _mean(advantages, sharing)))
+                end = left_at[child]
             sharing = sharing + subtree(child)
         if start < end:
             spans.append(Span(start, end, _mean(advantages, sharing)))
@@ -59,7 +60,8 @@ def hard_advantages(
 
     def spans_before(row: int, stop: int) -> list[Span]:
         """Spans of the first `stop` tokens of `row`."""
-        inherited = spans_before(parents[row], min(stop, fork_tokens[row])) if parents[row] is not None else []
+        parent = parents[row]
+        inherited = [] if parent is None else spans_before(parent, min(stop, left_at[row]))
         return inherited + [Span(s.start, min(s.end, stop), s.advantage) for s in own[row] if s.start < stop]
 
     return [spans_before(row, length) for row, length in enumerate(lengths)]
