@@ -192,7 +192,7 @@ class ARPOConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_initial_generations < 1:
             raise ValueError(
