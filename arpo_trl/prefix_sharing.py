@@ -15,7 +15,8 @@ What it does not do:
 
 import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .prefix_tree import Cost, PrefixTree, pack, unpadded
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +91,16 @@ class PathAttention:
             self.masks[window, dtype] = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
         return self.masks[window, dtype][None, None, depth:length, :length]
 
-    def __call__(self, attend, module, query, key, value, sliding_window=None, **kwargs) -> tuple[torch.Tensor, None]:
+    def __call__(
+        self,
+        attend: Callable[..., Any],
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sliding_window: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
         keys, values = key.split(self.key_sizes, dim=2), value.split(self.key_sizes, dim=2)
         outputs = []
         for queries, path, depth in zip(query.split(self.query_sizes, dim=2), self.paths, self.depths, strict=True):
@@ -103,7 +116,15 @@ def _route_sdpa() -> None:
     if stock.__module__ == __name__:
         return
 
-    def sdpa(module, query, key, value, attention_mask, path_attention: PathAttention | None = None, **kwargs):
+    def sdpa(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        path_attention: PathAttention | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if path_attention is None:
             return stock(module, query, key, value, attention_mask, **kwargs)
         return path_attention(stock, module, query, key, value, **kwargs)
@@ -111,13 +132,13 @@ def _route_sdpa() -> None:
     AttentionInterface.register("sdpa", sdpa)
 
 
-def _block_mask(tree: PrefixTree, window: int | None, device: torch.device):
+def _block_mask(tree: PrefixTree, window: int | None, device: torch.device) -> "BlockMask":
     """The tree as a block-sparse mask for flex_attention; `window` in tokens of depth."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     ends, depths = torch.from_numpy(tree.subtree_ends()).to(device), torch.from_numpy(tree.position_ids).to(device)
 
-    def sees(batch, head, query, key):
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         seen = (key <= query) & (query < ends[key])
         return seen if window is None else seen & (depths[query] - depths[key] < window)
 
