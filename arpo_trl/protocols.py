@@ -122,7 +122,7 @@ class ChatTemplateProtocol:
     def parse(self, ids: list[int], context: list[int], tools: Tools) -> Turn:
         if not ids:
             return Turn({}, [])
-        schemas = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
+        schemas: dict[str, Any] = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
         try:
             message = _tame(parse_response(self.tokenizer, ids, prefix=context, **schemas))
         except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
