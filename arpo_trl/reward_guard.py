@@ -34,7 +34,7 @@ def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         together that it had scored alone.
     """
 
-    async def guard_async(**kwargs):
+    async def guard_async(**kwargs: Any) -> list[float | None]:
         rows = list(range(len(kwargs["completions"])))
         try:
             scores = await function(**kwargs)
@@ -46,7 +46,7 @@ def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
                 return _numbers(await function(**_select(kwargs, kept)), kept, len(rows), name)
         return _numbers(scores, rows, len(rows), name)
 
-    def guard(**kwargs):
+    def guard(**kwargs: Any) -> list[float | None]:
         rows = list(range(len(kwargs["completions"])))
         try:
             scores = function(**kwargs)
