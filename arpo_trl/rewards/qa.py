@@ -92,7 +92,14 @@ def token_f1_reward(
     return _best_of(token_f1, "token_f1_reward", completions, model_text, log_metric, kwargs)
 
 
-def _best_of(metric: Callable[[str, str], float], name, completions, model_text, log_metric, columns):
+def _best_of(
+    metric: Callable[[str, str], float],
+    name: str,
+    completions: list,
+    model_text: list[str] | None,
+    log_metric: Callable[[str, float], None] | None,
+    columns: dict[str, Any],
+) -> list[float | None]:
     rewards: list[float | None] = []
     for answer, truths in zip(final_answers(completions, model_text), ground_truths(columns), strict=True):
         if not truths:
