@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ..protocols import ToolProtocol, Tools, Turn
 from ..tools.executor import ToolCall
@@ -209,7 +209,7 @@ def run_waves(
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
-def _start(group: Group, prompts: Sequence[list[int]], kind: str) -> Trajectory:
+def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
     trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
     group.trajectories.append(trajectory)
