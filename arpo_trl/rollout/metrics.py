@@ -1,14 +1,14 @@
 """What a rollout logs: metrics from sums that add up over processes, and columns of the table of completions."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 
 from .tree import Group
 
 
-def rollout_sums(groups: Sequence[Group]) -> Counter[str]:
+def rollout_sums(groups: Sequence[Group]) -> defaultdict[str, float]:
     """Sums and counts over the rows of this process, from which [`rollout_metrics`] makes means."""
-    sums: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
     for group in groups:
         # A group that spans processes counts as a whole once
         sums["groups"] += len(group.rows) / group.size
@@ -63,12 +63,12 @@ def sum_names(tools: Iterable[str]) -> list[str]:
     return names + [f"{tool}/{part}" for tool in tools for part in ("calls", "failures", "cache_hits", "seconds")]
 
 
-def rollout_metrics(sums: Counter[str], slowest: Sequence[float], tools: Sequence[str]) -> dict[str, float]:
+def rollout_metrics(sums: Mapping[str, float], slowest: Sequence[float], tools: Sequence[str]) -> dict[str, float]:
     """
     Metrics by name, from sums over all processes. A mean of nothing is left out.
 
     Args:
-        sums (`Counter[str]`): See [`rollout_sums`].
+        sums (`Mapping[str, float]`): See [`rollout_sums`].
         slowest (`Sequence[float]`): Seconds of each tool's slowest call.
         tools (`Sequence[str]`): Names of the tools.
     """
