@@ -11,12 +11,11 @@ forwards would differ between processes). For those `supports_prefix_cache` is f
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..prefix_tree import shared_prefixes
@@ -51,7 +50,7 @@ class Block(NamedTuple):
     rows: list[np.ndarray]
 
 
-def supports_prefix_cache(model: nn.Module, generation_config: GenerationConfig) -> bool:
+def supports_prefix_cache(model: PreTrainedModel, generation_config: GenerationConfig) -> bool:
     """Whether each position of the model's cache depends on the tokens up to it alone, and is kept."""
     if generation_config.use_cache is False or generation_config.cache_implementation is not None:
         return False
@@ -116,7 +115,7 @@ class PrefixCache:
     given (`prefix_cache_queries`), and those of them that were not read for it (`prefix_cache_hits`).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._blocks: list[Block] = []
         self._later: list[np.ndarray] = []
         self.lookups: Counter[str] = Counter()
@@ -127,18 +126,18 @@ class PrefixCache:
 
     def generate(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         generate: Callable[..., torch.Tensor],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         generation_config: GenerationConfig,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         Call `generate` with the keys and values of all but the last token of each row.
 
         Args:
-            model (`nn.Module`): The model that reads what is not known yet.
+            model ([`~transformers.PreTrainedModel`]): The model that reads what is not known yet.
             generate (`Callable`): Its `generate`.
             input_ids (`torch.Tensor` of shape `(B, T)`): Contexts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding.
@@ -183,7 +182,7 @@ class PrefixCache:
             for context, (nearest, length) in zip(contexts, longest_prefixes(contexts, known), strict=True)
         ]
 
-    def _kept(self, model: nn.Module) -> list[Block]:
+    def _kept(self, model: PreTrainedModel) -> list[Block]:
         """A block of what the contexts named by `keep` will need."""
         # Of a context whose last token `generate` has not read yet, one token less is known
         found = [place for place in self._find(self._later) if place.length]
@@ -196,7 +195,7 @@ class PrefixCache:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         return [Block(layers, [width - place.length for place in found], rows)]
 
-    def _read(self, model: nn.Module, rows: list[np.ndarray]) -> None:
+    def _read(self, model: PreTrainedModel, rows: list[np.ndarray]) -> None:
         """Read the unknown rest of each row in one forward, and remember it."""
         found = self._find([np.append(row, -1) for row in rows])  # the whole row may be known, the last token included
         past = max(place.length for place in found)
@@ -222,7 +221,9 @@ class PrefixCache:
         self._blocks.append(Block(layers, [past - place.length for place in found], rows))
         self.lookups["prefix_cache_hits"] -= sum(map(len, rest))
 
-    def _gather(self, model: nn.Module, found: Sequence[Found], width: int, release: bool = False) -> DynamicCache:
+    def _gather(
+        self, model: PreTrainedModel, found: Sequence[Found], width: int, release: bool = False
+    ) -> DynamicCache:
         """
         A cache of `width` positions in which the known prefix of each row ends at the last position. With `release` each
         layer of the blocks is freed once it is copied, so that memory never holds two caches.
@@ -233,12 +234,11 @@ class PrefixCache:
         for index, block in enumerate(self._blocks):
             rows = [row for row, place in enumerate(found) if place.block == index]
             if rows:
-                sources = [found[row].row for row in rows]
-                ends = [block.starts[source] + found[row].length for source, row in zip(sources, rows, strict=True)]
-                rows, sources, ends = (torch.tensor(values, device=model.device) for values in (rows, sources, ends))
+                sources = torch.tensor([found[row].row for row in rows], device=model.device)
+                ends = [block.starts[found[row].row] + found[row].length for row in rows]
                 # What stands before a row's start is padding, so any position does
-                positions = (ends.unsqueeze(1) - width + places).clamp(min=0)
-                picks.append((block, rows, sources.unsqueeze(1), positions))
+                positions = (torch.tensor(ends, device=model.device).unsqueeze(1) - width + places).clamp(min=0)
+                picks.append((block, torch.tensor(rows, device=model.device), sources.unsqueeze(1), positions))
         if not picks or not width:
             return cache
         for layer in range(len(picks[0][0].layers)):
@@ -246,8 +246,8 @@ class PrefixCache:
             for kind in range(2):
                 first = picks[0][0].layers[layer][kind]
                 state = first.new_zeros(len(found), first.size(1), width, first.size(3))
-                for block, rows, sources, positions in picks:
-                    state[rows] = block.layers[layer][kind][sources, :, positions].transpose(1, 2)
+                for block, targets, sources, positions in picks:
+                    state[targets] = block.layers[layer][kind][sources, :, positions].transpose(1, 2)
                 states.append(state)
             cache.update(*states, layer)
             if release:
