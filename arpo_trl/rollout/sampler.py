@@ -11,14 +11,15 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -75,7 +76,7 @@ class RowStops(StoppingCriteria):
         self._limits: torch.Tensor | None = None
         self._step = 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
         if self._limits is None:
             self._limits = torch.tensor(self.limits, device=input_ids.device)
             self.lengths = self._limits.clone()
@@ -89,8 +90,8 @@ class RowStops(StoppingCriteria):
 
 
 @contextmanager
-def generate_with(model: nn.Module, generate: Callable) -> Iterator[None]:
-    """Within the context, `model.generate` is `generate`."""
+def generate_with(model: Any, generate: Callable) -> Iterator[None]:
+    """Within the context, `model.generate` is `generate`; a model is also vLLM's, or TRL's client of a server."""
     model.generate = generate
     try:
         yield
@@ -105,7 +106,7 @@ def stop_string_criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[s
 
 @contextmanager
 def recorded_generation(
-    model: nn.Module,
+    model: PreTrainedModel,
     limits: Sequence[int],
     stop_strings: StopStringCriteria | None,
     window: int,
@@ -136,7 +137,9 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
 
 
 @contextmanager
-def vllm_settings(engine, logprobs: int, generation_kwargs: dict, limits: Sequence[int]) -> Iterator[Counter[str]]:
+def vllm_settings(
+    engine: Any, logprobs: int, generation_kwargs: dict, limits: Sequence[int]
+) -> Iterator[Counter[str]]:
     """
     Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position, uses `generation_kwargs`, and ends
     each row at its own limit, where TRL has one limit for all.
@@ -152,21 +155,21 @@ def vllm_settings(engine, logprobs: int, generation_kwargs: dict, limits: Sequen
         given to read, and those of them that it found in its prefix cache. Empty where the engine does not tell.
     """
     cache: Counter[str] = Counter()
-    changed = [(engine, "logprobs", logprobs), (engine, "generation_kwargs", generation_kwargs)]
-    client = getattr(engine, "vllm_client", None)  # of the main process
+    client = getattr(engine, "vllm_client", None)  # with a server, of the main process
     if engine.mode == "colocate":
-        changed.append((engine.llm, "generate", _limited_engine(engine.llm.generate, limits, cache)))
+        limited = generate_with(engine.llm, _limited_engine(engine.llm.generate, limits, cache))
     elif client is not None:
-        changed.append((client, "generate", _limited_server(client.generate, limits)))
+        limited = generate_with(client, _limited_server(client.generate, limits))
         cache.subtract(_server_prefix_cache(client))
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changed]
-    for owner, name, value in changed:
-        setattr(owner, name, value)
+    else:
+        limited = nullcontext()
+    before = engine.logprobs, engine.generation_kwargs
+    engine.logprobs, engine.generation_kwargs = logprobs, generation_kwargs
     try:
-        yield cache
+        with limited:
+            yield cache
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        engine.logprobs, engine.generation_kwargs = before
     if client is not None:
         cache.update(_server_prefix_cache(client))
 
@@ -174,7 +177,7 @@ def vllm_settings(engine, logprobs: int, generation_kwargs: dict, limits: Sequen
 def _limited_engine(generate: Callable, limits: Sequence[int], cache: Counter[str]) -> Callable:
     """`LLM.generate` with a limit for each prompt; counts in `cache` what the prefix cache held."""
 
-    def limited(prompts, sampling_params, **kwargs):
+    def limited(prompts: Sequence[Any], sampling_params: Any, **kwargs: Any) -> list[Any]:
         by_limit = {limit: sampling_params.clone() for limit in set(limits)}
         for limit, parameters in by_limit.items():
             parameters.max_tokens = limit
@@ -190,17 +193,17 @@ def _limited_engine(generate: Callable, limits: Sequence[int], cache: Counter[st
 def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
     """`VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time."""
 
-    def limited(prompts, **kwargs):
+    def limited(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[int, list[int]] = {}
         for row, limit in enumerate(limits):
             rows_of.setdefault(limit, []).append(row)
 
-        def send(limit):
+        def send(limit: int) -> dict[str, list[Any]]:
             return generate(prompts=[prompts[row] for row in rows_of[limit]], **{**kwargs, "max_tokens": limit})
 
         with ThreadPoolExecutor(min(64, len(rows_of))) as pool:
             answers = list(pool.map(send, rows_of))
-        merged = {name: [None] * len(prompts) for name in answers[0]}
+        merged: dict[str, list[Any]] = {name: [None] * len(prompts) for name in answers[0]}
         for rows, answer in zip(rows_of.values(), answers, strict=True):
             for name, values in answer.items():
                 for row, value in zip(rows, values or [], strict=False):  # a server may leave out log-probabilities
@@ -210,7 +213,7 @@ def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
     return limited
 
 
-def _server_prefix_cache(client) -> Counter[str]:
+def _server_prefix_cache(client: Any) -> Counter[str]:
     """What a vLLM server has counted so far, from its Prometheus metrics."""
     counted: Counter[str] = Counter()
     answer = client.session.get(f"{client.base_url}/metrics")
