@@ -167,7 +167,7 @@ class PythonSandbox:
     def __enter__(self) -> "PythonSandbox":
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def _after_fork(self) -> None:
