@@ -59,7 +59,8 @@ def run_cell(source: str) -> bool:
 
     name = "<python>"
 
-    def forget_library_frames(error):  # they show nothing that the model wrote, and where things are on this machine
+    def forget_library_frames(error: traceback.TracebackException) -> traceback.TracebackException:
+        # They show nothing that the model wrote, and where things are on this machine
         error.stack[:] = [f for f in error.stack if f.filename.startswith("<") and "<frozen" not in f.filename]
         for inner in [error.__cause__, error.__context__, *(getattr(error, "exceptions", None) or [])]:
             if inner is not None:
@@ -85,7 +86,8 @@ def run_cell(source: str) -> bool:
         text = "" if stop.code in (None, 0) else f"SystemExit: {stop.code}\n"
     except BaseException as error:
         try:
-            shown = traceback.TracebackException(type(error), error, error.__traceback__.tb_next)
+            below = error.__traceback__ and error.__traceback__.tb_next
+            shown = traceback.TracebackException(type(error), error, below)
             text = "".join(forget_library_frames(shown).format())
         except BaseException:  # an exception class of the model's own can fail at being printed, too
             text = f"{type(error).__name__}\n"
@@ -99,13 +101,13 @@ def run_cell(source: str) -> bool:
 # Linux calls that Python 3.11 has no name for
 
 
-def _libc(function: str, *args) -> None:
+def _libc(function: str, *args: object) -> None:
     if getattr(ctypes.CDLL(None, use_errno=True), function)(*args) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{function}: {os.strerror(error)}")
 
 
-def _prctl(option: int, value: int, argument=0) -> None:
+def _prctl(option: int, value: int, argument: object = 0) -> None:
     _libc("prctl", option, value, argument, 0, 0)
 
 
