@@ -23,7 +23,7 @@ import re
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -68,17 +68,17 @@ class PassageSearch:
         self.top_k = top_k
 
     @classmethod
-    def from_jsonl(cls, path: str | PathLike, text_column: str = "contents", **kwargs) -> Self:
+    def from_jsonl(cls, path: str | PathLike, text_column: str = "contents", **kwargs: Any) -> Self:
         """Index a JSON Lines file, one passage a line under the key `text_column`."""
         return cls(read_jsonl(path, text_column), **kwargs)
 
     @classmethod
-    def from_parquet(cls, path: str | PathLike, text_column: str = "contents", **kwargs) -> Self:
+    def from_parquet(cls, path: str | PathLike, text_column: str = "contents", **kwargs: Any) -> Self:
         """Index a parquet file, one passage a row in the column `text_column`."""
         return cls(read_parquet(path, text_column), **kwargs)
 
     @classmethod
-    def from_dataset(cls, dataset: Dataset, text_column: str = "contents", **kwargs) -> Self:
+    def from_dataset(cls, dataset: Dataset, text_column: str = "contents", **kwargs: Any) -> Self:
         """Index a [`~datasets.Dataset`], one passage a row in the column `text_column`."""
         return cls(read_dataset(dataset, text_column), **kwargs)
 
