@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -7,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -20,7 +22,7 @@ from .advantages import Span, hard_advantages, tree_advantages
 from .config import ARPOConfig
 from .prefix_sharing import shared_prefix_logps
 from .prefix_tree import sibling_order
-from .protocols import ChatTemplateProtocol, TagsProtocol
+from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
 from .reporting import report_image
 from .reward_guard import guarded
 from .rollout.loop import (
@@ -39,6 +41,18 @@ from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.tree import Group, Segment, Trajectory
 from .tools.executor import ToolCall, ToolExecutor
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+    from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +98,12 @@ class ARPOTrainer(GRPOTrainer):
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
     """
 
+    # Narrower than TRL's own: what its `__init__` leaves here
+    args: ARPOConfig
+    max_completion_length: int
+    num_generations: int
+    num_generations_eval: int
+
     _tag_names = ["trl", "arpo"]
     _name = "ARPO"
     _paper = {
@@ -101,21 +121,26 @@ class ARPOTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: RewardFunc | list[RewardFunc] | None = None,
         args: ARPOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
-        tools=None,
-        rollout_func=None,
-        environment_factory=None,
-    ):
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: RolloutFunc | None = None,
+        environment_factory: EnvironmentFactory | dict[str, EnvironmentFactory] | None = None,
+    ) -> None:
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ARPOConfig(f"{model_name.split('/')[-1]}-ARPO")
@@ -155,7 +180,7 @@ class ARPOTrainer(GRPOTrainer):
             _check_engine(args, self.vllm_generation.llm.llm_engine.model_config.max_logprobs)
 
         if tags:
-            self._protocol = TagsProtocol(self._tokenizer, self._tool_names)
+            self._protocol: ToolProtocol = TagsProtocol(self._tokenizer, self._tool_names)
         else:
             self._protocol = ChatTemplateProtocol(self._tokenizer, self._get_tool_suffix_ids)
         self._stop_strings = stop_string_criteria(self._tokenizer, self._protocol.stop_strings)
@@ -169,9 +194,11 @@ class ARPOTrainer(GRPOTrainer):
         self._groups: list[Group] = []  # of the latest rollout
         self._prefix_cache: PrefixCache | None = None  # of the rollout that is going on
         self._ordered_inputs = None  # the buffered inputs that have been put into order
-        self._rollouts = (None, 0)  # the step of the latest rollout, and the rollouts of that step before it
+        # The step of the latest rollout, and the rollouts of that step before it
+        self._rollouts: tuple[int | None, int] = (None, 0)
         self._lookups: Counter[str] = Counter()  # tokens given to a prefix cache in the latest rollout, and found
-        self._recorded = (None, 0)  # the step whose record file may get more lines, and its groups so far
+        # The step whose record file may get more lines, and its groups so far
+        self._recorded: tuple[int | None, int] = (None, 0)
         self._records_failed = False
         self._next_tree = 0  # the step from which on the next tree is drawn
 
@@ -208,14 +235,14 @@ class ARPOTrainer(GRPOTrainer):
         }
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         if self.tools and self.rollout_func is None:
             # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of a
             # group starts from the prompt. What stands here until then must be a parseable response.
             return [[self._tokenizer.eos_token_id] for _ in prompt_ids], [[0.0]] * len(
                 prompt_ids
             ) if self.use_vllm else None
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
         self._groups = self._empty_groups(len(prompts))
@@ -239,7 +266,7 @@ class ARPOTrainer(GRPOTrainer):
                     tools_of=self._tools_of,
                     submit=self._submit,
                     copy_state=self._copy_environment,
-                    keep=lambda contexts: self._prefix_cache and self._prefix_cache.keep(contexts),
+                    keep=self._prefix_cache.keep if self._prefix_cache is not None else lambda contexts: None,
                     anyone=self._anyone,
                     on_wave=lambda wave: _show(bar, wave),
                 ),
@@ -351,6 +378,7 @@ class ARPOTrainer(GRPOTrainer):
         settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
         if self._protocol.stop_strings:
             settings |= {"stop": self._protocol.stop_strings, "include_stop_str_in_output": True}
+            settings["skip_special_tokens"] = False  # a stop string may be a special token
         top_k = self.args.vllm_entropy_top_k
         with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows]) as cache:
             _, ids, logprobs, tokens = engine.generate(prompts=padded, images=None, num_generations=1)
@@ -378,7 +406,7 @@ class ARPOTrainer(GRPOTrainer):
             return self._executor.submit_in_order(pairs)
         return [self._executor.submit(call, tool) for call, tool in pairs]
 
-    def _prepare_environments(self):
+    def _prepare_environments(self) -> None:
         for name, tools in self._env_tools.items():
             environment = self._environment_pool[name][0]
             self._env_tools[name] = [tool for tool in tools if tool.__name__ != "fork"]
@@ -386,7 +414,7 @@ class ARPOTrainer(GRPOTrainer):
                 _fork_environment(environment)
         self.tools = [tool for tool in self.tools if tool.__name__ != "fork"]
 
-    def _copy_environment(self, parent: Trajectory, fork: Trajectory):
+    def _copy_environment(self, parent: Trajectory, fork: Trajectory) -> None:
         if self.environments is None:
             return
         environment = self.environments[parent.row]
@@ -492,7 +520,7 @@ class ARPOTrainer(GRPOTrainer):
                 self._log_tree(advantages, spans)
         return output
 
-    def _log_rollout_metrics(self, mode: str):
+    def _log_rollout_metrics(self, mode: str) -> None:
         names = sum_names(self._tool_names)
         sums = rollout_sums(self._groups)
         sums.update(self._lookups)
@@ -504,7 +532,7 @@ class ARPOTrainer(GRPOTrainer):
             torch.tensor([slowest_calls(self._groups, self._tool_names)], dtype=torch.float32, device=device)
         )
         metrics = rollout_metrics(
-            Counter(dict(zip(names, total.tolist(), strict=True))), slowest.amax(dim=0).tolist(), self._tool_names
+            dict(zip(names, total.tolist(), strict=True)), slowest.amax(dim=0).tolist(), self._tool_names
         )
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
@@ -515,7 +543,7 @@ class ARPOTrainer(GRPOTrainer):
             for index, name in enumerate(self.reward_func_names)
         }
 
-    def _record(self, advantages: list[float], spans):
+    def _record(self, advantages: list[float], spans: list[list[Span]] | None) -> None:
         step = self.state.global_step
         groups_before = self._recorded[1] if self._recorded[0] == step else 0
         records = rollout_records(
@@ -538,7 +566,7 @@ class ARPOTrainer(GRPOTrainer):
                 logger.warning(f"Rollout records could not be written ({error}); training goes on without them.")
             self._records_failed = True
 
-    def _log_tree(self, advantages: list[float], spans):
+    def _log_tree(self, advantages: list[float], spans: list[list[Span]] | None) -> None:
         """Draw the main process's first group, to a file and to where the metrics go."""
         step, every = self.state.global_step, self.args.log_tree_steps
         self._next_tree = step - step % every + every
@@ -560,9 +588,10 @@ class ARPOTrainer(GRPOTrainer):
         if self.log_completions and "wandb" in self.args.report_to:
             # A table of Weights & Biases refuses messages with different fields, as a call and its result have
             for column in ("prompt", "completion"):
-                texts = [row if isinstance(row, str) else json.dumps(row, default=str) for row in self._logs[column]]
-                self._logs[column].clear()
-                self._logs[column].extend(texts)
+                rows: Any = self._logs[column]  # a deque
+                texts = [row if isinstance(row, str) else json.dumps(row, default=str) for row in rows]
+                rows.clear()
+                rows.extend(texts)
         super().log(logs, start_time)
 
     # The Hub
@@ -580,7 +609,7 @@ class ARPOTrainer(GRPOTrainer):
             raise
 
 
-def _check_arguments(args, tools, rollout_func, environment_factory):
+def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object) -> None:
     """Refuse what cannot work, before a model is loaded."""
     if not isinstance(args, ARPOConfig):
         raise TypeError(
@@ -613,7 +642,7 @@ def _check_arguments(args, tools, rollout_func, environment_factory):
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
         )
-    rows = args.per_device_train_batch_size * args.steps_per_generation
+    rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):
         for part in group_parts(process * rows, rows, args.num_generations, args.num_initial_generations):
             if len(part.rows) == part.num_initial:
@@ -624,7 +653,7 @@ def _check_arguments(args, tools, rollout_func, environment_factory):
                 )
 
 
-def _check_engine(args, max_logprobs: int):
+def _check_engine(args: ARPOConfig, max_logprobs: int) -> None:
     """Refuse a K that the engine refuses, whose own message comes with the first rollout."""
     if max_logprobs != -1 and args.vllm_entropy_top_k > max_logprobs:
         raise ValueError(
@@ -634,7 +663,7 @@ def _check_engine(args, max_logprobs: int):
         )
 
 
-def _fork_environment(environment):
+def _fork_environment(environment: Any) -> Any:
     """A copy that shares no state: the environment's own `fork()`, else a deep copy."""
     if callable(getattr(environment, "fork", None)):
         return environment.fork()
@@ -653,7 +682,7 @@ def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, 
     reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
     for name, value in batches[0].items():
         if isinstance(value, torch.Tensor) and value.dim() > 0:
-            rows = torch.cat([batch[name] for batch in batches])[order]
+            rows: Any = torch.cat([batch[name] for batch in batches])[order]
         elif isinstance(value, list):
             rows = [row for batch in batches for row in batch[name]]
             rows = [rows[index] for index in order]
@@ -684,7 +713,7 @@ def _group_spans(attribute: Callable, group: Group, advantages: list[float]) -> 
     )
 
 
-def _spread(advantages: torch.Tensor, spans, length: int) -> torch.Tensor:
+def _spread(advantages: torch.Tensor, spans: list[list[Span]], length: int) -> torch.Tensor:
     """Per-row advantages (B,) and the spans of each row → per-token advantages (B, T)."""
     spread = advantages.unsqueeze(1).repeat(1, length)
     for row, row_spans in enumerate(spans):
@@ -693,6 +722,6 @@ def _spread(advantages: torch.Tensor, spans, length: int) -> torch.Tensor:
     return spread
 
 
-def _show(bar: tqdm, wave: Wave):
+def _show(bar: tqdm, wave: Wave) -> None:
     bar.update(wave.index - bar.n)
     bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)
