@@ -8,6 +8,8 @@ import io
 import math
 from collections import Counter
 
+import numpy as np
+
 from .records import Row
 
 LOW, HIGH, NEGATIVE, ZERO, POSITIVE, TOOL = "#d9d3f0", "#4c1d95", "#c2410c", "#d4d4d8", "#1d4ed8", "#8b8f9a"
@@ -52,9 +54,12 @@ def draw_tree(rows: list[Row]) -> bytes:
         axes.plot([start, end], [y, y], color=TOOL, linewidth=2, linestyle=(0, (1.5, 1)))
         for segment in row["segments"]:
             if segment["start"] >= start:
-                span, colour = [segment["start"], segment["end"]], entropy_colours.to_rgba(segment["entropy"] or 0.0)
+                span = [segment["start"], segment["end"]]
+                colour = entropy_colours.to_rgba(np.asarray(segment["entropy"] or 0.0))
                 axes.plot(span, [y, y], color=colour, linewidth=7, solid_capstyle="butt")
-        axes.plot([end], [y], "o", color=advantage_colours.to_rgba(_advantage(row)), markeredgecolor="white")
+        axes.plot(
+            [end], [y], "o", color=advantage_colours.to_rgba(np.asarray(_advantage(row))), markeredgecolor="white"
+        )
         rewards = [value for value in row["rewards"].values() if value is not None]
         earned = f"{sum(rewards):.2f}" if rewards else "–"
         axes.text(end + 0.012 * longest, y, f"{earned}  ({_advantage(row):+.2f})", va="center", fontsize=8)
