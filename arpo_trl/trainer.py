@@ -68,7 +68,8 @@ class ARPOTrainer(GRPOTrainer):
     advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
 
     Reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`, `error`,
-    `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results).
+    `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results). A row on
+    which one raises has no score, and the run goes on without it; one that raises on every row ends it.
 
     What it does not do: vision-language models, `rollout_func` together with branching, transformers' continuous
     batching together with branching, stateful environments with the tags protocol. Each is refused at construction.
