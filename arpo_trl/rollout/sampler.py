@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,7 @@ def vllm_settings(
         given to read, and those of them that it found in its prefix cache. Empty where the engine does not tell.
     """
     cache: Counter[str] = Counter()
+    limited: AbstractContextManager[None]
     client = getattr(engine, "vllm_client", None)  # with a server, of the main process
     if engine.mode == "colocate":
         limited = generate_with(engine.llm, _limited_engine(engine.llm.generate, limits, cache))
