@@ -1,0 +1,93 @@
+"""What is installed: the contents of the wheel, and the types that a user's own checker sees in it.
+
+Types of the package itself are checked by `make lint`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.Path:
+    """The wheel, built without a network from a copy, since a build leaves files behind."""
+    if int(version("setuptools").split(".")[0]) < 77:
+        pytest.skip("needs setuptools 77 or later")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("arpo_trl", "tests", "examples", "docs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *offline, "--wheel-dir", target, source], check=True)
+    (file,) = target.iterdir()
+    return file
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "arpo_trl").rglob("*.py")}
+    data = {f"arpo_trl/{name}" for name in ("py.typed", "viewer/viewer.html", "viewer/viewer.css", "viewer/viewer.js")}
+
+    assert {name for name in names if ".dist-info/" not in name} == ours | data
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_every_extra_is_in_the_wheel(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+    lines = archive.read(metadata).decode().splitlines()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    assert {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")} == set(
+        extras
+    )
+
+
+USERS_SCRIPT = """\
+from typing import assert_type
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.rewards import arpo_reward
+from arpo_trl.tools import tool
+
+def look_up(word: str) -> str:
+    return word
+
+args = ARPOConfig(output_dir="out", branch_factor=2)
+assert_type(args.branch_factor, int)
+trainer = ARPOTrainer("model", arpo_reward, args, tools=[tool(look_up, retries=1)])
+assert_type(trainer, ARPOTrainer)
+assert_type(trainer.args, ARPOConfig)
+ARPOConfig(output_dir="out", branch_factor="two")  # wrong
+ARPOTrainer("model", args={"branch_factor": 2})  # wrong
+"""
+
+
+def test_a_users_checker_sees_types(wheel, tmp_path):
+    pytest.importorskip("mypy")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    script = tmp_path / "script.py"
+    script.write_text(USERS_SCRIPT)
+    settings = tmp_path / "mypy.ini"
+    # What the classes inherit takes minutes to read, and is not what is tested
+    settings.write_text(
+        "[mypy]\nfollow_imports = silent\n[mypy-trl.*,transformers.*,torch.*]\nfollow_imports = skip\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", settings, "--no-error-summary", "--hide-error-context"]
+    environment = {**os.environ, "MYPYPATH": str(tmp_path / "installed")}
+
+    answer = subprocess.run([*command, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    wrong = [number for number, line in enumerate(USERS_SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
+    errors = [line for line in answer.stdout.splitlines() if " error: " in line]
+    assert [int(line.split(":")[1]) for line in errors] == wrong, answer.stdout + answer.stderr
