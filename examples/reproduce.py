@@ -94,12 +94,13 @@ ARMS = {
     "k5": {"entropy_window": 5},
     "threshold": {"branch_rule": "threshold"},
     "tree": {"advantage_attribution": "tree"},
-    # Added after the first runs had been seen: entropy ignored at N = 4; and forks by entropy alone, since with α = 0.5 and
-    # β = 0.2 the gaps of these worlds move P by less than 0.1 (`start.json` has them)
+    # Added after the first runs had been seen: entropy ignored at N = 4; forks by entropy alone, since with α = 0.5 and
+    # β = 0.2 the gaps of these worlds move P by about 0.1 (`start.json` has them); and TRL's default loss
     "few_random": {"num_initial_generations": 4, "branch_rule": "random"},
     "selective": {"branch_probability": 0.0, "entropy_weight": 1.0},
+    "few_dapo": {"num_initial_generations": 4, "loss_type": "dapo"},
 }
-ADDED = ("few_random", "selective")
+ADDED = ("few_random", "selective", "few_dapo")
 
 # (world, arm, seeds), in the order in which they are run
 GRID = [
@@ -113,8 +114,10 @@ GRID = [
     # Added after the first runs had been seen, as were more seeds of `few`
     *(("hard", arm, SEEDS) for arm in ("few", "few_random")),
     *(("easy", "few", SEEDS[3:]), ("easy", "few_random", SEEDS)),
+    *((world, "few_dapo", SEEDS) for world in ("easy", "hard")),
     *(("easy", arm, SEEDS[:3]) for arm in ("selective", "n2")),
-    *(("hard", arm, SEEDS[:3]) for arm in ("selective", "n2", "hard_credit")),
+    *(("hard", arm, SEEDS[:3]) for arm in ("dapo", "selective", "n2", "hard_credit")),
+    ("easy", "dapo", SEEDS[3:]),
 ]
 
 
@@ -373,7 +376,7 @@ def train_all(directory: Path, workers: int) -> None:
     """Train what is missing: cold starts first, then the runs in the order of the grid."""
     from tqdm import tqdm
 
-    runs = [(world, arm, seed) for world, arm, seeds in GRID for seed in seeds]
+    runs = [*dict.fromkeys((world, arm, seed) for world, arm, seeds in GRID for seed in seeds)]
     todo = [key for key in runs if not (directory / "runs" / "{}-{}-{}.json".format(*key)).exists()]
     # Workers inherit these: one thread each, and no bars but ours
     os.environ |= {
@@ -408,7 +411,7 @@ def main(directory: Path, workers: int, report_only: bool) -> None:
 
     if not report_only:
         train_all(directory, workers)
-    print(f"Written: {write(directory, GRID)} and docs/results/.")
+    print(f"Written: {write(directory, GRID, ADDED)} and docs/results/.")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ AXES = {
 }
 RESAMPLES = 2000
 INFINITY = math.inf
+Grid = Sequence[tuple[str, str, Sequence[int]]]  # world, arm, seeds
 
 
 # Curves
@@ -168,8 +169,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # Figures
 
 NAMES = {"easy": "the demo's world", "hard": "the harder world"}
-COLORS = {"grpo": "0.35", "arpo": "C0", "random": "C1", "few_tree": "C2"}
-MAIN = ("grpo", "arpo", "random", "few_tree")
+COLORS = {"grpo": "0.35", "arpo": "C0", "random": "C1", "few": "C2", "few_dapo": "C4"}
+MAIN = ("grpo", "arpo", "random", "few", "few_dapo")
 
 
 def draw_accuracy(runs: Runs, worlds: Sequence[str], plt) -> None:
@@ -201,7 +202,15 @@ def draw_accuracy(runs: Runs, worlds: Sequence[str], plt) -> None:
 
 
 def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(len(worlds), 3, figsize=(12, 3.4 * len(worlds)), squeeze=False, layout="constrained")
+    counts = [sum(arm != "grpo" for arm in runs.arms(world)) for world in worlds]
+    figure, grid = plt.subplots(
+        len(worlds),
+        3,
+        figsize=(12, 2.2 * len(worlds) + 0.25 * sum(counts)),
+        height_ratios=[6 + count for count in counts],
+        squeeze=False,
+        layout="constrained",
+    )
     for world, row in zip(worlds, grid, strict=True):
         arms = [arm for arm in runs.arms(world) if arm != "grpo" and runs.pairs(world, arm, "grpo")]
         for (quantity, label), axis in zip(AXES.values(), row, strict=True):
@@ -213,6 +222,7 @@ def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
             axis.axvline(1, color="0.5", lw=1)
             axis.axvline(0.5, color="0.5", lw=1, ls=":")
             axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 2.05), title=NAMES[world])
+            axis.set_ylim(len(arms) - 0.4, -0.6)
             axis.set_xlabel(f"{label}\nto GRPO's final accuracy, GRPO = 1; edge: not reached", fontsize=8)
     figure.savefig(_path("cost"), dpi=110)
 
@@ -220,7 +230,7 @@ def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
 def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
     figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.8), squeeze=False, layout="constrained")
     for world, axis in zip(worlds, grid[0], strict=True):
-        lines = [("cold start", "arpo", "entropy_before", "0.35")]
+        lines = [("cold start", "grpo", "entropy_before", "C3")]
         lines += [(f"after {arm}", arm, "entropy_after", COLORS[arm]) for arm in ("grpo", "arpo")]
         for label, arm, name, color in lines:
             own = [run[name] for run in runs.get((world, arm), {}).values()]
@@ -257,9 +267,9 @@ def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
             shares = [
                 estimate(list(values)) for values in zip(*map(fork_shares, runs[world, arm].values()), strict=True)
             ]
-            xs = [calls + 0.25 * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
+            xs = [calls + 0.2 * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
             axis.bar(
-                xs, [e["value"] for e in shares], 0.25, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
+                xs, [e["value"] for e in shares], 0.2, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
             )
             spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
             axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
@@ -274,8 +284,8 @@ def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
         arms = [arm for arm in MAIN if (world, arm) in runs]
         for place, arm in enumerate(arms):
             own = [estimate([final(run, f"pass@{k}") for run in runs[world, arm].values()]) for k in (1, 3, 5)]
-            xs = [i + 0.2 * (place - (len(arms) - 1) / 2) for i in range(3)]
-            axis.bar(xs, [e["value"] for e in own], 0.2, color=COLORS[arm], label=f"{arm} ({own[0]['seeds']} seeds)")
+            xs = [i + 0.16 * (place - (len(arms) - 1) / 2) for i in range(3)]
+            axis.bar(xs, [e["value"] for e in own], 0.16, color=COLORS[arm], label=f"{arm} ({own[0]['seeds']} seeds)")
             spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
             axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
         axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1), title=NAMES[world])
@@ -298,15 +308,15 @@ def verdict(claim: str, holds: bool | None, why: str) -> str:
     return f"{mark} {claim} {why}"
 
 
-def calls_claim(runs: Runs, world: str, arm: str) -> tuple[bool | None, str]:
-    result = compare(runs, world, arm, "grpo")
+def calls_claim(runs: Runs, world: str, arm: str, base: str = "grpo") -> tuple[bool | None, str]:
+    result = compare(runs, world, arm, base)
     if result is None:
         return None, ""
     e = result["calls"]
     holds = e["value"] <= 0.5 and e["high"] < 1
-    reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, "grpo"))
+    reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, base))
     return holds, (
-        f"Calls to GRPO's final accuracy, GRPO = 1: {ratio(e)}, reached by {reached} of {e['seeds']} seeds; to 90 % of its "
+        f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} seeds; to 90 % of its "
         f"gain: {ratio(result['calls_90'])}. The same number of steps executed {ratio(result['calls_total'])} of the calls."
     )
 
@@ -319,13 +329,13 @@ def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tu
     return (e["low"] > 0 if strictly else e["value"] >= 0), f"Difference in points: {points(e)}, {e['seeds']} seeds."
 
 
-def entropy_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
-    result = compare(runs, world, "arpo", "random")
+def entropy_claim(runs: Runs, world: str, arm: str, control: str) -> tuple[bool | None, str]:
+    result = compare(runs, world, arm, control)
     if result is None:
         return None, ""
     difference, calls = result["difference"], result["calls"]
     return difference["low"] > 0 or calls["high"] < 1, (
-        f"Difference in points: {points(difference)}; calls to random's final accuracy, random = 1: {ratio(calls)}; "
+        f"Difference in points: {points(difference)}; calls to the control's final accuracy: {ratio(calls)}; "
         f"{difference['seeds']} seeds."
     )
 
@@ -348,27 +358,83 @@ def spike_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
 def claims(runs: Runs, worlds: Sequence[str]) -> str:
     lines = []
     for world in worlds:
-        name = NAMES[world]
-        lines += [
-            f"### In {name}\n",
-            "1. "
-            + verdict(
-                "ARPO reaches GRPO's accuracy with at most half of the calls.", *calls_claim(runs, world, "arpo")
-            ),
-            "2. " + verdict("ARPO ends at or above GRPO.", *end_claim(runs, world, "arpo", "grpo", strictly=False)),
-            "3. " + verdict("Branching by entropy beats branching at random.", *entropy_claim(runs, world)),
-            "4. "
-            + verdict("Soft attribution beats hard.", *end_claim(runs, world, "arpo", "hard_credit", strictly=True)),
-            "5. " + verdict("Entropy rises after a tool result.", *spike_claim(runs, world)),
-            "",
-            "Improvement tried, `few_tree` (N = 4 and tree credit):\n",
-            "- "
-            + verdict(
-                "It reaches GRPO's accuracy with at most half of the calls.", *calls_claim(runs, world, "few_tree")
-            ),
-            "- " + verdict("It ends at or above GRPO.", *end_claim(runs, world, "few_tree", "grpo", strictly=False)),
-            "",
+        own = [
+            ("ARPO reaches GRPO's accuracy with at most half of the calls.", calls_claim(runs, world, "arpo")),
+            ("ARPO ends at or above GRPO.", end_claim(runs, world, "arpo", "grpo", strictly=False)),
+            ("Branching by entropy beats branching at random.", entropy_claim(runs, world, "arpo", "random")),
+            ("Soft attribution beats hard.", end_claim(runs, world, "arpo", "hard_credit", strictly=True)),
+            ("Entropy rises after a tool result.", spike_claim(runs, world)),
         ]
+        lines += [f"### In {NAMES[world]}", ""]
+        lines += [f"{place}. {verdict(claim, *decided)}" for place, (claim, decided) in enumerate(own, start=1)]
+        lines += [""]
+    return "\n".join(lines).rstrip()
+
+
+IMPROVEMENTS = {
+    "few": "N = 4 instead of 8, so that more is shared",
+    "few_tree": "N = 4 and tree credit ([TreeRL](https://huggingface.co/papers/2506.11902)): a branch against its siblings",
+    "few_dapo": "N = 4 and a loss that is a mean over all tokens, TRL's and so ARPOConfig's default; `dapo` is GRPO with it",
+}
+
+
+def improvements(runs: Runs, worlds: Sequence[str]) -> str:
+    lines = []
+    for arm, what in IMPROVEMENTS.items():
+        lines += [f"`{arm}`: {what}.", ""]
+        for world in worlds:
+            tried = [
+                ("At most half of the calls.", calls_claim(runs, world, arm)),
+                ("Ends at or above GRPO.", end_claim(runs, world, arm, "grpo", strictly=False)),
+            ]
+            if arm == "few_dapo":
+                tried += [
+                    ("At most half of the calls of `dapo`.", calls_claim(runs, world, arm, "dapo")),
+                    ("Ends at or above `dapo`.", end_claim(runs, world, arm, "dapo", strictly=False)),
+                ]
+            lines += [f"- In {NAMES[world]}. {verdict(claim, *decided)}" for claim, decided in tried]
+        lines += [""]
+    lines += ["`few` against its control `few_random`, which ignores entropy:", ""]
+    for world in worlds:
+        decided = entropy_claim(runs, world, "few", "few_random")
+        lines += [f"- In {NAMES[world]}. {verdict('Entropy beats random.', *decided)}"]
+    return "\n".join(lines)
+
+
+def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
+    """Why half of the calls is far, and why entropy differs little from chance, in this experiment's numbers."""
+    told = []
+    for world in worlds:
+        result = compare(runs, world, "arpo", "grpo")
+        if result is not None:
+            early = statistics.fmean(fork_shares(run)[0] for run in runs[world, "arpo"].values())
+            told.append(
+                f"in {NAMES[world]} {percent(early, 0)} of them after the first call, and a step executes "
+                f"{result['calls_total']['value']:.2f} of GRPO's calls"
+            )
+    lines = [
+        "- **Half of the calls.** An initial row shares nothing. With N = M / 2 a step cannot execute less than half of GRPO's "
+        "calls, even if every fork left after the last one, and forks leave early: "
+        + "; ".join(told)
+        + ". For half of the "
+        "calls to an accuracy, a step would have to teach much more than one of GRPO's."
+    ]
+    for world in (world for world in worlds if world in starts):
+        told = []
+        for calls, gaps in starts[world]["gaps"].items():
+            if len(gaps) >= 20:
+                low, middle, high = (0.5 + 0.2 * gaps[int(share * (len(gaps) - 1))] for share in (0.25, 0.5, 0.75))
+                told.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) after call {calls}")
+        lines.append(
+            f"- **Entropy.** In {NAMES[world]} α + β·ΔH at the cold start has a median (and quartiles) of {', '.join(told)}; for "
+            "random it is 0.50. With α = 0.5 and β = 0.2 the entropy moves the probability little, and since most rows ask "
+            "for a fork at their first chances, the budget is spent after the first calls either way."
+        )
+    lines.append(
+        "- **Soft and hard** give a shared token the same sum of advantages. With a mean over each row's tokens "
+        "(`loss_type='grpo'`) a short row, here mostly a wrong one, weighs more in soft's sum; with `dapo` or `dr_grpo` the "
+        "two are the same until a ratio is clipped."
+    )
     return "\n".join(lines)
 
 
@@ -399,60 +465,53 @@ def arms_table(runs: Runs, world: str) -> str:
 
 
 SWEEPS = {
-    "N, initial rows of 16": ("n2", "few", "arpo", "n12", "grpo"),
-    "β, weight of the entropy gap": ("beta0", "arpo", "beta1"),
-    "k, tokens read": ("k5", "arpo"),
-    "rule": ("arpo", "threshold", "random"),
-    "credit": ("arpo", "hard_credit", "tree"),
+    "N, initial rows of 16 (8)": ("n2", "few", "n12"),
+    "β, weight of the entropy gap (0.2)": ("beta0", "beta1"),
+    "α = 0 and β = 1, entropy alone (0.5, 0.2)": ("selective",),
+    "k, tokens read (20)": ("k5",),
+    "rule (bernoulli)": ("threshold", "random"),
+    "credit (soft)": ("hard_credit", "tree"),
 }
 
 
 def sweeps_table(runs: Runs, world: str) -> str:
-    """Each sweep over the seeds that all of its arms have."""
+    """Each arm against `arpo`, over the seeds that both have."""
     rows = []
     for name, arms in SWEEPS.items():
-        arms = [arm for arm in arms if (world, arm) in runs]
-        seeds = sorted(set.intersection(*(set(runs[world, arm]) for arm in arms))) if arms else []
-        for arm in arms if len(arms) > 1 and seeds else []:
-            own = [runs[world, arm][seed] for seed in seeds]
-            accuracy = estimate([final(run) for run in own])
-            calls = statistics.fmean(total(run, "calls_executed") for run in own)
-            spread = f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})"
-            rows.append((name, f"`{arm}`", len(seeds), spread, round(calls)))
-    return table(["sweep", "arm", "seeds", "final accuracy", "calls"], rows)
+        for arm in arms:
+            result = compare(runs, world, arm, "arpo")
+            if result is not None:
+                calls = f"{result['calls_total']['value']:.2f}"
+                rows.append((name, f"`{arm}`", result["difference"]["seeds"], points(result["difference"]), calls))
+    return table(["what (default)", "arm", "seeds", "points above `arpo`", "calls executed, `arpo` = 1"], rows)
 
 
-def advice(runs: Runs, world: str) -> str:
+def advice(runs: Runs, worlds: Sequence[str]) -> str:
     """What the sweeps say of the defaults, decided by intervals of paired differences to `arpo`."""
-    better, cheaper, same, worse = [], [], [], []
-    for arm in dict.fromkeys(arm for arms in SWEEPS.values() for arm in arms if arm not in ("arpo", "grpo")):
-        result = compare(runs, world, arm, "arpo")
-        if result is None:
-            continue
-        difference = result["difference"]
-        if difference["low"] > 0:
-            better.append(arm)
-        elif difference["high"] < 0:
-            worse.append(arm)
-        else:
-            (cheaper if result["calls_total"]["high"] < 0.9 else same).append(arm)
-
-    def listed(arms):
-        return ", ".join(f"`{arm}`" for arm in arms) or "none"
-
-    return (
-        f"Against the defaults, over the seeds that both have: above them {listed(better)}; no different, and with at least "
-        f"a tenth fewer calls {listed(cheaper)}; no different {listed(same)}; below them {listed(worse)}. The paper's "
-        "defaults stay the defaults"
-        + (
-            ". "
-            if not better and not cheaper
-            else ", since a world this small is no ground to leave them; where tool calls are what costs, "
-            + listed(better + cheaper)
-            + " is worth trying first. "
+    said = []
+    for world in worlds:
+        kinds: dict[str, list[str]] = {"better": [], "worse": [], "cheaper": []}
+        for arm in (arm for arms in SWEEPS.values() for arm in arms):
+            result = compare(runs, world, arm, "arpo")
+            if result is None:
+                continue
+            if result["difference"]["low"] > 0:
+                kinds["better"].append(f"`{arm}`")
+            if result["difference"]["high"] < 0:
+                kinds["worse"].append(f"`{arm}`")
+            elif result["calls_total"]["high"] < 0.9:
+                kinds["cheaper"].append(f"`{arm}`")
+        better, worse, cheaper = (", ".join(kinds[kind]) or "none" for kind in ("better", "worse", "cheaper"))
+        said.append(
+            f"In {NAMES[world]}, above the defaults by its whole interval: {better}; below by its whole interval: {worse}; "
+            f"not below, with at least a tenth fewer calls: {cheaper}."
         )
-        + "With these few seeds an interval is close to the range of the seeds, so a difference that is called none may be one."
+    said.append(
+        "The defaults stay the paper's: no arm was run outside of two small worlds. Where tool calls are what a step costs, "
+        "lower `num_initial_generations` first; of these settings it moves the number of calls most. With two or three seeds "
+        "an interval is the range of the seeds, and a difference of a point or two is within it."
     )
+    return " ".join(said)
 
 
 FIGURES = {
@@ -464,13 +523,14 @@ FIGURES = {
 }
 
 
-def write(directory: Path, grid: Sequence[tuple[str, str, Sequence[int]]], docs: Path = Path("docs")) -> Path:
+def write(directory: Path, grid: Grid, added: Sequence[str] = (), docs: Path = Path("docs")) -> Path:
     """
     Write `<docs>/results.md` and `<docs>/results/` from the runs in `directory`.
 
     Args:
         directory (`Path`): Where `reproduce.py` wrote them.
         grid (`Sequence[tuple[str, str, Sequence[int]]]`): What was to be run, so that the page says what is missing.
+        added (`Sequence[str]`): Arms that were not in the grid before the first runs.
         docs (`Path`): Where the page goes.
     """
     global _directory
@@ -498,7 +558,12 @@ def write(directory: Path, grid: Sequence[tuple[str, str, Sequence[int]]], docs:
         + "\n"
     )
     page = docs / "results.md"
-    page.write_text(_page(runs, worlds, grid))
+    starts = {}
+    for world in worlds:
+        told = directory / "cold_start" / world / "start.json"
+        if told.exists():
+            starts[world] = json.loads(told.read_text())
+    page.write_text(_page(runs, worlds, grid, added, starts))
     return page
 
 
@@ -519,8 +584,8 @@ def _compact(run: dict) -> dict:
     return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
 
 
-def _page(runs: Runs, worlds: Sequence[str], grid: Sequence[tuple[str, str, Sequence[int]]]) -> str:
-    planned = [(world, arm, seed) for world, arm, seeds in grid for seed in seeds]
+def _page(runs: Runs, worlds: Sequence[str], grid: Grid, added: Sequence[str], starts: dict[str, dict]) -> str:
+    planned = dict.fromkeys((world, arm, seed) for world, arm, seeds in grid for seed in seeds)
     missing = [key for key in planned if key[2] not in runs.get(key[:2], {})]
     wanted: dict[str, list[int]] = {}
     for world, arm, seed in missing:
@@ -554,27 +619,30 @@ What this cannot show: what larger models on real text do, and what each arm doe
 start a world means that the intervals are over training runs, not over worlds.""",
         "## Claims",
         claims(runs, worlds),
+        "## What was tried, and why",
+        "`few_tree` was in the grid from the start. `few` was a point of the sweep over N and got more seeds, and "
+        f"{' and '.join(f'`{arm}`' for arm in added) or 'nothing'} came in, when the first runs had been seen.",
+        improvements(runs, worlds),
+        "### Why",
+        reasons(runs, worlds, starts),
         "## Arms",
         """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
 theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
-attribution. `few` starts N = 4 rows instead of 8; `few_tree` is that with tree credit
-([TreeRL](https://huggingface.co/papers/2506.11902)).""",
+attribution. The others are named by what they change; `examples/reproduce.py` has them all.""",
     ]
     for world in worlds:
         parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
     parts += [
-        "Each batch is used for one optimiser step, so no ratio is clipped. Soft and hard attribution then differ only by the "
-        "length that each row's loss is divided by, and DAPO from GRPO only by that as well.",
+        "Each batch is used for one optimiser step, so no ratio is clipped, and DAPO differs from GRPO only in how rows of "
+        "different length weigh.",
         "## Figures",
     ]
     for name, (_, caption) in FIGURES.items():
         parts.append(
             f"![{caption}](results/{name}.png)\n\n{caption} Band or bar: 95 % interval over seeds. Made by `{COMMAND}`."
         )
-    parts += [
-        "## Sweeps",
-        f"In {NAMES['easy']}, over the seeds that all arms of a sweep have.",
-        sweeps_table(runs, "easy"),
-    ]
-    parts += [advice(runs, "easy")]
+    parts.append("## Sweeps")
+    for world in worlds:
+        parts += [f"### In {NAMES[world]}", sweeps_table(runs, world)]
+    parts += ["### Advice", advice(runs, worlds)]
     return "\n\n".join(parts) + "\n"

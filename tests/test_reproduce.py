@@ -99,8 +99,8 @@ def test_entropy_has_to_beat_the_control():
     entropy = [made_up(seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
     same = [made_up(arm="random", seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
     worse = [made_up(arm="random", seed=seed, accuracies=(0.5, 0.6, 0.7)) for seed in range(3)]
-    assert report.entropy_claim(runs_of(*entropy, *same), "easy")[0] is False
-    assert report.entropy_claim(runs_of(*entropy, *worse), "easy")[0] is True
+    assert report.entropy_claim(runs_of(*entropy, *same), "easy", "arpo", "random")[0] is False
+    assert report.entropy_claim(runs_of(*entropy, *worse), "easy", "arpo", "random")[0] is True
 
 
 # The page
@@ -112,7 +112,7 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
         for run in (made_up(arm="grpo", seed=seed), made_up(seed=seed, accuracies=(0.5, 0.6, 0.7))):
             (tmp_path / "runs" / f"{run['arm']}-{seed}.json").write_text(json.dumps(run))
     grid = [("easy", "grpo", (0, 1)), ("easy", "arpo", (0, 1, 2)), ("easy", "random", (0,))]
-    page = report.write(tmp_path, grid, tmp_path / "docs").read_text()
+    page = report.write(tmp_path, grid, docs=tmp_path / "docs").read_text()
     assert "4 of the grid's 6 runs are in" in page
     assert "easy arpo (seeds 2); easy random (seeds 0)" in page
     assert "**Does not hold.** ARPO reaches GRPO's accuracy with at most half of the calls." in page
@@ -128,7 +128,7 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
 
 def test_without_runs_it_says_what_to_do(tmp_path):
     with pytest.raises(SystemExit, match="make reproduce"):
-        report.write(tmp_path, GRID, tmp_path / "docs")
+        report.write(tmp_path, GRID, docs=tmp_path / "docs")
 
 
 # The grid
