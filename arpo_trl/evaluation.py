@@ -29,6 +29,7 @@ from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
 from .rewards.completions import final_answers
 from .rewards.judge import last_user_text
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
+from .rollout.prefix_cache import PrefixCache
 from .rollout.record import rollout_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
 from .rollout.tree import Group, Trajectory
@@ -122,6 +123,7 @@ class Agent:
             tokenizer.eos_token_id,
             *(eos if isinstance(eos, list) else [eos] if eos is not None else []),
         }
+        self._prefix_cache: PrefixCache | None = None  # of the batch that is being answered
         self.sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p or 0.0}
         self.repetition_penalty = repetition_penalty
         self.generation_config = GenerationConfig(
@@ -139,6 +141,7 @@ class Agent:
         trajectories: list[Trajectory] = []
         for start in range(0, len(contexts), self.batch_size):
             batch = contexts[start : start + self.batch_size]
+            self._prefix_cache = PrefixCache()
             rows = run_waves(
                 group_parts(0, len(batch), group_size=1, num_initial=1),
                 batch,
@@ -152,6 +155,7 @@ class Agent:
             for trajectory in rows:
                 trajectory.row += start
             trajectories += rows
+        self._prefix_cache = None
         return trajectories
 
     def completion(self, trajectory: Trajectory, prompt: str | list[dict]) -> Any:
@@ -197,7 +201,12 @@ class Agent:
             input_ids[row, length - len(context) :] = torch.tensor(context)
             attention_mask[row, length - len(context) :] = 1
         with recorded_generation(
-            self.model, limits, self.stop_strings, self.entropy_window, self.temperature or 1.0
+            self.model,
+            limits,
+            self.stop_strings,
+            self.entropy_window,
+            self.temperature or 1.0,
+            self._prefix_cache,
         ) as (recorder, stops):
             output = self.model.generate(
                 input_ids.to(self.model.device),
