@@ -1,5 +1,6 @@
 """Two real processes under `accelerate launch` (gloo, CPU), and a run that is killed with SIGKILL."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ SCRIPT = str(ROOT / "tests" / "processes_script.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DS_ACCELERATOR": "cpu"}
 
 
-def launch(config: str, scenarios: str, folder: Path, checkpoint: str, timeout: int = 240) -> dict[str, "Run"]:
+def launch(config: str, scenarios: str, folder: Path, checkpoint: str, timeout: int = 400) -> dict[str, "Run"]:
     """Run scenarios on two processes with a config of `examples/`; a deadlock ends with the time-out."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -37,6 +38,9 @@ def launch(config: str, scenarios: str, folder: Path, checkpoint: str, timeout: 
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = "a deadlock"
+            process.terminate()  # the launcher ends its processes, which have sessions of their own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
