@@ -217,7 +217,14 @@ def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
             for y, arm in enumerate(arms):
                 values = [cost_ratio(run, base, quantity) for run, base in runs.pairs(world, arm, "grpo")]
                 shown = [min(value, 2.0) for value in values]  # at the edge: never reached, or more than twice
-                axis.plot(shown, [y] * len(values), "o", ms=4, color=COLORS.get(arm, "0.6"), alpha=0.6)
+                axis.plot(
+                    shown,
+                    [y + 0.1 * (i % 3 - 1) for i in range(len(shown))],
+                    "o",
+                    ms=4,
+                    color=COLORS.get(arm, "0.6"),
+                    alpha=0.6,
+                )
                 axis.plot([min(median(values), 2.0)], [y], "|", ms=16, mew=2, color="black")
             axis.axvline(1, color="0.5", lw=1)
             axis.axvline(0.5, color="0.5", lw=1, ls=":")
@@ -288,8 +295,8 @@ def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
             axis.bar(xs, [e["value"] for e in own], 0.16, color=COLORS[arm], label=f"{arm} ({own[0]['seeds']} seeds)")
             spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
             axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
-        axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1), title=NAMES[world])
-        axis.legend(loc="lower right", fontsize=8)
+        axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1.25), title=NAMES[world])
+        axis.legend(loc="upper left", ncols=3, fontsize=8)
     figure.savefig(_path("pass"), dpi=110)
 
 
