@@ -16,10 +16,13 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import Mock
 
 import pytest
 import tiny
+import torch
+import transformers
 import trl
 import viewer_samples
 import yaml
@@ -44,6 +47,14 @@ def blocks(page: Path, language: str) -> list[tuple[str, str]]:
     return [(above.strip(), text) for above, text in found]
 
 
+def maker(name: str) -> ModuleType:
+    """The script that makes a page or a figure."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"make_{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def named(cases):
     return [pytest.param(*case[1:], id=case[0]) for case in cases]
 
@@ -52,14 +63,60 @@ def named(cases):
 
 
 @pytest.mark.parametrize(
-    "script, made, product", [("configuration", "page", "configuration.md"), ("figure", "figure", "rollout.svg")]
+    "script, made, product",
+    [
+        ("configuration", "page", "configuration.md"),
+        ("figure", "figure", "rollout.svg"),
+        ("scaling", "page", "scaling.md"),
+    ],
 )
 def test_generated_files_are_fresh(script, made, product):
-    spec = importlib.util.spec_from_file_location(script, ROOT / "docs" / f"make_{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / product).read_text("utf-8") == getattr(maker(script), made)(), f"run docs/make_{script}.py"
 
-    assert (ROOT / "docs" / product).read_text("utf-8") == getattr(module, made)(), f"run docs/make_{script}.py"
+
+CONFIGS = {"Qwen2.5": transformers.Qwen2Config, "Llama": transformers.LlamaConfig, "Qwen3": transformers.Qwen3Config}
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-3B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen3-8B", "Qwen3-14B"])
+def test_parameters_of_the_scaling_guide_are_those_of_transformers(name):
+    scaling = maker("scaling")
+    shape = scaling.MODELS[name]
+    config = CONFIGS[name.split("-")[0]](
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab,
+        tie_word_embeddings=shape.tied,
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    linear = [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+
+    assert scaling.parameters(shape) == model.num_parameters()
+    assert scaling.linear_parameters(shape) == sum(layer.weight.numel() for layer in linear)
+    assert scaling.lora_parameters(shape, 16) == sum(16 * (x.in_features + x.out_features) for x in linear)
+
+
+def test_formulas_of_the_scaling_guide():
+    scaling = maker("scaling")
+    # One block of one linear layer's worth by hand: hidden 2, one head of 1, so q, k, v, o are 2 × 1; feed-forward 2 × 3
+    shape = scaling.Shape(layers=1, hidden=2, intermediate=3, heads=1, kv_heads=1, vocab=10, head_dim=1)
+    linear, whole, adapter = 4 * 2 + 3 * 6, 26 + 2 * 2 + 2 + 2 * 20, 1 * (4 * 3 + 3 * 5)
+
+    assert (scaling.linear_parameters(shape), scaling.parameters(shape)) == (linear, whole) == (26, 72)
+    assert scaling.lora_parameters(shape, 1) == adapter == 27
+    assert scaling.training_bytes(shape, "mixed precision") == 1152
+    assert scaling.training_bytes(shape, "bfloat16") == 576
+    assert scaling.training_bytes(shape, "ZeRO-2", 4) == 144 + 252
+    assert scaling.training_bytes(shape, "ZeRO-3", 4) == 288
+    assert scaling.training_bytes(shape, "LoRA") == 144 + 16 * 16 * adapter
+    assert scaling.training_bytes(shape, "QLoRA") == pytest.approx(26 * 0.515875 + 2 * 46 + 16 * 16 * adapter)
+    # Keys and values, 36 layers × 8 heads × 128, 2 bytes each: 147,456 bytes
+    assert scaling.kv_bytes(scaling.MODELS["Qwen3-8B"]) == 144 * 1024
+    assert scaling.checkpoint_bytes(shape, 5) == 20 and scaling.block_bytes(shape, 5) == 250
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
