@@ -195,7 +195,9 @@ def test_random_branching_ignores_entropy(tmp_path):
     assert never[1]["kind"] == "supplement"
 
 
-def test_hard_attribution_reaches_the_loss_and_the_record(tmp_path):
+# one root, whose own tokens have the mean of the group, which is 0: tree and hard agree
+@pytest.mark.parametrize("attribution", ["hard", "tree"])
+def test_attribution_reaches_the_loss_and_the_record(tmp_path, attribution):
     text = plan("A<s>q</s>?", (9, "xyzwabcdefghijklmnop"))
     advantages = []
 
@@ -213,7 +215,14 @@ def test_hard_attribution_reaches_the_loss_and_the_record(tmp_path):
     arpo_trl.ARPOTrainer._compute_loss = spy
     try:
         records, _, _ = rollout(
-            tmp_path, [text], [Search().s], 1, 2, reward=reward, advantage_attribution="hard", scale_rewards="none"
+            tmp_path,
+            [text],
+            [Search().s],
+            1,
+            2,
+            reward=reward,
+            advantage_attribution=attribution,
+            scale_rewards="none",
         )
     finally:
         arpo_trl.ARPOTrainer._compute_loss = original
