@@ -399,7 +399,11 @@ def improvements(runs: Runs, worlds: Sequence[str]) -> str:
                     ("At most half of the calls of `dapo`.", calls_claim(runs, world, arm, "dapo")),
                     ("Ends at or above `dapo`.", end_claim(runs, world, arm, "dapo", strictly=False)),
                 ]
-            lines += [f"- In {NAMES[world]}. {verdict(claim, *decided)}" for claim, decided in tried]
+            lines += [
+                f"- In {NAMES[world]}. {verdict(claim, *decided)}"
+                for claim, decided in tried
+                if decided[0] is not None
+            ]
         lines += [""]
     lines += ["`few` against its control `few_random`, which ignores entropy:", ""]
     for world in worlds:
