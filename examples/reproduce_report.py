@@ -620,7 +620,8 @@ written before the runs, and writes this page and everything in `docs/results/`.
 Small models (half a million parameters) in two invented worlds, {steps} optimiser steps of 64 rows in groups of M = 16, all
 arms of a world from one cold start, in pairs by seed. Held-out accuracy is read at steps {", ".join(map(str, evaluations))}, sampled
 at temperature 1. Intervals are 95 % bootstrap intervals over seeds, of the mean for accuracy and of the median for costs.
-A cost is the ratio of what an arm and GRPO spent until GRPO's final accuracy. Made with {shown}, on a CPU.
+A cost is the ratio of what an arm and GRPO spent until GRPO's final accuracy. Time is that of the processor, rollouts and
+update, one thread a run, since runs share the machine. Made with {shown}, on a CPU.
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
@@ -636,6 +637,8 @@ start a world means that the intervals are over training runs, not over worlds."
         improvements(runs, worlds),
         "### Why",
         reasons(runs, worlds, starts),
+        "Not tried: AEPO's budget and its penalty on consecutive forks, which act where budgets are larger than here; forks "
+        "chosen among all nodes once rows are finished, as in AT²PO, which the wave by wave rollout does not offer; larger M.",
         "## Arms",
         """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
 theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard

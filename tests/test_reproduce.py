@@ -204,3 +204,17 @@ def test_what_is_finished_is_not_run_again(started, monkeypatch):
     assert reproduce.run("easy", "arpo", 7, started) == path
     assert reproduce.cold_start("easy", started) == started / "cold_start" / "easy"
     assert path.read_text() == "done"
+
+
+def test_the_command_with_everything_finished_only_writes_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, "GRID", [("easy", "grpo", (0,)), ("easy", "arpo", (0,)), ("easy", "arpo", (0,))])
+    for name in ("OMP_NUM_THREADS", "TQDM_DISABLE", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "1")  # what the command sets for its workers does not outlive the test
+    runs = tmp_path / "outputs" / "runs"
+    runs.mkdir(parents=True)
+    for arm in ("grpo", "arpo"):
+        (runs / f"easy-{arm}-0.json").write_text(json.dumps(made_up(arm=arm)))
+    reproduce.main(tmp_path / "outputs", workers=2, report_only=False)
+    assert "All runs of the grid are in." in (tmp_path / "docs" / "results.md").read_text()
+    assert "docs/results.md" in capsys.readouterr().out
