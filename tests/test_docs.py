@@ -32,7 +32,8 @@ import arpo_trl
 from arpo_trl import ARPOConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
+OTHERS = ["CONTRIBUTING.md", "README.md", "benchmarks/README.md", "examples/configs/README.md"]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in OTHERS)]
 
 # Blocks that cannot run as they stand, with the reason. They are compiled, and what they import is imported.
 NOT_RUN = {
@@ -53,6 +54,28 @@ def maker(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# Fenced blocks that are neither Python nor commands, by the page and a piece of the block, with what they are
+NEITHER = {
+    ("data.md", "python -m arpo_trl.data"): "reads published data sets; see test_real_data.py",
+    ("evaluation.md", "load_rl"): "reads a published data set; see test_data.py",
+    ("vllm.md", "vllm serve"): "vLLM's own command, which needs a GPU; the server is started in tests/vllm_engine/",
+}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_is_tested_or_told_apart(page):
+    fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    for language, text in fences:
+        excused = [reason for (name, piece), reason in NEITHER.items() if name == page.name and piece in text]
+        assert language in ("python", "bash") or excused, text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_programs_named_in_a_sentence_exist(page):
+    for script in re.findall(r"`(?:\S*/)?python ([\w/.]+\.py)", page.read_text("utf-8")):
+        assert (ROOT / script).exists(), script
 
 
 def named(cases):
