@@ -333,7 +333,10 @@ def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tu
     if result is None:
         return None, ""
     e = result["difference"]
-    return (e["low"] > 0 if strictly else e["value"] >= 0), f"Difference in points: {points(e)}, {e['seeds']} seeds."
+    doubt = " The interval holds 0, so no difference is shown." if e["low"] <= 0 <= e["high"] else ""
+    return (e["low"] > 0 if strictly else e["value"] >= 0), (
+        f"Difference in points: {points(e)}, {e['seeds']} seeds.{doubt}"
+    )
 
 
 def entropy_claim(runs: Runs, world: str, arm: str, control: str) -> tuple[bool | None, str]:
