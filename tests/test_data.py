@@ -475,7 +475,7 @@ def test_recipe_samples_keeps_right_traces_and_writes_what_sft_learns(tokenizer,
 
     samples = Path(f"{args.output_path}.samples.jsonl")
     before = samples.read_text()
-    assert len(before.splitlines()) == 3
+    assert len(before.splitlines()) == 3 * 4, "a line a completion"
     assert main(args) == kept
     assert samples.read_text() == before  # started again, it asks nothing again
 
