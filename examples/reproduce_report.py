@@ -237,8 +237,10 @@ def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
 def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
     figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.8), squeeze=False, layout="constrained")
     for world, axis in zip(worlds, grid[0], strict=True):
-        lines = [("cold start", "grpo", "entropy_before", "C3")]
-        lines += [(f"after {arm}", arm, "entropy_after", COLORS[arm]) for arm in ("grpo", "arpo")]
+        lines = [("cold start (one checkpoint)", "grpo", "entropy_before", "C3")]
+        for arm in ("grpo", "arpo"):
+            seeds = len(runs.get((world, arm), {}))
+            lines.append((f"after {arm} ({seeds} seeds)", arm, "entropy_after", COLORS[arm]))
         for label, arm, name, color in lines:
             own = [run[name] for run in runs.get((world, arm), {}).values()]
             if not own:
@@ -247,9 +249,7 @@ def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
             kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
             means = [estimate([each["mean"][i] for each in own]) for i in kept]
             xs = [i - own[0]["before"] for i in kept]
-            axis.plot(
-                xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=f"{label} ({len(own)} seeds)"
-            )
+            axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
             axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
         axis.axvline(-0.5, color="0.6", ls="--", lw=1)
         axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)", title=NAMES[world])
@@ -639,7 +639,7 @@ Small models (half a million parameters) in two invented worlds, {steps} optimis
 arms of a world from one cold start, in pairs by seed. Held-out accuracy is read at steps {", ".join(map(str, evaluations))}, sampled
 at temperature 1. Intervals are 95 % bootstrap intervals over seeds, of the mean for accuracy and of the median for costs.
 A cost is the ratio of what an arm and GRPO spent until GRPO's final accuracy. Time is that of the processor, rollouts and
-update, one thread a run, since runs share the machine. Made with {shown}, on a CPU.
+update, one thread a run; runs share the machine, so it is rough. Made with {shown}, on a CPU.
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
