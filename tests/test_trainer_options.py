@@ -1,6 +1,7 @@
 """Where GRPOTrainer holds, ARPOTrainer holds with branching on: one test an option."""
 
 import asyncio
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,14 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    TrainerCallback,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 
@@ -456,3 +464,17 @@ def test_the_tool_limit_per_row(agent_dirs, tokenizer, tmp_path):
     for record in records(tmp_path):
         errors = [call["error"] for call in record["tool_calls"]]
         assert all("may be called 1 times" in error for error in errors[1:])
+
+
+def test_a_vision_language_model_with_tools_is_refused(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        text_config={"model_type": "qwen3", "vocab_size": len(tokenizer), "num_key_value_heads": 1, **shape},
+        vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **shape},
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*Use a text model"):
+        build({}, processor, tmp_path, "tags", model=LlavaForConditionalGeneration(config))
