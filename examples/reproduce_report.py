@@ -652,7 +652,7 @@ start a world means that the intervals are over training runs, not over worlds."
         "## What was tried, and why",
         "`few_tree` was in the grid from the start. `few` was a point of the sweep over N and got more seeds, and "
         f"{', '.join(f'`{arm}`' for arm in added) or 'nothing'} came in, when the first runs had been seen: what they show is a "
-        "hypothesis, not a test.",
+        "hypothesis, not a test. `hard_credit` and `n2` in the harder world came in then too.",
         improvements(runs, worlds),
         "### Why",
         reasons(runs, worlds, starts),
