@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import re
 import runpy
 import shlex
@@ -449,3 +450,15 @@ def test_extras_that_the_pages_name_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for page in PAGES for name in re.findall(r"arpo-trl\[(\w+)\]", page.read_text("utf-8"))}
     assert named and named <= set(extras)
+
+
+def test_the_readme_shows_the_results_as_measured():
+    numbers = json.loads((ROOT / "docs" / "results" / "numbers.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text().split("## Arms")[1].split("### In the harder world")
+    readme = (ROOT / "README.md").read_text()
+    arms = {"GRPO": "grpo", "ARPO": "arpo", "ARPO, forks at random": "random", "ARPO, N = 4": "few"}
+    for label, arm in arms.items():
+        cells = re.search(rf"^\| {label} \| (.*) \|$", readme, re.MULTILINE)[1].split(" | ")
+        for world, part, accuracy, calls in zip(("easy", "hard"), page, cells[::2], cells[1::2], strict=True):
+            assert f"| `{arm}` | 5 | {accuracy} |" in part
+            assert arm == "grpo" or calls == f"{numbers[world][arm]['calls_total']['value']:.2f}"
