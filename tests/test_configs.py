@@ -49,7 +49,7 @@ def test_training(path):
     assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0
     assert args.num_initial_generations * 2 == args.num_generations
     assert args.vllm_max_model_length > args.max_completion_length
-    assert (args.beta, args.learning_rate, args.loss_type) == (0.0, 1e-6, "dapo")
+    assert (args.beta, args.learning_rate, args.loss_type) == (0.0, 1e-6, "bnpo")
     assert script.tools == ["search", "python"]
     cold_start = next(cold for cold in COLD_STARTS if model_of(cold) == model_of(path))
     assert model.model_name_or_path == yaml.safe_load(cold_start.read_text())["output_dir"]
