@@ -32,7 +32,7 @@ from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, 
 from .rollout.prefix_cache import PrefixCache
 from .rollout.record import rollout_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
-from .rollout.tree import Group, Trajectory
+from .rollout.tree import Group, Trajectory, own_tokens
 from .tools.executor import ToolCall, ToolExecutor
 
 
@@ -303,10 +303,7 @@ def _fill_scores(
     """Score `records`, whose `prompt_index` is a place in `rows`, from what they hold."""
     own = [rows[record["prompt_index"]] for record in records]
     completions = [record["completion"] for record in records]
-    own_ids = [
-        [token for token, mine in zip(record["completion_ids"], record["tool_mask"], strict=True) if mine]
-        for record in records
-    ]
+    own_ids = [own_tokens(record["completion_ids"], record["tool_mask"]) for record in records]
     texts = agent.tokenizer.batch_decode(own_ids, skip_special_tokens=True)
     for record, answer in zip(records, final_answers(completions, texts), strict=True):
         record["prediction"] = answer

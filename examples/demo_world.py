@@ -108,14 +108,19 @@ class World:
     def __init__(self, seed: int = 0, num_people: int = 4000, num_towns: int = 60):
         self.seed = seed
         rng = random.Random(f"world {seed}")
+        people, towns = self._invent(rng, num_people, num_towns)
+        self.founded = {town: rng.randint(1500, 1899) for town in towns}
+        self.born = {person: rng.randint(1900, 1999) for person in people}
+        self.birthplace = {person: rng.choice(towns) for person in people}
+
+    def _invent(self, rng: random.Random, num_people: int, num_towns: int) -> tuple[list[str], list[str]]:
+        """Names of people and of towns; keeps the first and last names that they are made of."""
         num_names = int((2 * num_people) ** 0.5)
         self.first_names = invent_names(rng, num_names, ("CVCa", "CVCila", "CVro"))
         self.last_names = invent_names(rng, num_names, ("CVCVsk", "CVlCen", "CVrrick"))
         towns = invent_names(rng, num_towns, ("CVCholm", "CVrvath", "CVlstead"))
         people = [" ".join(name) for name in rng.sample([*product(self.first_names, self.last_names)], num_people)]
-        self.founded = {town: rng.randint(1500, 1899) for town in towns}
-        self.born = {person: rng.randint(1900, 1999) for person in people}
-        self.birthplace = {person: rng.choice(towns) for person in people}
+        return people, towns
 
     def passage(self, entity: str) -> str:
         """All that the corpus says of a person or town."""

@@ -14,9 +14,8 @@ As in `demo_world.py`, nothing here trains, searches the web or runs code.
 
 import random
 from functools import cache, cached_property
-from itertools import product
 
-from demo_world import PLAN, Question, World, invent_names
+from demo_world import PLAN, Question, World
 
 from arpo_trl.tools.search import BM25Search
 
@@ -72,11 +71,7 @@ class HardWorld(World):
     def __init__(self, seed: int = 0, num_people: int = 4000, num_towns: int = 60):
         self.seed = seed
         rng = random.Random(f"hard world {seed}")
-        num_names = int((2 * num_people) ** 0.5)
-        self.first_names = invent_names(rng, num_names, ("CVCa", "CVCila", "CVro"))
-        self.last_names = invent_names(rng, num_names, ("CVCVsk", "CVlCen", "CVrrick"))
-        towns = invent_names(rng, num_towns, ("CVCholm", "CVrvath", "CVlstead"))
-        people = [" ".join(name) for name in rng.sample([*product(self.first_names, self.last_names)], num_people)]
+        people, towns = self._invent(rng, num_people, num_towns)
         parents, children = people[: num_people // 2], people[num_people // 2 :]
         self.founded = {town: rng.randint(1500, 1799) for town in towns}
         self.parent = {child: rng.choice(parents) for child in children}
@@ -93,7 +88,10 @@ class HardWorld(World):
         """The search corpus, in random order, so that a rumour is found before the fact as often as after it."""
         passages = [
             *(f"The parent of {child} is {parent}." for child, parent in self.parent.items()),
-            *(f"The birth of {person} was in {self.born[person]} in {self.birthplace[person]}." for person in self.born),
+            *(
+                f"The birth of {person} was in {self.born[person]} in {self.birthplace[person]}."
+                for person in self.born
+            ),
             *(f"The birth of {person} was perhaps in {year}." for person, year in self.rumoured.items()),
             *(f"The foundation of {town} was in {year}." for town, year in self.founded.items()),
         ]

@@ -183,6 +183,7 @@ def run(world_name: str, arm: str, seed: int, directory: Path, steps: int = STEP
     """
     import torch
     from datasets import Dataset
+    from demo import CPU
     from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
     from arpo_trl import ARPOConfig, ARPOTrainer
@@ -204,6 +205,7 @@ def run(world_name: str, arm: str, seed: int, directory: Path, steps: int = STEP
             str(scratch),
             **{**COMMON, **ARMS[arm]},
             **CPU,
+            disable_tqdm=True,
             max_steps=steps,
             log_rollouts=True,
             logging_steps=1,
@@ -257,14 +259,6 @@ def run(world_name: str, arm: str, seed: int, directory: Path, steps: int = STEP
     return path
 
 
-CPU = {
-    "bf16": False,
-    "use_cpu": True,
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-}
 LOGGED = {
     "reward": "reward",
     "entropy_initial": "arpo/entropy_initial",

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo_world  # noqa: E402
 import reproduce  # noqa: E402
 import reproduce_report as report  # noqa: E402
+from demo import CPU  # noqa: E402
 from reproduce import ARMS, COMMON, GRID, SEEDS  # noqa: E402
 
 from arpo_trl import ARPOConfig  # noqa: E402
@@ -136,7 +137,7 @@ def test_without_runs_it_says_what_to_do(tmp_path):
 
 def test_every_arm_can_be_configured_and_has_the_same_group(tmp_path):
     for arm, own in ARMS.items():
-        args = ARPOConfig(str(tmp_path), **{**COMMON, **own}, **reproduce.CPU, max_steps=1)
+        args = ARPOConfig(str(tmp_path), **{**COMMON, **own}, **CPU, max_steps=1)
         assert args.num_generations == 16, arm
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64, arm
         assert args.steps_per_generation == args.gradient_accumulation_steps, arm

@@ -6,6 +6,11 @@ from typing import Any, Literal
 from ..tools.executor import ToolCall
 
 
+def own_tokens(completion_ids: list[int], tool_mask: list[int]) -> list[int]:
+    """The tokens of a completion whose mask is 1: the model's own, tool results left out."""
+    return [token for token, own in zip(completion_ids, tool_mask, strict=True) if own]
+
+
 @dataclass
 class Segment:
     """
@@ -77,7 +82,7 @@ class Trajectory:
     @property
     def own_ids(self) -> list[int]:
         """The model's own tokens, tool results left out."""
-        return [token for token, own in zip(self.completion_ids, self.tool_mask, strict=True) if own]
+        return own_tokens(self.completion_ids, self.tool_mask)
 
     def fork(self, row: int) -> "Trajectory":
         """A copy that leaves here, at the tool result just before the segment that was read."""
