@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-BRANCH_RULES = ("bernoulli", "threshold", "random")
+BRANCH_RULES = ("bernoulli", "threshold", "random", "expansion", "random_expansion")
 ATTRIBUTIONS = ("soft", "hard", "tree")
 TOOL_PROTOCOLS = ("chat_template", "tags")
 ROLLOUT_SCHEDULES = ("waves", "eager")
@@ -35,7 +35,14 @@ class ARPOConfig(GRPOConfig):
             Probability above which the rule `"threshold"` forks (τ). The other rules ignore it.
         branch_rule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` forks with probability P, `"threshold"` forks if P > τ, `"random"` forks with probability α
-            whatever the entropy (the control).
+            whatever the entropy (the control). `"expansion"` lets all rows end first and then shares the missing ones out
+            over the tool results (and the prompt) of the whole group, in proportion to the entropy read there, after
+            [AT²PO](https://huggingface.co/papers/2601.04767): fewer tool calls, above all with few initial rows, for a
+            rollout that takes longer. `"random_expansion"` draws these nodes at random, as in
+            [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β, τ and Z.
+        expansion_rounds (`int`, *optional*, defaults to `2`):
+            Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the rows
+            of the first.
 
         > Parameters that control the advantage
 
@@ -123,9 +130,14 @@ class ARPOConfig(GRPOConfig):
         default="bernoulli",
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
-            "alpha whatever the entropy (the control).",
+            "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, in "
+            "proportion to the entropy; 'random_expansion' anywhere at random.",
             "choices": list(BRANCH_RULES),
         },
+    )
+    expansion_rounds: int = field(
+        default=2,
+        metadata={"help": "Rounds in which the rules 'expansion' and 'random_expansion' fill a group."},
     )
 
     # Parameters that control the advantage
@@ -208,6 +220,7 @@ class ARPOConfig(GRPOConfig):
         for name, minimum in (
             ("branch_factor", 1),
             ("entropy_window", 1),
+            ("expansion_rounds", 1),
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
             ("log_tree_steps", 0),

@@ -279,6 +279,7 @@ class ARPOTrainer(GRPOTrainer):
                     entropy_weight=self.args.entropy_weight,
                     branch_threshold=self.args.branch_threshold,
                     branch_rule=self.args.branch_rule,
+                    expansion_rounds=self.args.expansion_rounds,
                 ),
                 Limits(
                     completion=self.max_completion_length,
@@ -642,6 +643,11 @@ def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, enviro
         raise ValueError(
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
+        )
+    if environment_factory is not None and args.branch_rule in ("expansion", "random_expansion"):
+        raise ValueError(
+            f"`branch_rule={args.branch_rule!r}` forks from rows that have ended, and what `environment_factory` makes "
+            f"cannot be taken back to an earlier tool result: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):

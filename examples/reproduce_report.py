@@ -29,28 +29,27 @@ Grid = Sequence[tuple[str, str, Sequence[int]]]  # world, arm, seeds
 # Curves
 
 
-def curve(run: dict, quantity: str | None = None) -> list[tuple[float, float, int]]:
-    """(x, accuracy, answers) of a run's evaluations; x is the sum of `quantity` so far, by default optimiser steps."""
+def curve(run: dict, quantity: str | None = None) -> list[tuple[float, float]]:
+    """(x, accuracy) of a run's evaluations; x is the sum of `quantity` so far, by default optimiser steps."""
     spent = [0, *itertools.accumulate(step[quantity] if quantity else 1 for step in run["steps"])]
-    return [(spent[entry["step"]], entry["accuracy"], entry["answers"]) for entry in run["evaluations"]]
+    return [(spent[entry["step"]], entry["accuracy"]) for entry in run["evaluations"]]
 
 
-def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in weighted squares (pool adjacent violators)."""
-    blocks: list[list[float]] = []  # mean, weight, length
-    for value, weight in zip(values, weights, strict=True):
-        blocks.append([value, weight, 1])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            value, weight, length = blocks.pop()
-            mean, before, count = blocks[-1]
-            blocks[-1] = [(mean * before + value * weight) / (before + weight), before + weight, count + length]
-    return [mean for mean, _, length in blocks for _ in range(int(length))]
+def isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence nearest to `values` in squares (pool adjacent violators)."""
+    blocks: list[list[float]] = []  # values that share a mean
+    for value in values:
+        blocks.append([value])
+        while len(blocks) > 1 and statistics.fmean(blocks[-2]) > statistics.fmean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] = blocks[-1] + last
+    return [statistics.fmean(block) for block in blocks for _ in block]
 
 
 def smooth(run: dict, quantity: str | None = None) -> tuple[list[float], list[float]]:
-    """A run's curve made non-decreasing: x, accuracy. Answers weigh."""
-    xs, values, answers = zip(*curve(run, quantity), strict=True)
-    return list(xs), isotonic(values, answers)
+    """A run's curve made non-decreasing: x, accuracy."""
+    xs, values = zip(*curve(run, quantity), strict=True)
+    return list(xs), isotonic(values)
 
 
 def first_reach(xs: Sequence[float], values: Sequence[float], target: float) -> float:
@@ -68,13 +67,14 @@ def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0)
     """What `run` spent, as a fraction of what `base` spent, until the accuracy that `base` has at the end.
 
     Args:
-        run, base (`dict`): Two runs from one cold start.
+        run, base (`dict`): Two runs from one cold start. The end of `base` is where arms are compared; `run` may be longer.
         quantity (`str`): What is spent.
         share_of_gain (`float`): Below 1: until `base` had that share of its gain over the cold start.
 
     Returns:
         `float`: infinite if `run` never gets there.
     """
+    base = base | {"evaluations": [e for e in base["evaluations"] if e["step"] <= base["compared_at"]]}
     base_xs, base_values = smooth(base, quantity)
     target = base_values[0] + share_of_gain * (base_values[-1] - base_values[0])
     needed = first_reach(base_xs, base_values, target)
@@ -123,11 +123,13 @@ class Runs(dict):
 
 
 def final(run: dict, name: str = "accuracy") -> float:
-    return run["evaluations"][-1][name]
+    """What was evaluated after the step at which arms are compared; some train on to see when they get to GRPO's."""
+    return next(entry[name] for entry in run["evaluations"] if entry["step"] == run["compared_at"])
 
 
 def total(run: dict, quantity: str) -> float:
-    return sum(step[quantity] for step in run["steps"])
+    """What was spent up to that step."""
+    return sum(step[quantity] for step in run["steps"][: run["compared_at"]])
 
 
 def compare(runs: Runs, world: str, arm: str, base: str) -> dict | None:
@@ -260,7 +262,7 @@ def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
 def fork_shares(run: dict) -> list[float]:
     """Share of a run's forks that leave after the first, second, … call of a row."""
     counts: dict[int, int] = {}
-    for step in run["steps"]:
+    for step in run["steps"][: run["compared_at"]]:
         for calls, forks in step["forks_after_call"].items():
             counts[int(calls)] = counts.get(int(calls), 0) + forks
     return [counts.get(calls, 0) / max(sum(counts.values()), 1) for calls in range(1, 5)]
@@ -605,9 +607,9 @@ def _finite(value):
 
 def _compact(run: dict) -> dict:
     """What the page needs of a run: evaluations, and what was spent until each of them."""
-    kept = {name: run[name] for name in ("world", "arm", "seed", "evaluations")}
+    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
     spent = {
-        quantity: [round(x, 1) for x, _, _ in curve(run, quantity)]
+        quantity: [round(x, 1) for x, _ in curve(run, quantity)]
         for quantity in ("calls_executed", "calls_saved", "tokens_sampled", "cpu_seconds")
     }
     return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}

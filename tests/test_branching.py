@@ -12,6 +12,7 @@ from arpo_trl.rollout.branching import (
     fork_probability,
     initial_share,
     mean_entropy,
+    share_rows,
     top_k_entropy,
     wants_fork,
 )
@@ -86,3 +87,18 @@ def test_parts_of_groups_on_processes():
         (range(0, 4), 2, 4),
         (range(4, 12), 4, 0),
     ]
+
+
+def test_rows_are_shared_in_proportion_to_entropy():
+    rng = random.Random(0)
+    # 0.9; then 0.9 / 2 < 0.5; then 0.45 is the largest again
+    assert share_rows([0.9, 0.5, 0.2], [1, 1, 1], rows=3, rng=rng) == [2, 1, 0]
+    # What has been sampled before counts: 0.3, 0.5, 0.2; then 0.3, 0.25, 0.2; then 0.225, 0.25, 0.2
+    assert share_rows([0.9, 0.5, 0.2], [3, 1, 1], rows=3, rng=rng) == [1, 2, 0]
+    assert share_rows([6.0, 3.0, 1.0], [1, 1, 1], rows=97, rng=rng) == [59, 29, 9]  # with the first ones 60, 30, 10
+    assert share_rows([0.5], [1], rows=0, rng=rng) == [0]
+
+
+def test_nodes_of_equal_entropy_get_rows_at_random():
+    first = Counter(share_rows([0.0, 0.0, 0.0], [1, 1, 1], 1, random.Random(seed)).index(1) for seed in range(300))
+    assert set(first) == {0, 1, 2} and min(first.values()) > 60

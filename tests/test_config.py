@@ -33,6 +33,7 @@ def test_defaults_are_those_of_the_paper(tmp_path):
         ({"num_initial_generations": 0}, ["`num_initial_generations` is 0", "1 or more"]),
         ({"branch_factor": 0}, ["`branch_factor` is 0"]),
         ({"entropy_window": 0}, ["`entropy_window` is 0"]),
+        ({"expansion_rounds": 0}, ["`expansion_rounds` is 0"]),
         ({"entropy_weight": -0.1}, ["`entropy_weight` is -0.1"]),
         ({"entropy_weight": float("nan")}, ["`entropy_weight` is nan"]),
         ({"branch_probability": 1.5}, ["`branch_probability` is 1.5"]),
@@ -87,6 +88,11 @@ def build(tmp_path, tokenizer, config=None, tools=(tiny.add,), **kwargs):
             {"tool_protocol": "tags"},
             {"tools": (), "environment_factory": Board},
             ["`environment_factory`", "tool_protocol"],
+        ),
+        (
+            {"branch_rule": "expansion"},
+            {"tools": (), "environment_factory": Board},
+            ["`branch_rule='expansion'`", "`environment_factory`", "num_initial_generations=16"],
         ),
     ],
 )

@@ -18,18 +18,20 @@ from reproduce import ARMS, COMMON, GRID, SEEDS  # noqa: E402
 from arpo_trl import ARPOConfig  # noqa: E402
 
 
-def made_up(world="easy", arm="arpo", seed=0, accuracies=(0.5, 0.7, 0.8), calls=10):
+def made_up(world="easy", arm="arpo", seed=0, accuracies=(0.5, 0.7, 0.8), calls=10, compared_at=2):
     """A run of one step between two evaluations, each of which executes `calls` calls."""
     steps = len(accuracies) - 1
     step = {"calls_executed": calls, "calls_saved": 2, "tokens_sampled": 100, "cpu_seconds": 1.0}
     step |= {"forks_after_call": {} if arm == "grpo" else {"1": 3, "2": 1}}
-    evaluations = [{"step": i, "answers": 1, "accuracy": value} for i, value in enumerate(accuracies)]
-    evaluations[-1] |= {f"pass@{k}": accuracies[-1] for k in (1, 3, 5)}
+    evaluations = [
+        {"step": i, "accuracy": value, **{f"pass@{k}": value for k in (1, 3, 5)}} for i, value in enumerate(accuracies)
+    ]
     entropy = {"before": 2, "mean": [0.1, 0.1, 0.4, 0.2], "tokens": [20, 20, 20, 20]}
     return {
         "world": world,
         "arm": arm,
         "seed": seed,
+        "compared_at": compared_at,
         "steps": [step] * steps,
         "evaluations": evaluations,
         "entropy_before": entropy,
@@ -41,9 +43,9 @@ def made_up(world="easy", arm="arpo", seed=0, accuracies=(0.5, 0.7, 0.8), calls=
 
 
 def test_isotonic_pools_what_falls():
-    assert report.isotonic([1, 3, 2, 4], [1, 1, 1, 1]) == [1, 2.5, 2.5, 4]
-    assert report.isotonic([3, 2, 1], [1, 1, 2]) == pytest.approx([1.75] * 3)  # (3 + 2 + 2 · 1) / 4
-    assert report.isotonic([0.1, 0.2], [1, 5]) == [0.1, 0.2]
+    assert report.isotonic([1, 3, 2, 4]) == [1, 2.5, 2.5, 4]
+    assert report.isotonic([3, 2, 1]) == pytest.approx([2] * 3)
+    assert report.isotonic([0.1, 0.2]) == [0.1, 0.2]
 
 
 def test_first_reach_reads_between_the_points():
@@ -61,6 +63,16 @@ def test_cost_ratio_by_hand():
     # half of GRPO's gain is 0.65: GRPO has it after 20 + 20 · 0.05 / 0.2 = 25 calls, ARPO after 10 · 0.15 / 0.3 = 5
     assert report.cost_ratio(arpo, grpo, "calls_executed", 0.5) == pytest.approx(5 / 25)
     assert report.cost_ratio(made_up(accuracies=(0.5, 0.6, 0.7)), grpo, "calls_executed") == math.inf
+
+
+def test_arms_are_compared_at_one_step_and_may_train_on():
+    grpo = made_up(arm="grpo", accuracies=(0.5, 0.6, 0.8), calls=20)
+    longer = made_up(accuracies=(0.5, 0.6, 0.7, 0.9), calls=10)
+    assert report.final(longer) == 0.7 and report.total(longer, "calls_executed") == 20
+    # 0.8 lies half way between the evaluations after 20 and 30 calls; GRPO had it after 40
+    assert report.cost_ratio(longer, grpo, "calls_executed") == pytest.approx(25 / 40)
+    # As a base it ends where it is compared: 0.7, after 20 calls. GRPO has that after 30
+    assert report.cost_ratio(grpo, longer, "calls_executed") == pytest.approx(30 / 20)
 
 
 def test_a_median_of_many_that_never_arrive_is_infinite():
@@ -132,6 +144,50 @@ def test_without_runs_it_says_what_to_do(tmp_path):
         report.write(tmp_path, GRID, docs=tmp_path / "docs")
 
 
+# Accuracy without the noise of sampling
+
+
+def test_what_is_right_in_another_way_is_counted_apart():
+    def record(*answers):
+        completions, correct, truncated = zip(*answers, strict=True)
+        return {
+            "completions": [[{"role": "assistant", "content": text}] for text in completions],
+            "correct": correct,
+            "truncated": truncated,
+        }
+
+    answers = [("shown", True, False), ("other", True, False), ("wrong", False, False), ("shown", True, True)]
+    # The last one goes on without an end-of-turn token, so it is not the demonstration
+    assert reproduce.other_right_answers("shown", record(*answers)) == 2 / 4
+    assert reproduce.other_right_answers("shown", record(answers[0])) == 0
+
+
+def test_the_probability_of_the_demonstration_is_that_of_sampling_it(started):
+    """Against the frequency with which each token of it is sampled: exact, position by position, row by row."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from arpo_trl.data import tags_sft_features
+
+    world, tokenizer, _ = reproduce.load("easy")
+    model = AutoModelForCausalLM.from_pretrained(started / "cold_start" / "easy").eval()
+    questions = world.questions("held_out")[:3]
+    batched = reproduce.demonstration_probabilities(model, tokenizer, world, questions, batch_size=2)
+    for question, probability in zip(questions, batched, strict=True):
+        messages = [
+            {"role": "user", "content": question.text},
+            {"role": "assistant", "content": world.trace(question)},
+        ]
+        features = tags_sft_features(tokenizer, messages)
+        expected = 1.0
+        for place, (token, own) in enumerate(zip(*features.values(), strict=True)):
+            if own:  # one forward for each token, nothing padded
+                logits = model(torch.tensor([features["input_ids"][:place]])).logits[0, -1]
+                expected *= logits.softmax(-1)[token].item()
+        assert probability == pytest.approx(expected, rel=1e-4)
+        assert 0 < probability < 1
+
+
 # The grid
 
 
@@ -195,6 +251,8 @@ def test_the_same_seed_gives_the_same_curve(started, monkeypatch):
     assert [step["entropy_initial"] for step in first["steps"]] != [step["entropy_initial"] for step in other["steps"]]
     assert sum(step["calls_executed"] for step in first["steps"]) > 0
     assert [entry["step"] for entry in first["evaluations"]] == [0, 2]
+    for entry in first["evaluations"]:
+        assert entry["accuracy"] == pytest.approx(entry["demonstrated"] + entry["otherwise"], abs=2e-6)
 
 
 def test_what_is_finished_is_not_run_again(started, monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.advantages import hard_advantages
+from arpo_trl.config import BRANCH_RULES
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
 from arpo_trl.rollout.record import call_records, rollout_records
@@ -84,7 +85,8 @@ def cases(draw):
             branch_factor=draw(st.integers(1, 3)),
             entropy_window=draw(st.integers(1, 5)),
             branch_probability=draw(st.sampled_from([0.0, 0.5, 1.0])),
-            branch_rule=draw(st.sampled_from(["bernoulli", "threshold", "random"])),
+            branch_rule=draw(st.sampled_from(BRANCH_RULES)),
+            expansion_rounds=draw(st.integers(1, 3)),
         ),
         limits=Limits(
             completion=draw(st.integers(1, 60)), context=draw(st.integers(30, 80)), tool_turns=draw(st.integers(0, 6))

@@ -297,3 +297,43 @@ def test_a_result_longer_than_the_context_ends_the_row(tmp_path):
     records, _, _ = rollout(tmp_path, [plan("A<s>q</s>ok")], [s], 1, 2, max_completion_length=10_000)
     assert [record["text"] for record in records] == ["A<s>q</s>"] * 2
     assert all(record["truncated"] for record in records)
+
+
+def test_expansion_forks_from_rows_that_have_ended_where_they_were_unsure(tmp_path):
+    search = Search()
+    text = plan("A<s>q</s>a<s>r</s>?c", (18, "xyzw"))  # unsure after the second result alone
+    records, trainer, model = rollout(tmp_path, [text], [search.s], 1, 4, branch_rule="expansion")
+    assert model.batches == [1, 1, 1, 2, 1], "the root's three segments, and two rounds"
+    root, *forks = records
+    after_second = len("A<s>q</s>" + RESULT + "a<s>r</s>" + RESULT)
+    assert [(row["kind"], row["parent"], row["fork_token"]) for row in forks] == [("fork", 0, after_second)] * 3
+    assert search.queries == ["q", "r"], "no call is repeated"
+    for row in forks:
+        assert row["text"][:after_second] == root["text"][:after_second] and row["text"].endswith("c" + END)
+        assert [call["shared"] for call in row["tool_calls"]] == [True, True]
+        assert row["segments"][:2] == root["segments"][:2]
+        assert row["tool_mask"] == root["tool_mask"] and not row["truncated"]
+    assert [segment["forks"] for segment in root["segments"]] == [None, 0, 3]
+    log = trainer.state.log_history[0]
+    assert (log["tools/calls_executed"], log["tools/calls_saved"]) == (2, 6)
+    assert (log["arpo/forks"], log["arpo/supplements"]) == (3, 0)
+
+
+def test_expansion_starts_from_the_prompt_where_that_is_unsure(tmp_path):
+    text = plan("A?<s>q</s>yes", (1, "abcd"))
+    records, _, _ = rollout(tmp_path, [text], [Search().s], 1, 4, branch_rule="expansion")
+    assert [record["kind"] for record in records] == ["initial"] + ["supplement"] * 3
+
+
+def test_a_fork_from_a_row_that_was_cut_is_not_cut(tmp_path):
+    # The root calls a third time, which the limit of two turns refuses; a fork may end instead
+    text = plan("A<s>q</s>a<s>r</s>?s>t</s>", (18, {"<": 3.0, END: 3.0}))
+    search = Search()
+    records, _, _ = rollout(
+        tmp_path, [text], [search.s], 1, 8, branch_rule="expansion", max_tool_calling_iterations=2, seed=1
+    )
+    assert {record["truncated"] for record in records} == {True, False}
+    for record in records:
+        assert record["truncated"] == (not record["text"].endswith(END))
+        assert len(record["tool_calls"]) == 2
+    assert search.queries == ["q", "r"]

@@ -15,7 +15,7 @@ SLOW, FAST = 10, 20  # the prompts of two groups
 SECONDS = 20  # after which a test gives up
 
 
-def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0):
+def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, **branching):
     """Run a rollout with `sample(contexts)` and tools that are threads running `call(trajectory)`."""
     with ThreadPoolExecutor(8) as pool:
 
@@ -38,7 +38,7 @@ def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_pro
             [[prompt] for prompt in prompts for _ in range(size)],
             RandomProtocol(),
             hooks,
-            Branching(vocab_size=100, branch_probability=branch_probability),
+            Branching(vocab_size=100, branch_probability=branch_probability, **branching),
             Limits(completion=100, context=200, tool_turns=4),
             random.Random(0),
             END.__eq__,
@@ -117,6 +117,40 @@ def test_supplements_wait_for_rows_whose_tools_still_run():
     assert [trajectory.kind for trajectory in trajectories] == ["initial", "supplement"] * 2
     # Both start; the fast supplement; the slow answer; the slow supplement, and its answer
     assert order == [[SLOW, FAST], [FAST], [SLOW], [SLOW], [SLOW]]
+
+
+@pytest.mark.parametrize("rounds, parents", [(1, {0}), (2, {0, 1, 2})])
+def test_a_second_round_of_expansion_forks_from_rows_of_the_first(rounds, parents):
+    """The root calls once and ends, a little unsure; its forks call a second time and are very unsure after that."""
+    root = [FAST, 5, CALL, 0, 0]
+    kept = []
+
+    def sample(contexts):
+        samples = []
+        for context in contexts:
+            if context == [FAST]:
+                samples.append(Sample([5, CALL], [0.0] * 2))
+            elif context == root:
+                samples.append(Sample([6, CALL] if sample.root_ended else [6, END], [1.0] * 2))
+                sample.root_ended = True
+            else:
+                samples.append(Sample([7, END], [50.0] * 2))
+        return samples
+
+    sample.root_ended = False
+    trajectories = run(
+        sample, lambda trajectory: None, eager=False, size=5, prompts=(FAST,), kept=kept, branch_rule="expansion",
+        expansion_rounds=rounds,
+    )  # fmt: skip
+    assert [trajectory.kind for trajectory in trajectories] == ["initial"] + ["fork"] * 4
+    assert [trajectory.parent for trajectory in trajectories[1:3]] == [0, 0]
+    assert {trajectory.parent for trajectory in trajectories[1:]} == parents
+    for trajectory in trajectories[1:]:
+        assert trajectory.completion_ids == [5, CALL, 0, 0, 6, CALL, 0, 0, 7, END]
+        assert [call.shared for call in trajectory.calls] == [True, trajectory.parent != 0]
+    if rounds == 2:  # the engine is told to keep the row that has ended as long as rows are missing
+        assert [FAST, *trajectories[0].completion_ids] in kept[2]
+    assert kept[-1] == []
 
 
 @pytest.mark.parametrize("protocol", ["chat_template", "tags"])

@@ -123,6 +123,20 @@ def every_result_forks_twice_while_there_is_room(trainer, rows):
     )
 
 
+def all_but_one_row_left_a_row_that_had_ended(trainer, rows):
+    forks = [row for row in rows if row["kind"] == "fork"]
+    assert [row["kind"] for row in rows[::4]] == ["initial"] * 4 and forks
+    for start in range(0, len(rows), 4):
+        group = rows[start : start + 4]
+        for row in group:
+            if row["kind"] == "fork":
+                parent = group[row["parent"]]
+                assert parent["completion_ids"][: row["fork_token"]] == row["completion_ids"][: row["fork_token"]]
+                (node,) = [segment for segment in parent["segments"] if segment["start"] == row["fork_token"]]
+                assert node["forks"] >= 1 and node["branch_probability"] is None
+    return True
+
+
 @pytest.mark.parametrize(
     "settings, groups, shows",
     [
@@ -144,6 +158,8 @@ def every_result_forks_twice_while_there_is_room(trainer, rows):
             4,
             every_result_forks_twice_while_there_is_room,
         ),
+        ({"branch_rule": "expansion", "num_initial_generations": 1}, 4, all_but_one_row_left_a_row_that_had_ended),
+        ({"branch_rule": "random_expansion", "expansion_rounds": 1, "seed": 3}, 4, generated_at(0, 1)),
         (
             {"gradient_checkpointing": False, "repetition_penalty": 1.1, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
             4,

@@ -3,7 +3,8 @@
 
 What is not here: how entropies are measured (`sampler.py`) and how a fork is made (`loop.py`).
 
-A new rule goes into [`wants_fork`], and its name into `arpo_trl.config.BRANCH_RULES`.
+A new rule that decides as rows pass a tool result goes into [`wants_fork`], and its name into
+`arpo_trl.config.BRANCH_RULES`.
 """
 
 import math
@@ -84,6 +85,30 @@ def allocate_forks(gaps: Sequence[float], branch_factor: int, budget: int, rng: 
     for index in sorted(range(len(gaps)), key=lambda i: (-gaps[i], rng.random())):
         granted[index] = min(branch_factor, budget)
         budget -= granted[index]
+    return granted
+
+
+def share_rows(entropies: Sequence[float], samples: Sequence[int], rows: int, rng: random.Random) -> list[int]:
+    """
+    Share rows among the nodes of a finished tree in proportion to their entropy.
+
+    Each row goes to the node with the largest entropy per sample, H / n; ties are broken at random. It is the
+    entropy-guided tree expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO
+    subtracts a penalty for each branch, so that no scale of entropies has to be known.
+
+    Args:
+        entropies (`Sequence[float]`): Entropy H of each node, in nats.
+        samples (`Sequence[int]`): Rows that have sampled each node already, n.
+        rows (`int`): Rows to share out.
+        rng (`random.Random`): Breaks ties.
+
+    Returns:
+        `list[int]`: number of rows that each node gets.
+    """
+    granted = [0] * len(entropies)
+    for _ in range(rows):
+        shares = [h / (n + more) for h, n, more in zip(entropies, samples, granted, strict=True)]
+        granted[max(range(len(shares)), key=lambda i: (shares[i], rng.random()))] += 1
     return granted
 
 

@@ -3,12 +3,13 @@ https://huggingface.co/papers/2507.19849).
 
 One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the tools,
 append their results. The eager schedule does not wait for the slowest tool: its next wave holds the trajectories whose
-results are there. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and
+results are there. The rules of expansion let all rows of a group end and then fork anywhere in its tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and
 run, so that tests drive it with scripts.
 
 What is not here: images in tool results.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,15 @@ from typing import Literal, NamedTuple
 from ..protocols import ToolProtocol, Tools, Turn
 from ..tools.executor import ToolCall
 from ..tools.options import tool_options
-from .branching import allocate_forks, entropy_gap, fork_probability, initial_share, mean_entropy, wants_fork
+from .branching import (
+    allocate_forks,
+    entropy_gap,
+    fork_probability,
+    initial_share,
+    mean_entropy,
+    share_rows,
+    wants_fork,
+)
 from .tree import CallOfRow, Group, Segment, Trajectory
 
 
@@ -49,6 +58,12 @@ class Branching:
     entropy_weight: float = 0.2
     branch_threshold: float = 0.5
     branch_rule: str = "bernoulli"
+    expansion_rounds: int = 2
+
+    @property
+    def expands(self) -> bool:
+        """Whether a group forks once all its rows have ended, rather than as they go."""
+        return self.branch_rule in ("expansion", "random_expansion")
 
 
 @dataclass
@@ -97,8 +112,9 @@ class RolloutHooks:
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
         copy_state (`Callable[[Trajectory, Trajectory], None]`): Copies what a stateful environment holds from a parent
             to its fork, before it is touched again.
-        keep (`Callable[[list[list[int]]], None]`): Told, before `sample` in the eager schedule, the contexts that are
-            waiting for a tool: what an engine has cached of them will be needed again.
+        keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
+            later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for a
+            tool, with a rule of expansion those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
     """
@@ -159,8 +175,13 @@ def run_waves(
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager:
-            hooks.keep([step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending])
+        if eager or branching.expands:
+            later = [step.trajectory for step in pending]
+            if branching.expands:
+                busy = {trajectory.row for trajectory in [*waiting, *later]}
+                unfilled = [group for group in groups if group.budget]
+                later += [row for group in unfilled for row in group.trajectories if row.row not in busy]
+            hooks.keep([trajectory.prompt_ids + trajectory.completion_ids for trajectory in later])
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         samples = hooks.sample(contexts, budgets)
@@ -199,7 +220,7 @@ def run_waves(
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
             for group in groups:
                 if group.budget and id(group) not in unfinished:
-                    waiting += [_start(group, prompts, "supplement") for _ in range(group.budget)]
+                    waiting += _fill(group, prompts, branching, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             running = [future for step in pending for future in step.futures if not future.done()]
@@ -232,7 +253,7 @@ def _decide(
     group: Group, steps: Sequence[_Step], branching: Branching, hooks: RolloutHooks, rng: random.Random
 ) -> list[Trajectory]:
     """Decide on every tool result that a trajectory of `group` passed in this wave, and make the forks."""
-    if group.num_initial == len(group.rows):  # nothing branches: GRPO
+    if group.num_initial == len(group.rows) or branching.expands:  # nothing branches (GRPO), or not yet
         return []
     asking = []
     for step in steps:
@@ -252,21 +273,72 @@ def _decide(
     for step, count in zip(asking, allocate_forks(gaps, branching.branch_factor, group.budget, rng), strict=True):
         step.segment.forks = count
         for _ in range(count):
-            fork = step.trajectory.fork(group.next_row)
+            fork = step.trajectory.fork(group.next_row, step.trajectory.end)
             group.trajectories.append(fork)
             hooks.copy_state(step.trajectory, fork)
             forks.append(fork)
     return forks
 
 
+def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng: random.Random) -> list[Trajectory]:
+    """More rows for a group of which none is unfinished: from the prompt or, with a rule of expansion, from its tree."""
+    if not branching.expands:
+        return [_start(group, prompts, "supplement") for _ in range(group.budget)]
+    rows = math.ceil(group.budget / max(branching.expansion_rounds - group.rounds, 1))
+    group.rounds += 1
+    nodes = _nodes(group)
+    entropies = [sum(read) / len(read) for read in nodes.values()]
+    if branching.branch_rule == "random_expansion":
+        drawn = Counter(rng.choices(range(len(nodes)), k=rows))
+        granted = [drawn[node] for node in range(len(nodes))]
+    else:
+        granted = share_rows(entropies, [len(read) for read in nodes.values()], rows, rng)
+    started = []
+    for (row, index), count in zip(nodes, granted, strict=True):
+        if index == 0:
+            started += [_start(group, prompts, "supplement") for _ in range(count)]
+            continue
+        parent = group.trajectories[row - group.rows.start]
+        parent.segments[index].forks = (parent.segments[index].forks or 0) + count
+        for _ in range(count):
+            fork = parent.fork(group.next_row, parent.starts[index])
+            group.trajectories.append(fork)
+            started.append(fork)
+    return started
+
+
+def _nodes(group: Group) -> dict[tuple[int, int], list[float]]:
+    """
+    Where a finished group can be expanded, and the entropies of the segments that were sampled there.
+
+    Returns:
+        `dict[tuple[int, int], list[float]]`: by row and index of the segment that was sampled there first. The prompt is
+        index 0 of the group's first row.
+    """
+    nodes: dict[tuple[int, int], list[float]] = {(group.rows.start, 0): []}
+    for trajectory in group.trajectories:
+        for index, segment in enumerate(trajectory.segments):
+            if segment.start < (trajectory.fork_token or 0):
+                continue  # the parent's
+            node = trajectory.row, index
+            if index == 0:
+                node = group.rows.start, 0
+            elif trajectory.parent is not None and segment.start == trajectory.fork_token:
+                node = trajectory.parent, index
+            nodes.setdefault(node, []).append(segment.entropy or 0.0)
+    return {node: read or [0.0] for node, read in nodes.items()}
+
+
 def _append(step: _Step) -> None:
     trajectory, sample = step.trajectory, step.sample
     trajectory.resamples = False
+    if sample.ids:
+        trajectory.starts.append(trajectory.end)
+        trajectory.segments.append(step.segment)
     trajectory.completion_ids += sample.ids
     trajectory.tool_mask += [1] * len(sample.ids)
     trajectory.logprobs += sample.logprobs or []
     if sample.ids:
-        trajectory.segments.append(step.segment)
         trajectory.turns.append(step.turn.message)
 
 

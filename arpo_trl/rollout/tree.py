@@ -1,7 +1,7 @@
 """Trajectories, segments and groups of a rollout: plain data, and how a fork is copied."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..tools.executor import ToolCall
 
@@ -40,6 +40,16 @@ class CallOfRow:
     shared: bool = False
 
 
+class Place(NamedTuple):
+    """A tool result of a trajectory, or the prompt, as the number of what lies before it."""
+
+    tokens: int
+    segments: int
+    turns: int
+    calls: int
+    tool_turns: int
+
+
 @dataclass
 class Trajectory:
     """
@@ -56,6 +66,7 @@ class Trajectory:
             where the engine gives none.
         baseline (`float`, *optional*): H_0, the entropy of the first segment; a fork has its root's.
         segments (`list[Segment]`): Its model tokens, in order.
+        starts (`list[Place]`): Where each segment starts.
         turns (`list`): What the protocol keeps to rebuild the conversation.
         calls (`list[CallOfRow]`): Tool calls, in order.
         tool_turns (`int`): Turns whose calls were answered.
@@ -73,6 +84,7 @@ class Trajectory:
     logprobs: list[float] = field(default_factory=list)
     baseline: float | None = None
     segments: list[Segment] = field(default_factory=list)
+    starts: list[Place] = field(default_factory=list)
     turns: list[Any] = field(default_factory=list)
     calls: list[CallOfRow] = field(default_factory=list)
     tool_turns: int = 0
@@ -84,21 +96,30 @@ class Trajectory:
         """The model's own tokens, tool results left out."""
         return own_tokens(self.completion_ids, self.tool_mask)
 
-    def fork(self, row: int) -> "Trajectory":
-        """A copy that leaves here, at the tool result just before the segment that was read."""
+    @property
+    def end(self) -> Place:
+        """Where the next segment starts."""
+        return Place(len(self.completion_ids), len(self.segments), len(self.turns), len(self.calls), self.tool_turns)
+
+    def fork(self, row: int, place: Place) -> "Trajectory":
+        """A copy that leaves at `place`, which is [`end`] or one of `starts`, and samples the segment behind it anew."""
         return replace(
             self,
             row=row,
             kind="fork",
             parent=self.row,
-            fork_token=len(self.completion_ids),
-            completion_ids=list(self.completion_ids),
-            tool_mask=list(self.tool_mask),
-            logprobs=list(self.logprobs),
-            segments=[replace(segment) for segment in self.segments],
-            turns=list(self.turns),
-            calls=[replace(call, shared=True) for call in self.calls],
+            fork_token=place.tokens,
+            completion_ids=self.completion_ids[: place.tokens],
+            tool_mask=self.tool_mask[: place.tokens],
+            logprobs=self.logprobs[: place.tokens],
+            # The same segments, not copies: forks made later count for all rows that share one
+            segments=self.segments[: place.segments],
+            starts=self.starts[: place.segments],
+            turns=self.turns[: place.turns],
+            calls=[replace(call, shared=True) for call in self.calls[: place.calls]],
+            tool_turns=place.tool_turns,
             resamples=True,
+            truncated=False,
         )
 
 
@@ -113,6 +134,7 @@ class Group:
         size (`int`): Rows of the whole group, M.
         first_row (`int`): Row of the whole group that `rows.start` is; above 0 where another process holds the rest.
         trajectories (`list[Trajectory]`): The rows made so far, in the order of `rows`.
+        rounds (`int`): Times that it was expanded.
     """
 
     rows: range
@@ -120,6 +142,7 @@ class Group:
     size: int
     first_row: int = 0
     trajectories: list[Trajectory] = field(default_factory=list)
+    rounds: int = 0
 
     @property
     def budget(self) -> int:
