@@ -36,10 +36,10 @@ class ARPOConfig(GRPOConfig):
         branch_rule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` forks with probability P, `"threshold"` forks if P > τ, `"random"` forks with probability α
             whatever the entropy (the control). `"expansion"` lets all rows end first and then shares the missing ones out
-            over the tool results (and the prompt) of the whole group, in proportion to the entropy read there, after
-            [AT²PO](https://huggingface.co/papers/2601.04767): fewer tool calls, above all with few initial rows, for a
-            rollout that takes longer. `"random_expansion"` draws these nodes at random, as in
-            [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β, τ and Z.
+            over the tool results (and the prompt) of the whole group, in proportion to the entropy read there for each
+            tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer tool
+            calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws these
+            nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β, τ and Z.
         expansion_rounds (`int`, *optional*, defaults to `2`):
             Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the rows
             of the first.
@@ -131,7 +131,7 @@ class ARPOConfig(GRPOConfig):
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
             "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, in "
-            "proportion to the entropy; 'random_expansion' anywhere at random.",
+            "proportion to the entropy per tool call; 'random_expansion' anywhere at random.",
             "choices": list(BRANCH_RULES),
         },
     )

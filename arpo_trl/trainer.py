@@ -72,7 +72,8 @@ class ARPOTrainer(GRPOTrainer):
     which one raises has no score, and the run goes on without it; one that raises on every row ends it.
 
     What it does not do: vision-language models, `rollout_func` together with branching, transformers' continuous
-    batching together with branching, stateful environments with the tags protocol. Each is refused at construction.
+    batching together with branching, stateful environments with the tags protocol or a rule of expansion. Each is refused
+    at construction.
 
     Example:
 

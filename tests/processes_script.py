@@ -136,7 +136,9 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
             return "found"
 
         settings = {"num_generations": 4, "num_initial_generations": 2, "per_device_train_batch_size": 4}
-        return scripted(folder, [plan("A<s>q</s><s>q</s>c")], tool=s, rollout_schedule="eager", max_steps=2, **settings)
+        return scripted(
+            folder, [plan("A<s>q</s><s>q</s>c")], tool=s, rollout_schedule="eager", max_steps=2, **settings
+        )
     if name == "agent-whole":
         return agent(folder, checkpoint, max_steps=2, learning_rate=1e-3)
     if name == "agent-split":

@@ -9,6 +9,7 @@ import pytest
 from arpo_trl.rollout.branching import (
     allocate_forks,
     entropy_gap,
+    expansion_weight,
     fork_probability,
     initial_share,
     mean_entropy,
@@ -89,7 +90,12 @@ def test_parts_of_groups_on_processes():
     ]
 
 
-def test_rows_are_shared_in_proportion_to_entropy():
+def test_the_weight_of_a_node_is_entropy_for_its_cost():
+    assert expansion_weight(0.6, calls=2) == pytest.approx(0.2)
+    assert expansion_weight(0.6, calls=0) == 0.6  # after the last call a row costs its tokens alone
+
+
+def test_rows_are_shared_in_proportion_to_weight():
     rng = random.Random(0)
     # 0.9; then 0.9 / 2 < 0.5; then 0.45 is the largest again
     assert share_rows([0.9, 0.5, 0.2], [1, 1, 1], rows=3, rng=rng) == [2, 1, 0]
@@ -99,6 +105,6 @@ def test_rows_are_shared_in_proportion_to_entropy():
     assert share_rows([0.5], [1], rows=0, rng=rng) == [0]
 
 
-def test_nodes_of_equal_entropy_get_rows_at_random():
+def test_nodes_of_equal_weight_get_rows_at_random():
     first = Counter(share_rows([0.0, 0.0, 0.0], [1, 1, 1], 1, random.Random(seed)).index(1) for seed in range(300))
     assert set(first) == {0, 1, 2} and min(first.values()) > 60

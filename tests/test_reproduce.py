@@ -191,11 +191,12 @@ def test_the_probability_of_the_demonstration_is_that_of_sampling_it(started):
 # The grid
 
 
-def test_every_arm_can_be_configured_and_has_the_same_group(tmp_path):
+def test_every_arm_can_be_configured_and_sees_as_many_questions_a_step(tmp_path):
     for arm, own in ARMS.items():
         args = ARPOConfig(str(tmp_path), **{**COMMON, **own}, **CPU, max_steps=1)
-        assert args.num_generations == 16, arm
-        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64, arm
+        assert args.num_generations == (8 if arm == "small" else 16), arm
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        assert rows / args.num_generations == 4, arm
         assert args.steps_per_generation == args.gradient_accumulation_steps, arm
 
 
@@ -205,7 +206,7 @@ def test_the_main_comparison_has_five_seeds_in_both_worlds():
         assert arm in ARMS
         seeds.setdefault((world, arm), set()).update(own)
     for world in ("easy", "hard"):
-        for arm in ("grpo", "arpo", "random"):
+        for arm in ("grpo", "arpo", "random", "expansion", "expansion_random", "small"):
             assert seeds[world, arm] == set(SEEDS) and len(SEEDS) >= 5
 
 

@@ -88,26 +88,37 @@ def allocate_forks(gaps: Sequence[float], branch_factor: int, budget: int, rng: 
     return granted
 
 
-def share_rows(entropies: Sequence[float], samples: Sequence[int], rows: int, rng: random.Random) -> list[int]:
+def expansion_weight(entropy: float, calls: float) -> float:
     """
-    Share rows among the nodes of a finished tree in proportion to their entropy.
-
-    Each row goes to the node with the largest entropy per sample, H / n; ties are broken at random. It is the
-    entropy-guided tree expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO
-    subtracts a penalty for each branch, so that no scale of entropies has to be known.
+    H / (1 + c): what a node of a finished tree has to teach for what a row from it costs.
 
     Args:
-        entropies (`Sequence[float]`): Entropy H of each node, in nats.
-        samples (`Sequence[int]`): Rows that have sampled each node already, n.
+        entropy (`float`): H, mean entropy of the segments that were sampled at the node, in nats.
+        calls (`float`): c, tool calls that those rows went on to execute, on average. The 1 stands for the row's tokens.
+    """
+    return entropy / (1.0 + calls)
+
+
+def share_rows(weights: Sequence[float], samples: Sequence[int], rows: int, rng: random.Random) -> list[int]:
+    """
+    Share rows among the nodes of a finished tree in proportion to their weight.
+
+    Each row goes to the node with the largest weight per sample; ties are broken at random. It is the entropy-guided tree
+    expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO subtracts a penalty for
+    each branch, so that no scale of entropies has to be known, and with the cost of a row in the weight.
+
+    Args:
+        weights (`Sequence[float]`): Weight of each node, 0 or more.
+        samples (`Sequence[int]`): Rows that have sampled each node already, 1 or more.
         rows (`int`): Rows to share out.
         rng (`random.Random`): Breaks ties.
 
     Returns:
         `list[int]`: number of rows that each node gets.
     """
-    granted = [0] * len(entropies)
+    granted = [0] * len(weights)
     for _ in range(rows):
-        shares = [h / (n + more) for h, n, more in zip(entropies, samples, granted, strict=True)]
+        shares = [weight / (n + more) for weight, n, more in zip(weights, samples, granted, strict=True)]
         granted[max(range(len(shares)), key=lambda i: (shares[i], rng.random()))] += 1
     return granted
 

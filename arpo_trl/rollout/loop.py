@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from ..protocols import ToolProtocol, Tools, Turn
@@ -23,6 +24,7 @@ from ..tools.options import tool_options
 from .branching import (
     allocate_forks,
     entropy_gap,
+    expansion_weight,
     fork_probability,
     initial_share,
     mean_entropy,
@@ -287,12 +289,15 @@ def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng:
     rows = math.ceil(group.budget / max(branching.expansion_rounds - group.rounds, 1))
     group.rounds += 1
     nodes = _nodes(group)
-    entropies = [sum(read) / len(read) for read in nodes.values()]
     if branching.branch_rule == "random_expansion":
         drawn = Counter(rng.choices(range(len(nodes)), k=rows))
         granted = [drawn[node] for node in range(len(nodes))]
     else:
-        granted = share_rows(entropies, [len(read) for read in nodes.values()], rows, rng)
+        weights = [
+            expansion_weight(fmean(entropy for entropy, _ in sampled), fmean(calls for _, calls in sampled))
+            for sampled in nodes.values()
+        ]
+        granted = share_rows(weights, [len(sampled) for sampled in nodes.values()], rows, rng)
     started = []
     for (row, index), count in zip(nodes, granted, strict=True):
         if index == 0:
@@ -307,26 +312,28 @@ def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng:
     return started
 
 
-def _nodes(group: Group) -> dict[tuple[int, int], list[float]]:
+def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float, int]]]:
     """
-    Where a finished group can be expanded, and the entropies of the segments that were sampled there.
+    Where a finished group can be expanded, and what came of each segment that was sampled there.
 
     Returns:
-        `dict[tuple[int, int], list[float]]`: by row and index of the segment that was sampled there first. The prompt is
-        index 0 of the group's first row.
+        `dict[tuple[int, int], list[tuple[float, int]]]`: the segment's entropy and the calls that its row went on to make,
+        by row and index of the segment that was sampled there first. The prompt is index 0 of the group's first row.
     """
-    nodes: dict[tuple[int, int], list[float]] = {(group.rows.start, 0): []}
+    prompt = group.rows.start, 0
+    nodes: dict[tuple[int, int], list[tuple[float, int]]] = {prompt: []}
     for trajectory in group.trajectories:
-        for index, segment in enumerate(trajectory.segments):
+        for index, (segment, place) in enumerate(zip(trajectory.segments, trajectory.starts, strict=True)):
             if segment.start < (trajectory.fork_token or 0):
                 continue  # the parent's
             node = trajectory.row, index
             if index == 0:
-                node = group.rows.start, 0
+                node = prompt
             elif trajectory.parent is not None and segment.start == trajectory.fork_token:
                 node = trajectory.parent, index
-            nodes.setdefault(node, []).append(segment.entropy or 0.0)
-    return {node: read or [0.0] for node, read in nodes.items()}
+            nodes.setdefault(node, []).append((segment.entropy or 0.0, len(trajectory.calls) - place.calls))
+    nodes[prompt] = nodes[prompt] or [(0.0, 0)]  # no row has sampled anything
+    return nodes
 
 
 def _append(step: _Step) -> None:
