@@ -147,19 +147,20 @@ def test_without_runs_it_says_what_to_do(tmp_path):
 # Accuracy without the noise of sampling
 
 
-def test_what_is_right_in_another_way_is_counted_apart():
-    def record(*answers):
-        completions, correct, truncated = zip(*answers, strict=True)
-        return {
-            "completions": [[{"role": "assistant", "content": text}] for text in completions],
-            "correct": correct,
-            "truncated": truncated,
-        }
+def answers(*pairs):
+    completions, correct = zip(*pairs, strict=True)
+    return {"completions": [[{"role": "assistant", "content": text}] for text in completions], "correct": correct}
 
-    answers = [("shown", True, False), ("other", True, False), ("wrong", False, False), ("shown", True, True)]
-    # The last one goes on without an end-of-turn token, so it is not the demonstration
-    assert reproduce.other_right_answers("shown", record(*answers)) == 2 / 4
-    assert reproduce.other_right_answers("shown", record(answers[0])) == 0
+
+def test_what_is_right_in_another_way_is_the_correction():
+    records = [
+        answers(("shown", True), ("shown and more", True)),  # nothing beside the demonstration
+        answers(("other", True), ("wrong", False)),
+        answers(("shown and then wrong", False), ("wrong", False)),
+    ]
+    assert reproduce.right_otherwise(["shown"], records[:1]) == (0, None)
+    assert reproduce.right_otherwise(["shown"] * 3, records) == (0, "other")  # + 1 − 1
+    assert reproduce.right_otherwise(["shown"], records[1:2]) == (1 / 2, "other")
 
 
 def test_the_probability_of_the_demonstration_is_that_of_sampling_it(started):
@@ -181,7 +182,7 @@ def test_the_probability_of_the_demonstration_is_that_of_sampling_it(started):
         features = tags_sft_features(tokenizer, messages)
         expected = 1.0
         for place, (token, own) in enumerate(zip(*features.values(), strict=True)):
-            if own:  # one forward for each token, nothing padded
+            if own and token != tokenizer.eos_token_id:  # one forward for each token, nothing padded
                 logits = model(torch.tensor([features["input_ids"][:place]])).logits[0, -1]
                 expected *= logits.softmax(-1)[token].item()
         assert probability == pytest.approx(expected, rel=1e-4)
