@@ -2,7 +2,9 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
-BRANCH_RULES = ("bernoulli", "threshold", "random", "expansion", "random_expansion")
+from .rollout.branching import EXPANSION_RULES
+
+BRANCH_RULES = ("bernoulli", "threshold", "random", *EXPANSION_RULES)
 ATTRIBUTIONS = ("soft", "hard", "tree")
 TOOL_PROTOCOLS = ("chat_template", "tags")
 ROLLOUT_SCHEDULES = ("waves", "eager")
@@ -21,7 +23,7 @@ class ARPOConfig(GRPOConfig):
 
         num_initial_generations (`int`, *optional*, defaults to `8`):
             Trajectories sampled from the prompt at the start (N). The other `num_generations - num_initial_generations`
-            rows of a group (M − N) are forks, or supplements where too few forks were made. Equal to
+            rows of a group (M − N) are forks, or supplements from the prompt where too few forks were made. Equal to
             `num_generations`, it turns branching off: what is left is GRPO.
         branch_factor (`int`, *optional*, defaults to `1`):
             Forks made by one positive decision (Z).

@@ -25,6 +25,7 @@ from .prefix_tree import sibling_order
 from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
 from .reporting import report_image
 from .reward_guard import guarded
+from .rollout.branching import EXPANSION_RULES
 from .rollout.loop import (
     Branching,
     Limits,
@@ -645,7 +646,7 @@ def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, enviro
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
         )
-    if environment_factory is not None and args.branch_rule in ("expansion", "random_expansion"):
+    if environment_factory is not None and args.branch_rule in EXPANSION_RULES:
         raise ValueError(
             f"`branch_rule={args.branch_rule!r}` forks from rows that have ended, and what `environment_factory` makes "
             f"cannot be taken back to an earlier tool result: choose another rule, {off}."

@@ -3,13 +3,16 @@
 
 What is not here: how entropies are measured (`sampler.py`) and how a fork is made (`loop.py`).
 
-A new rule that decides as rows pass a tool result goes into [`wants_fork`], and its name into
-`arpo_trl.config.BRANCH_RULES`.
+A new rule that decides as rows pass a tool result goes into [`wants_fork`], one that expands a finished tree is named in
+`EXPANSION_RULES`; the names of all are in `arpo_trl.config.BRANCH_RULES`.
 """
 
 import math
 import random
 from collections.abc import Sequence
+
+# Rules that wait until all rows of a group have ended, and then fork anywhere in its tree
+EXPANSION_RULES = ("expansion", "random_expansion")
 
 
 def top_k_entropy(logprobs: Sequence[float], vocab_size: int) -> float:

@@ -3,8 +3,8 @@ https://huggingface.co/papers/2507.19849).
 
 One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the tools,
 append their results. The eager schedule does not wait for the slowest tool: its next wave holds the trajectories whose
-results are there. The rules of expansion let all rows of a group end and then fork anywhere in its tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and
-run, so that tests drive it with scripts.
+results are there. The rules of expansion let all rows of a group end and then fork anywhere in its tree. The loop knows
+nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that tests drive it with scripts.
 
 What is not here: images in tool results.
 """
@@ -22,6 +22,7 @@ from ..protocols import ToolProtocol, Tools, Turn
 from ..tools.executor import ToolCall
 from ..tools.options import tool_options
 from .branching import (
+    EXPANSION_RULES,
     allocate_forks,
     entropy_gap,
     expansion_weight,
@@ -65,7 +66,7 @@ class Branching:
     @property
     def expands(self) -> bool:
         """Whether a group forks once all its rows have ended, rather than as they go."""
-        return self.branch_rule in ("expansion", "random_expansion")
+        return self.branch_rule in EXPANSION_RULES
 
 
 @dataclass
@@ -178,12 +179,17 @@ def run_waves(
 
     while hooks.anyone(bool(waiting)):
         if eager or branching.expands:
-            later = [step.trajectory for step in pending]
+            later = [step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending]
             if branching.expands:
-                busy = {trajectory.row for trajectory in [*waiting, *later]}
-                unfilled = [group for group in groups if group.budget]
-                later += [row for group in unfilled for row in group.trajectories if row.row not in busy]
-            hooks.keep([trajectory.prompt_ids + trajectory.completion_ids for trajectory in later])
+                busy = {trajectory.row for trajectory in waiting} | {step.trajectory.row for step in pending}
+                later += [
+                    row.prompt_ids + row.completion_ids[: row.starts[-1].tokens]  # no fork leaves behind that
+                    for group in groups
+                    if group.budget
+                    for row in group.trajectories
+                    if row.row not in busy and row.starts
+                ]
+            hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         samples = hooks.sample(contexts, budgets)
@@ -208,7 +214,7 @@ def run_waves(
             wave.index + 1,
             active=len(steps),
             calls=sum(len(step.futures) for step in steps),
-            forks=wave.forks + len(forks),
+            forks=sum(row.kind == "fork" for group in groups for row in group.trajectories),
         )
         hooks.on_wave(wave)
 
@@ -293,10 +299,10 @@ def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng:
         drawn = Counter(rng.choices(range(len(nodes)), k=rows))
         granted = [drawn[node] for node in range(len(nodes))]
     else:
-        weights = [
-            expansion_weight(fmean(entropy for entropy, _ in sampled), fmean(calls for _, calls in sampled))
-            for sampled in nodes.values()
-        ]
+        weights = []
+        for sampled in nodes.values():
+            entropies = [entropy for entropy, _ in sampled if entropy is not None]  # an engine may not tell
+            weights.append(expansion_weight(fmean(entropies or [0.0]), fmean(calls for _, calls in sampled)))
         granted = share_rows(weights, [len(sampled) for sampled in nodes.values()], rows, rng)
     started = []
     for (row, index), count in zip(nodes, granted, strict=True):
@@ -312,16 +318,16 @@ def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng:
     return started
 
 
-def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float, int]]]:
+def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float | None, int]]]:
     """
     Where a finished group can be expanded, and what came of each segment that was sampled there.
 
     Returns:
-        `dict[tuple[int, int], list[tuple[float, int]]]`: the segment's entropy and the calls that its row went on to make,
+        `dict[tuple[int, int], list[tuple[float | None, int]]]`: the segment's entropy and the calls that its row went on to make,
         by row and index of the segment that was sampled there first. The prompt is index 0 of the group's first row.
     """
     prompt = group.rows.start, 0
-    nodes: dict[tuple[int, int], list[tuple[float, int]]] = {prompt: []}
+    nodes: dict[tuple[int, int], list[tuple[float | None, int]]] = {prompt: []}
     for trajectory in group.trajectories:
         for index, (segment, place) in enumerate(zip(trajectory.segments, trajectory.starts, strict=True)):
             if segment.start < (trajectory.fork_token or 0):
@@ -331,8 +337,8 @@ def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float, int]]]:
                 node = prompt
             elif trajectory.parent is not None and segment.start == trajectory.fork_token:
                 node = trajectory.parent, index
-            nodes.setdefault(node, []).append((segment.entropy or 0.0, len(trajectory.calls) - place.calls))
-    nodes[prompt] = nodes[prompt] or [(0.0, 0)]  # no row has sampled anything
+            nodes.setdefault(node, []).append((segment.entropy, len(trajectory.calls) - place.calls))
+    nodes[prompt] = nodes[prompt] or [(None, 0)]  # no row has sampled anything
     return nodes
 
 

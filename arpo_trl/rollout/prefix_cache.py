@@ -111,7 +111,7 @@ class PrefixCache:
     """
     What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
 
-    Its memory is that of the cache of one `generate`, kept while the tools run. `lookups` counts the tokens that it was
+    Its memory is that of the cache of one `generate`, kept while the tools run, and of what [`keep`] names. `lookups` counts the tokens that it was
     given (`prefix_cache_queries`), and those of them that were not read for it (`prefix_cache_hits`).
     """
 

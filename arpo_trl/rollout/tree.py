@@ -66,7 +66,7 @@ class Trajectory:
             where the engine gives none.
         baseline (`float`, *optional*): H_0, the entropy of the first segment; a fork has its root's.
         segments (`list[Segment]`): Its model tokens, in order.
-        starts (`list[Place]`): Where each segment starts.
+        starts (`list[Place]`): Where each segment starts. Empty for a row that did not come out of a rollout of waves.
         turns (`list`): What the protocol keeps to rebuild the conversation.
         calls (`list[CallOfRow]`): Tool calls, in order.
         tool_turns (`int`): Turns whose calls were answered.
