@@ -1,6 +1,6 @@
 """
-From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. Nothing in the page is typed by hand: each
-verdict is decided here, from the intervals, by rules that were written down before the runs.
+From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict in the page is typed by
+hand: each verdict is decided here, from the intervals, by rules that were written down before the runs.
 
 What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close to
 the range of the seeds.
@@ -97,8 +97,22 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+# 97.5 % quantiles of Student's t for 1, 2, … degrees of freedom
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. One value has none."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return -INFINITY, INFINITY
+    half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
 def estimate(values: Sequence[float], statistic: Callable = statistics.fmean) -> dict:
-    low, high = bootstrap(values, statistic)
+    """A statistic over seeds with its 95 % interval: Student's t for the mean, the bootstrap for the median."""
+    low, high = t_interval(values) if statistic is statistics.fmean else bootstrap(values, statistic)
     return {"value": statistic(values), "low": low, "high": high, "seeds": len(values)}
 
 
@@ -106,11 +120,14 @@ class Runs(dict):
     """Runs by (world, arm): a dict from seed to run."""
 
     @classmethod
-    def read(cls, directory: Path) -> "Runs":
+    def read(cls, directory: Path, grid: Grid) -> "Runs":
+        """The runs of `grid` that are there, in its order; what else lies in the folder is left out."""
         runs = cls()
-        for path in sorted(directory.glob("*.json")):
-            run = json.loads(path.read_text())
-            runs.setdefault((run["world"], run["arm"]), {})[run["seed"]] = run
+        for world, arm, seeds in grid:
+            for seed in seeds:
+                path = directory / f"{world}-{arm}-{seed}.json"
+                if path.exists():
+                    runs.setdefault((world, arm), {})[seed] = json.loads(path.read_text())
         return runs
 
     def pairs(self, world: str, arm: str, base: str) -> list[tuple[dict, dict]]:
@@ -271,14 +288,15 @@ def fork_shares(run: dict) -> list[float]:
 def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
     figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
     for world, axis in zip(worlds, grid[0], strict=True):
-        arms = [arm for arm in MAIN if arm != "grpo" and (world, arm) in runs]
+        arms = [arm for arm in MAIN if arm not in ("grpo", "small") and (world, arm) in runs]
+        width = 0.8 / max(len(arms), 1)
         for place, arm in enumerate(arms):
             shares = [
                 estimate(list(values)) for values in zip(*map(fork_shares, runs[world, arm].values()), strict=True)
             ]
-            xs = [calls + 0.2 * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
+            xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
             axis.bar(
-                xs, [e["value"] for e in shares], 0.2, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
+                xs, [e["value"] for e in shares], width, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
             )
             spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
             axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
@@ -293,8 +311,14 @@ def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
         arms = [arm for arm in MAIN if (world, arm) in runs]
         for place, arm in enumerate(arms):
             own = [estimate([final(run, f"pass@{k}") for run in runs[world, arm].values()]) for k in (1, 3, 5)]
-            xs = [i + 0.16 * (place - (len(arms) - 1) / 2) for i in range(3)]
-            axis.bar(xs, [e["value"] for e in own], 0.16, color=COLORS[arm], label=f"{arm} ({own[0]['seeds']} seeds)")
+            xs = [i + 0.8 / len(arms) * (place - (len(arms) - 1) / 2) for i in range(3)]
+            axis.bar(
+                xs,
+                [e["value"] for e in own],
+                0.8 / len(arms),
+                color=COLORS[arm],
+                label=f"{arm} ({own[0]['seeds']} seeds)",
+            )
             spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
             axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
         axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1.25), title=NAMES[world])
@@ -426,23 +450,21 @@ def improvements(runs: Runs, worlds: Sequence[str]) -> str:
 
 
 def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
-    """Why half of the calls is far, and why entropy differs little from chance, in this experiment's numbers."""
-    told = []
+    """What lies behind the verdicts, in this experiment's numbers."""
+    lines = []
     for world in worlds:
-        result = compare(runs, world, "arpo", "grpo")
-        if result is not None:
-            early = statistics.fmean(fork_shares(run)[0] for run in runs[world, "arpo"].values())
-            told.append(
-                f"in {NAMES[world]} {percent(early, 0)} of them after the first call, and a step executes "
-                f"{result['calls_total']['value']:.2f} of GRPO's calls"
+        told = []
+        for arm in ("arpo", "random", "expansion", "expansion_random"):
+            result = compare(runs, world, arm, "grpo")
+            if result is not None:
+                early = statistics.fmean(fork_shares(run)[0] for run in runs[world, arm].values())
+                told.append(f"`{arm}` {result['calls_total']['value']:.2f}, {percent(early, 0)}")
+        if told:
+            lines.append(
+                f"- **Calls of a step in {NAMES[world]}**, GRPO = 1, and the share of forks that leave after the first call: "
+                f"{'; '.join(told)}. An initial row shares nothing, so that with N = M / 2 the paper's rule cannot go below half "
+                "even if every fork left after the last call."
             )
-    lines = [
-        "- **Half of the calls.** An initial row shares nothing. With N = M / 2 a step cannot execute less than half of GRPO's "
-        "calls, even if every fork left after the last one, and forks leave early: "
-        + "; ".join(told)
-        + ". For half of the "
-        "calls to an accuracy, a step would have to teach much more than one of GRPO's."
-    ]
     for world in (world for world in worlds if world in starts):
         told = []
         for calls, gaps in starts[world]["gaps"].items():
@@ -450,14 +472,13 @@ def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
                 low, middle, high = (0.5 + 0.2 * gaps[int(share * (len(gaps) - 1))] for share in (0.25, 0.5, 0.75))
                 told.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) after call {calls}")
         lines.append(
-            f"- **Entropy.** In {NAMES[world]} α + β·ΔH at the cold start has a median (and quartiles) of {', '.join(told)}; for "
-            "random it is 0.50. With α = 0.5 and β = 0.2 the entropy moves the probability little, and since most rows ask "
-            "for a fork at their first chances, the budget is spent after the first calls either way."
+            f"- **Probability of a fork in {NAMES[world]}**, α + β·ΔH with the defaults at the cold start, median and quartiles: "
+            f"{', '.join(told)}. For `random` it is 0.50. A row that asks for a fork with such a probability at each result has "
+            "mostly asked by its second, so that there is little left for entropy to choose."
         )
     lines.append(
-        "- **Soft and hard** give a shared token the same sum of advantages. With a mean over each row's tokens "
-        "(`loss_type='grpo'`) a short row, here mostly a wrong one, weighs more in soft's sum; with `dapo` or `dr_grpo` the "
-        "two are the same until a ratio is clipped."
+        "- **Soft and hard** give a shared token the same sum of advantages, and differ in how rows of different length weigh "
+        "in it, as long as no ratio is clipped; the more of a row is shared, the more that is."
     )
     return "\n".join(lines)
 
@@ -545,20 +566,30 @@ def advice(runs: Runs, worlds: Sequence[str]) -> str:
                 f"{percent(supplements(runs, world, 'n4'), 0)}."
             )
         said.append(sentence)
+    for world in worlds:
+        result = compare(runs, world, "expansion", "arpo")
+        if result is not None:
+            said.append(
+                f'Where tool calls are what a step costs, `branch_rule="expansion"` with N = 2 and hard attribution executes '
+                f"{result['calls_total']['value']:.2f} of the default's calls in {NAMES[world]} and ends "
+                f"{points(result['difference'])} points away from it."
+            )
     said.append(
-        "The defaults stay the paper's, since nothing here beats them by much and no arm was run outside of two small worlds; "
-        "where tool calls are what a step costs, N is the setting to lower. With two or three seeds an interval is the range "
-        "of the seeds, and a difference of a point or two is within it."
+        "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says next to "
+        "nothing."
     )
     return " ".join(said)
 
 
 FIGURES = {
     "accuracy": (draw_accuracy, "Held-out accuracy against optimiser steps and against executed tool calls."),
-    "cost": (draw_cost, "What each arm spent to reach GRPO's final accuracy; a dot is a seed, the bar the median."),
+    "cost": (
+        draw_cost,
+        "What each arm spent to reach GRPO's final accuracy. A dot is a seed, the black bar the median of the seeds.",
+    ),
     "entropy": (draw_entropy, "Entropy of the model's tokens around tool results, all results of a row together."),
     "forks": (draw_forks, "Where forks leave: after how many tool calls of the row."),
-    "pass": (draw_pass, "pass@1, 3 and 5 on held-out questions at the end, five answers a question."),
+    "pass": (draw_pass, "pass@1, 3 and 5 on held-out questions at the step at which arms are compared."),
 }
 
 
@@ -577,7 +608,7 @@ def write(directory: Path, grid: Grid, docs: Path = Path("docs")) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = Runs.read(directory / "runs")
+    runs = Runs.read(directory / "runs", grid)
     if not runs:
         raise SystemExit(f"There are no runs in {directory / 'runs'}; run `{COMMAND}` first.")
     worlds = [world for world in NAMES if any(of_world == world for of_world, _ in runs)]
@@ -609,20 +640,21 @@ def _finite(value):
     """Numbers as JSON knows them; infinite becomes null."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
-    return None if value == INFINITY else round(value, 5)
+    return None if value is None or math.isinf(value) else round(value, 5)
 
 
 def measured(runs: Sequence[dict]) -> str:
     """How accuracy was read, and how that compares with plain sampling in these very runs."""
-    read = [entry for run in runs for entry in run["evaluations"] if "sampled" in entry]
+    read = [entry for run in runs for entry in run["evaluations"] if entry["step"] and "sampled" in entry]
     if not read:
         return ""
-    spread = statistics.pstdev([entry["sampled"] - entry["accuracy"] for entry in read])
-    otherwise = statistics.fmean(entry["otherwise"] for entry in read)
+    apart = [entry["sampled"] - entry["accuracy"] for entry in read]
     return (
         "The faultless demonstration of an answer is scored exactly, as the product of its tokens' probabilities; what is "
-        f"right in another way ({percent(otherwise)} of all answers, on average over these runs) is sampled. The plain share "
-        f"of right answers among the same samples, one a question, is {100 * spread:.1f} points away from it (standard deviation)."
+        f"right in another way is sampled: {percent(statistics.median(entry['otherwise'] for entry in read))} of the answers "
+        f"(median of {len(read)} evaluations), {percent(max(entry['otherwise'] for entry in read), 0)} in the one run where "
+        "most are. The plain share of right answers among the same samples, mostly one a question, is on average "
+        f"{100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of {100 * statistics.pstdev(apart):.1f}."
     )
 
 
@@ -659,18 +691,20 @@ def _page(runs: Runs, worlds: Sequence[str], grid: Grid, starts: dict[str, dict]
         f"""`{COMMAND}` trains the grid of `examples/reproduce.py`, in which the claims and the rules that decide them stand as they were
 written before the runs, and writes this page and everything in `docs/results/`. {left}
 
-Small models (half a million parameters) in two invented worlds, optimiser steps of 64 rows in groups of M = 16, all arms of
-a world from one cold start, in pairs by seed. "Final" is after {steps} steps, for all arms. All but `grpo` then train on to step
+Small models (half a million parameters) in two invented worlds, optimiser steps of 64 rows in groups of M = 16 (`small`: 32
+rows, M = 8), all arms of a world from one cold start, in pairs by seed. "Final" is after {steps} steps, for all arms. All but `grpo` then train on to step
 {len(longest["steps"])}, only so that an arm which needs a few steps more than GRPO for GRPO's final accuracy is told from one that never gets
-there. A cost is the ratio of what an arm and GRPO spent until that accuracy. Intervals are 95 % bootstrap intervals over
-seeds, of the mean for accuracy and of the median for costs. Time is that of the processor, rollouts and update, one thread
-a run; runs share the machine, so it is rough. Made with {shown}, on a CPU.
+there. A cost is the ratio of what an arm and GRPO spent until that accuracy, on curves that were made non-decreasing.
+Intervals are over seeds, 95 %: Student's t for means, the bootstrap for medians of costs, which with five seeds is nearly
+their range. Time is that of the processor, rollouts and update, one thread a run; runs share the machine, so it is rough.
+Made with {shown}, on a CPU.
 
 Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. {measured(every_run)}
 
 This is the second grid. The first one read accuracy from 200 to 1000 sampled answers, whose noise was larger than the
 differences, and counted an arm that was level with GRPO at the end as one that never gets there. This one has other seeds
-and the same worlds and settings; the arms that expand are new, and were chosen on seeds that are in neither.
+and the same worlds and settings. The arms that expand are new: they were chosen among some seventeen variants on seeds that
+are in neither grid, but on the same cold starts and held-out questions (`examples/reproduce.py` lists them).
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
@@ -684,7 +718,7 @@ start a world means that the intervals are over training runs, not over worlds."
         improvements(runs, worlds),
         "### Why",
         reasons(runs, worlds, starts),
-        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes four calls; its "
+        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes three or four calls; its "
         "budget by the entropy of the prompt, which `expansion` has in its own way, since the prompt is one of its nodes; "
         "larger M.",
         "## Arms",
@@ -702,7 +736,8 @@ are options of the package that are not the paper's.""",
     ]
     for name, (_, caption) in FIGURES.items():
         parts.append(
-            f"![{caption}](results/{name}.png)\n\n{caption} Band or bar: 95 % interval over seeds. Made by `{COMMAND}`."
+            f"![{caption}](results/{name}.png)\n\n{caption}{'' if name == 'cost' else ' Band or bar: 95 % interval over seeds.'} "
+            f"Made by `{COMMAND}`."
         )
     parts.append("## Sweeps")
     for world in worlds:

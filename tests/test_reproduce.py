@@ -84,8 +84,13 @@ def test_a_median_of_many_that_never_arrive_is_infinite():
 def test_an_interval_holds_its_value_and_repeats():
     estimate = report.estimate([0.1, 0.2, 0.3, 0.4, 0.5])
     assert estimate["value"] == pytest.approx(0.3)
-    assert 0.1 <= estimate["low"] < 0.3 < estimate["high"] <= 0.5
-    assert estimate == report.estimate([0.1, 0.2, 0.3, 0.4, 0.5])
+    # t of 4 degrees of freedom · standard deviation / √5
+    assert estimate["high"] - 0.3 == pytest.approx(2.776 * 0.1581139 / 5**0.5, rel=1e-4) == 0.3 - estimate["low"]
+    middle = report.estimate([0.1, 0.2, 0.3, 0.4, 0.5], report.median)
+    assert middle["value"] == 0.3 and 0.1 <= middle["low"] < 0.3 < middle["high"] <= 0.5
+    assert middle == report.estimate([0.1, 0.2, 0.3, 0.4, 0.5], report.median)
+    one = report.estimate([0.1])
+    assert one["low"] == -math.inf and one["high"] == math.inf
 
 
 # Verdicts
@@ -123,7 +128,7 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
     (tmp_path / "runs").mkdir()
     for seed in range(2):
         for run in (made_up(arm="grpo", seed=seed), made_up(seed=seed, accuracies=(0.5, 0.6, 0.7))):
-            (tmp_path / "runs" / f"{run['arm']}-{seed}.json").write_text(json.dumps(run))
+            (tmp_path / "runs" / f"easy-{run['arm']}-{seed}.json").write_text(json.dumps(run))
     grid = [("easy", "grpo", (0, 1)), ("easy", "arpo", (0, 1, 2)), ("easy", "random", (0,))]
     page = report.write(tmp_path, grid, docs=tmp_path / "docs").read_text()
     assert "4 of the grid's 6 runs are in" in page
