@@ -351,6 +351,24 @@ def calls_claim(runs: Runs, world: str, arm: str, base: str = "grpo") -> tuple[b
     return holds, (
         f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} seeds; to 90 % of its "
         f"gain: {ratio(result['calls_90'])}. The same number of steps executed {ratio(result['calls_total'])} of the calls."
+        + trained_on(runs, world, arm, base)
+    )
+
+
+def trained_on(runs: Runs, world: str, arm: str, base: str = "grpo") -> str:
+    """Where the arm's last evaluation stands against the end of `base`, and for how many of its calls."""
+    pairs = runs.pairs(world, arm, base)
+    longer = [(run, other) for run, other in pairs if len(run["steps"]) > run["compared_at"]]
+    if not longer:
+        return ""
+    steps = {len(run["steps"]) for run, _ in longer}
+    above = estimate([run["evaluations"][-1]["accuracy"] - final(other) for run, other in longer])
+    spent = [
+        sum(step["calls_executed"] for step in run["steps"]) / total(other, "calls_executed") for run, other in longer
+    ]
+    return (
+        f" Trained on to step {max(steps)} it has executed {statistics.fmean(spent):.2f} of them and is {points(above)} points "
+        f"above the end of `{base}`."
     )
 
 

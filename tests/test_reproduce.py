@@ -113,6 +113,25 @@ def test_half_of_the_calls_is_decided_by_median_and_interval():
     assert report.calls_claim(runs_of(*base), "easy", "arpo")[0] is None
 
 
+def test_where_an_arm_stands_that_trained_on():
+    base = [made_up(arm="grpo", seed=seed, accuracies=(0.5, 0.6, 0.8), calls=20) for seed in range(2)]
+    longer = [made_up(seed=seed, accuracies=(0.5, 0.6, 0.7, 0.85)) for seed in range(2)]
+    said = report.trained_on(runs_of(*base, *longer), "easy", "arpo")
+    # 3 steps of 10 calls against 2 of 20; 0.85 against 0.8
+    assert "to step 3 it has executed 0.75 of them and is +5.0 (+5.0 to +5.0) points above" in said
+    assert report.trained_on(runs_of(*base, made_up()), "easy", "arpo") == ""
+
+
+def test_how_accuracy_was_read_is_told_in_numbers():
+    run = made_up()
+    for entry, sampled in zip(run["evaluations"], (0.9, 0.68, 0.84), strict=True):
+        entry |= {"sampled": sampled, "otherwise": 0.02 * entry["step"]}
+    said = report.measured([run])
+    assert "3.0 % of the answers (median of 2 evaluations), 4 % in the one run" in said  # 0.02 and 0.04; not the start
+    assert "+1.0 points away, with a standard deviation of 3.0" in said  # 0.68 − 0.7 and 0.84 − 0.8
+    assert report.measured([made_up()]) == ""
+
+
 def test_entropy_has_to_beat_the_control():
     entropy = [made_up(seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
     same = [made_up(arm="random", seed=seed, accuracies=(0.5, 0.7, 0.8 + seed / 100)) for seed in range(3)]
