@@ -122,10 +122,10 @@ ARMS = {
 GRID = [
     *((world, arm, SEEDS) for world in ("easy", "hard") for arm in ("grpo", "arpo", "random", "expansion")),
     *((world, arm, SEEDS) for arm in ("expansion_random", "small") for world in ("easy", "hard")),
-    *((world, arm, SEEDS) for arm in ("hard_credit", "expansion_soft") for world in ("easy", "hard")),
-    *((world, "n4", SEEDS[:3]) for world in ("easy", "hard")),
+    *((world, "hard_credit", SEEDS) for world in ("easy", "hard")),
     *((world, arm, SEEDS[:3]) for arm in ("dapo", "rloo") for world in ("easy", "hard")),
     *(("easy", arm, SEEDS[:2]) for arm in ("n2", "n12", "beta0", "beta1", "k5", "threshold")),
+    *((world, arm, SEEDS[:3]) for arm in ("n4", "expansion_soft") for world in ("easy", "hard")),
 ]
 
 
