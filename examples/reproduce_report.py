@@ -428,7 +428,6 @@ def claims(runs: Runs, worlds: Sequence[str]) -> str:
 IMPROVEMENTS = {
     "expansion": "N = 2, forks anywhere in the finished tree by entropy and cost "
     '(`branch_rule="expansion"`, [AT²PO](https://huggingface.co/papers/2601.04767)), hard attribution',
-    "expansion_soft": "the same with soft attribution",
     "n4": "the paper's rule with N = 4 instead of 8, so that more is shared",
     "small": "no ARPO at all: GRPO with M = 8, which executes half of the calls since it has half of the rows",
 }
@@ -457,10 +456,6 @@ def improvements(runs: Runs, worlds: Sequence[str]) -> str:
                 entropy_claim(runs, world, "expansion", "expansion_random"),
             ),
             ("It beats GRPO with half of the rows (`small`).", entropy_claim(runs, world, "expansion", "small")),
-            (
-                "Hard attribution ends above soft (`expansion_soft`).",
-                end_claim(runs, world, "expansion", "expansion_soft", strictly=True),
-            ),
         ):
             if decided[0] is not None:
                 lines += [f"- In {NAMES[world]}. {verdict(claim, *decided)}"]
