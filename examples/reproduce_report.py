@@ -378,8 +378,9 @@ def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tu
         return None, ""
     e = result["difference"]
     doubt = " The interval holds 0, so no difference is shown." if e["low"] <= 0 <= e["high"] else ""
+    middle = statistics.median(final(run) - final(other) for run, other in runs.pairs(world, arm, base))
     return (e["low"] > 0 if strictly else e["value"] >= 0), (
-        f"Difference in points: {points(e)}, {e['seeds']} seeds.{doubt}"
+        f"Difference in points: {points(e)}, median {100 * middle:+.1f}, {e['seeds']} seeds.{doubt}"
     )
 
 

@@ -2,9 +2,12 @@
 
 import json
 import math
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -279,6 +282,37 @@ def test_the_same_seed_gives_the_same_curve(started, monkeypatch):
     assert [entry["step"] for entry in first["evaluations"]] == [0, 2]
     for entry in first["evaluations"]:
         assert entry["accuracy"] == pytest.approx(entry["demonstrated"] + entry["otherwise"], abs=2e-6)
+
+
+WORKER = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+
+sys.path.insert(0, {examples!r})
+import reproduce
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=reproduce._quiet) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 300).result()
+"""
+
+
+def test_workers_end_with_the_command_however_it_ends(tmp_path):
+    """Else a grid that was killed goes on in the background, and races with the one that takes it up."""
+    script = tmp_path / "command.py"
+    script.write_text(WORKER.format(examples=str(Path(reproduce.__file__).parent)))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as command:
+        worker = psutil.Process(int(command.stdout.readline()))
+        command.kill()
+    for _ in range(300):
+        if not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        worker.kill()
+        pytest.fail("the worker goes on without the command")
 
 
 def test_what_is_finished_is_not_run_again(started, monkeypatch):
