@@ -738,8 +738,8 @@ start a world means that the intervals are over training runs, not over worlds."
         "## Arms",
         """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
 theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
-attribution. The others are named by what they change; `examples/reproduce.py` has them all. `expansion` and its two relatives
-are options of the package that are not the paper's.""",
+attribution. The others are named by what they change; `examples/reproduce.py` has them all. `expansion` and its control
+`expansion_random` are options of the package that are not the paper's.""",
     ]
     for world in worlds:
         parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
