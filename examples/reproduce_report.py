@@ -249,7 +249,7 @@ def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
             axis.axvline(0.5, color="0.5", lw=1, ls=":")
             axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 2.05), title=NAMES[world])
             axis.set_ylim(len(arms) - 0.4, -0.6)
-            axis.set_xlabel(f"{label}\nto GRPO's final accuracy, GRPO = 1; edge: not reached", fontsize=8)
+            axis.set_xlabel(f"{label} to GRPO's end,\nGRPO = 1; right edge: not reached", fontsize=8)
     figure.savefig(_path("cost"), dpi=110)
 
 
@@ -301,6 +301,7 @@ def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
             spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
             axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
         axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5), title=NAMES[world])
+        axis.set_ylim(0, 0.9)  # room for the legend
         axis.legend(fontsize=8)
     figure.savefig(_path("forks"), dpi=110)
 
