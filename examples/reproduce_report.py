@@ -581,14 +581,20 @@ def advice(runs: Runs, worlds: Sequence[str]) -> str:
                 f"{percent(supplements(runs, world, 'n4'), 0)}."
             )
         said.append(sentence)
+    fewer = []
     for world in worlds:
         result = compare(runs, world, "expansion", "arpo")
         if result is not None:
-            said.append(
-                f'Where tool calls are what a step costs, `branch_rule="expansion"` with N = 2 and hard attribution executes '
+            fewer.append(
                 f"{result['calls_total']['value']:.2f} of the default's calls in {NAMES[world]} and ends "
-                f"{points(result['difference'])} points away from it."
+                f"{points(result['difference'])} points away from it"
             )
+    if fewer:
+        said.append(
+            'For fewer calls there is `branch_rule="expansion"` with N = 2 and hard attribution: it executes '
+            + ", ".join(fewer)
+            + "."
+        )
     said.append(
         "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says next to "
         "nothing."
