@@ -725,7 +725,8 @@ Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".jo
 This is the second grid. The first one read accuracy from 200 to 1000 sampled answers, whose noise was larger than the
 differences, and counted an arm that was level with GRPO at the end as one that never gets there. This one has other seeds
 and the same worlds and settings. The arms that expand are new: they were chosen among some seventeen variants on seeds that
-are in neither grid, but on the same cold starts and held-out questions (`examples/reproduce.py` lists them).
+are in neither grid, but on the same cold starts and held-out questions. `examples/reproduce.py` lists them, and what was
+changed in the list of runs while it was run.
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
