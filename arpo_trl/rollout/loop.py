@@ -32,7 +32,7 @@ from .branching import (
     share_rows,
     wants_fork,
 )
-from .tree import CallOfRow, Group, Segment, Trajectory
+from .tree import CallOfRow, Group, Place, Segment, Trajectory
 
 
 class Sample(NamedTuple):
@@ -245,6 +245,13 @@ def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", 
     return trajectory
 
 
+def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
+    """A trajectory that leaves `parent` at `place`, in the group's next free row."""
+    fork = parent.fork(group.next_row, place)
+    group.trajectories.append(fork)
+    return fork
+
+
 def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segment:
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
@@ -281,10 +288,8 @@ def _decide(
     for step, count in zip(asking, allocate_forks(gaps, branching.branch_factor, group.budget, rng), strict=True):
         step.segment.forks = count
         for _ in range(count):
-            fork = step.trajectory.fork(group.next_row, step.trajectory.end)
-            group.trajectories.append(fork)
-            hooks.copy_state(step.trajectory, fork)
-            forks.append(fork)
+            forks.append(_fork(group, step.trajectory, step.trajectory.end))
+            hooks.copy_state(step.trajectory, forks[-1])
     return forks
 
 
@@ -311,10 +316,7 @@ def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng:
             continue
         parent = group.trajectories[row - group.rows.start]
         parent.segments[index].forks = (parent.segments[index].forks or 0) + count
-        for _ in range(count):
-            fork = parent.fork(group.next_row, parent.starts[index])
-            group.trajectories.append(fork)
-            started.append(fork)
+        started += [_fork(group, parent, parent.starts[index]) for _ in range(count)]
     return started
 
 
@@ -323,8 +325,9 @@ def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float | None, int]]
     Where a finished group can be expanded, and what came of each segment that was sampled there.
 
     Returns:
-        `dict[tuple[int, int], list[tuple[float | None, int]]]`: the segment's entropy and the calls that its row went on to make,
-        by row and index of the segment that was sampled there first. The prompt is index 0 of the group's first row.
+        `dict[tuple[int, int], list[tuple[float | None, int]]]`: the segment's entropy and the calls that its row went on
+        to make, by row and index of the segment that was sampled there first. The prompt is index 0 of the group's first
+        row.
     """
     prompt = group.rows.start, 0
     nodes: dict[tuple[int, int], list[tuple[float | None, int]]] = {prompt: []}
