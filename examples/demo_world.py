@@ -23,8 +23,6 @@ from itertools import product
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl.tools.passages import format_passages
-
 # Questions in each split; no two questions of a world, whatever their split, are about the same pair of entities
 SPLITS = {"cold_start": 10000, "rl": 1000, "held_out": 300}
 
@@ -224,7 +222,7 @@ class World:
         )
 
     def _look_up(self, entity: str) -> str:
-        return f"<search>{self.query(entity)}</search><result>{format_passages([self.passage(entity)])}</result>"
+        return f"<search>{self.query(entity)}</search><result>Page 1: {self.passage(entity)}</result>"
 
 
 def invent_names(rng: random.Random, count: int, patterns: tuple[str, ...]) -> list[str]:
