@@ -1,0 +1,108 @@
+"""Rules that let all rows of a group end and then fork anywhere in its tree, in rounds."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import ClassVar
+
+from ..tree import Group
+from .base import PROMPT, BranchRule, Node
+
+
+def expansion_weight(entropy: float, calls: float) -> float:
+    """
+    H / (1 + c): what a node of a finished tree has to teach for what a row from it costs.
+
+    Args:
+        entropy (`float`): H, mean entropy of the segments that were sampled at the node, in nats.
+        calls (`float`): c, tool calls that those rows went on to execute, on average. The 1 stands for the row's tokens.
+    """
+    return entropy / (1.0 + calls)
+
+
+def share_rows(weights: Sequence[float], samples: Sequence[int], rows: int, rng: random.Random) -> list[int]:
+    """
+    Share rows among the nodes of a finished tree in proportion to their weight.
+
+    Each row goes to the node with the largest weight per sample; ties are broken at random. It is the entropy-guided
+    tree expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO subtracts a penalty
+    for each branch, so that no scale of entropies has to be known, and with the cost of a row in the weight.
+
+    Args:
+        weights (`Sequence[float]`): Weight of each node, 0 or more.
+        samples (`Sequence[int]`): Rows that have sampled each node already, 1 or more.
+        rows (`int`): Rows to share out.
+        rng (`random.Random`): Breaks ties.
+
+    Returns:
+        `list[int]`: number of rows that each node gets.
+    """
+    granted = [0] * len(weights)
+    for _ in range(rows):
+        shares = [weight / (n + more) for weight, n, more in zip(weights, samples, granted, strict=True)]
+        granted[max(range(len(shares)), key=lambda i: (shares[i], rng.random()))] += 1
+    return granted
+
+
+def sampled_nodes(group: Group) -> dict[Node, list[tuple[float | None, int]]]:
+    """
+    Where a finished group can be expanded, and what came of each segment that was sampled there.
+
+    Returns:
+        `dict[Node, list[tuple[float | None, int]]]`: by the node, named after the row that sampled it first, the entropy of
+        each segment that was sampled there and the calls that its row went on to make.
+    """
+    nodes: dict[Node, list[tuple[float | None, int]]] = {PROMPT: []}
+    for row, trajectory in enumerate(group.trajectories):
+        parent = None if trajectory.parent is None else trajectory.parent - group.rows.start
+        for index, (segment, place) in enumerate(zip(trajectory.segments, trajectory.starts, strict=True)):
+            if segment.start < (trajectory.fork_token or 0):
+                continue  # the parent's
+            node = Node(row, index)
+            if index == 0:
+                node = PROMPT
+            elif parent is not None and segment.start == trajectory.fork_token:
+                node = Node(parent, index)
+            nodes.setdefault(node, []).append((segment.entropy, len(trajectory.calls) - place.calls))
+    nodes[PROMPT] = nodes[PROMPT] or [(None, 0)]  # no row has sampled anything
+    return nodes
+
+
+@dataclass(frozen=True)
+class RandomExpansion(BranchRule):
+    """Draw the nodes of the finished tree at random ([Tree-GRPO](https://huggingface.co/papers/2509.21240))."""
+
+    expansion_rounds: int
+
+    paper: ClassVar[str] = "2509.21240"
+    expands: ClassVar[bool] = True
+
+    def expand(self, group: Group, rng: random.Random) -> list[Node]:
+        rows = math.ceil(group.budget / max(self.expansion_rounds - group.rounds, 1))
+        nodes = sampled_nodes(group)
+        granted = self.share(list(nodes.values()), rows, rng)
+        return [node for node, count in zip(nodes, granted, strict=True) for _ in range(count)]
+
+    def share(self, sampled: Sequence[Sequence[tuple[float | None, int]]], rows: int, rng: random.Random) -> list[int]:
+        """How many of `rows` each node gets, from what was sampled there (see [`sampled_nodes`])."""
+        drawn = rng.choices(range(len(sampled)), k=rows)
+        return [drawn.count(node) for node in range(len(sampled))]
+
+
+@dataclass(frozen=True)
+class Expansion(RandomExpansion):
+    """
+    Share the missing rows out over the nodes of the finished tree, in proportion to the entropy read there for each tool
+    call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767).
+    """
+
+    paper: ClassVar[str] = "2601.04767"
+
+    def share(self, sampled: Sequence[Sequence[tuple[float | None, int]]], rows: int, rng: random.Random) -> list[int]:
+        weights = []
+        for segments in sampled:
+            entropies = [entropy for entropy, _ in segments if entropy is not None]  # an engine may not tell
+            weights.append(expansion_weight(fmean(entropies or [0.0]), fmean(calls for _, calls in segments)))
+        return share_rows(weights, [len(segments) for segments in sampled], rows, rng)

@@ -1,0 +1,53 @@
+"""Rules that decide as rows pass a tool result ([ARPO](https://huggingface.co/papers/2507.19849), section 3.1)."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..tree import Segment
+from .base import BranchRule
+
+
+def fork_probability(gap: float, base: float, weight: float) -> float:
+    """P = clip(α + β ΔH, 0, 1) (Eq. 4)."""
+    return min(max(base + weight * gap, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Bernoulli(BranchRule):
+    """Fork with probability P = clip(α + β ΔH, 0, 1) (Eq. 4 and 5); a positive decision makes Z forks."""
+
+    branch_factor: int
+    branch_probability: float
+    entropy_weight: float
+
+    paper: ClassVar[str] = "2507.19849"
+
+    def probability(self, segment: Segment) -> float | None:
+        return fork_probability(segment.entropy_gap or 0.0, self.branch_probability, self.entropy_weight)
+
+    def forks(self, probability: float, rng: random.Random) -> int:
+        return self.branch_factor if rng.random() < probability else 0
+
+
+@dataclass(frozen=True)
+class Threshold(Bernoulli):
+    """Fork if P > τ."""
+
+    branch_threshold: float
+
+    def forks(self, probability: float, rng: random.Random) -> int:
+        return self.branch_factor if probability > self.branch_threshold else 0
+
+
+@dataclass(frozen=True)
+class Chance(Bernoulli):
+    """Fork with probability α whatever the entropy, which does not decide who goes first either: the control."""
+
+    paper: ClassVar[str] = "2601.04767"
+
+    def probability(self, segment: Segment) -> float | None:
+        return self.branch_probability
+
+    def priority(self, segment: Segment) -> float:
+        return 0.0
