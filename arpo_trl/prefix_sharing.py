@@ -8,7 +8,9 @@ row by row, the new tokens of a row against the keys of its whole path, so it ne
 What it does not do:
 - models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention on CUDA: `None`
   is returned after one line in the log, and the caller scores row by row;
-- images, prompt-learning adapters, compiled models, the load-balancing loss of mixtures of experts (it counts tokens);
+- images, prompt-learning adapters, compiled models;
+- the load-balancing loss of mixtures of experts, which counts every token of every row: with it, rows are scored one by
+  one;
 - equal dropout: with dropout on, rows that share a token share its noise;
 - prefixes that two micro-batches share: `prefix_tree.sibling_order` brings siblings together where they fit.
 """
@@ -55,10 +57,9 @@ class PathAttention:
 
     Args:
         tree ([`PrefixTree`]): What to attend over.
-        device (`torch.device`): Where masks are kept.
     """
 
-    def __init__(self, tree: PrefixTree, device: torch.device):
+    def __init__(self, tree: PrefixTree):
         starts = [segment.start for segment in tree.segments] + [len(tree.input_ids)]
         self.query_sizes = np.diff(starts).tolist()
         runs = []  # each path as the stretches (start, end) of the pack that it runs through
@@ -75,21 +76,23 @@ class PathAttention:
         ]
         self.depths = [segment.depth for segment in tree.segments]
         self.length = max(len(tree.slots[segment.row]) for segment in tree.segments)
-        self.device = device
-        self.masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+        self.masks: dict[tuple[int | None, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def mask(self, depth: int, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(
+        self, depth: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor | None:
         """What is added to the scores of the queries from `depth` on; `None` where the kernel's causal mask will do."""
         window = window if window is not None and window < length else None
         if depth == 0 and window is None:
             return None
-        if (window, dtype) not in self.masks:
+        if (window, dtype, device) not in self.masks:
             # One square for all rows and layers, and rows take views of it. CUDA kernels read it in place, instead of
             # keeping a copy for each call, if it is additive and its lines are a multiple of 8 wide.
-            sees = torch.ones(self.length, self.length + -self.length % 8, dtype=torch.bool, device=self.device).tril()
+            sees = torch.ones(self.length, self.length + -self.length % 8, dtype=torch.bool, device=device).tril()
             sees = sees if window is None else sees.triu(1 - window)
-            self.masks[window, dtype] = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
-        return self.masks[window, dtype][None, None, depth:length, :length]
+            mask = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
+            self.masks[window, dtype, device] = mask
+        return self.masks[window, dtype, device][None, None, depth:length, :length]
 
     def __call__(
         self,
@@ -102,10 +105,14 @@ class PathAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         keys, values = key.split(self.key_sizes, dim=2), value.split(self.key_sizes, dim=2)
+        # Layers of a split model run on different devices. Autocast would copy a mask of another dtype for every call.
+        device, dtype = query.device, query.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         outputs = []
         for queries, path, depth in zip(query.split(self.query_sizes, dim=2), self.paths, self.depths, strict=True):
             own_keys, own_values = (torch.cat([parts[cut] for cut in path], dim=2) for parts in (keys, values))
-            mask = self.mask(depth, own_keys.shape[2], sliding_window, query.dtype)
+            mask = self.mask(depth, own_keys.shape[2], sliding_window, dtype, device)
             outputs.append(attend(module, queries, own_keys, own_values, mask, **kwargs)[0])
         return torch.cat(outputs, dim=1), None
 
@@ -154,7 +161,7 @@ def _attention_inputs(tree: PrefixTree, config: PreTrainedConfig, device: torch.
         # model which does read it fails.
         return {
             "attention_mask": torch.empty(1, 1, 0, 0, device=device),
-            "path_attention": PathAttention(tree, device),
+            "path_attention": PathAttention(tree),
         }
     full = _block_mask(tree, None, device)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
@@ -171,6 +178,11 @@ def _unwrapped(model: nn.Module) -> list[Any]:
     if hasattr(chain[-1], "peft_config") and hasattr(chain[-1], "get_base_model"):
         chain.append(chain[-1].get_base_model())
     return chain
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile(module)` made it, or `module.compile()` was called."""
+    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
 def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
@@ -191,11 +203,13 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
     implementation = config._attn_implementation
     if implementation != "sdpa" and (implementation != "flex_attention" or device.type != "cuda"):
         return f"attention {implementation!r} on {device.type}; use attn_implementation='sdpa'"
+    if implementation == "flex_attention" and len(set((getattr(chain[-1], "hf_device_map", None) or {}).values())) > 1:
+        return "attention 'flex_attention' on a model that is split over devices; use attn_implementation='sdpa'"
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
     if kinds & _LENGTH_DEPENDENT_ROPE:
         return "its rotary embedding depends on the length of the batch"
-    if any(isinstance(module, torch._dynamo.OptimizedModule) for module in chain):
+    if any(_is_compiled(module) for module in model.modules()):
         return "the model is compiled"
     if any(isinstance(module, nn.DataParallel) for module in chain):
         return "DataParallel splits a batch by rows; launch with `accelerate launch`"
@@ -206,8 +220,58 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
 
 
 @functools.cache
-def _log_once(reason: str) -> None:
-    logger.warning("Prefix sharing is off, rows are scored one by one: %s.", reason)
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def shares_prefixes(model: nn.Module, device: torch.device, aux_loss: bool = False) -> bool:
+    """
+    Whether nothing speaks against sharing prefixes; the first time that something does, it is logged.
+
+    Args:
+        model (`nn.Module`): Model, wrapped or not.
+        device (`torch.device`): Where it runs.
+        aux_loss (`bool`, *optional*, defaults to `False`): Whether its load-balancing loss is part of the objective.
+
+    Returns:
+        `bool`
+    """
+    reason = unsupported_reason(model, device)
+    if reason is None and aux_loss:
+        reason = (
+            "the load-balancing loss counts every token of every row, those that rows share included; "
+            "router_aux_loss_coef=0 leaves it out"
+        )
+    if reason is not None:
+        _log_once(f"Prefix sharing is off, rows are scored one by one: {reason}.")
+    return reason is None
+
+
+def rows_may_change_micro_batch(loss_type: str, top_entropy_quantile: float, entropy_bonus: bool) -> bool:
+    """
+    Whether the loss of an optimiser step is the same whichever of its micro-batches a row is in.
+
+    Not so where `GRPOTrainer` averages, or takes a quantile, over the tokens of each micro-batch. The first time that it
+    does, what does so is logged.
+
+    Args:
+        loss_type (`str`): As in [`~trl.GRPOConfig`].
+        top_entropy_quantile (`float`): As in [`~trl.GRPOConfig`].
+        entropy_bonus (`bool`): Whether the entropy is part of the loss.
+
+    Returns:
+        `bool`
+    """
+    if top_entropy_quantile < 1.0:
+        by_micro_batch = f"`top_entropy_quantile={top_entropy_quantile}` ranks"
+    elif loss_type == "bnpo":
+        by_micro_batch = "`loss_type='bnpo'` averages over"
+    elif entropy_bonus:
+        by_micro_batch = "the entropy bonus averages over"
+    else:
+        return True
+    _log_once(f"Rows that share a prefix are not brought together: {by_micro_batch} the tokens of each micro-batch.")
+    return False
 
 
 def forward_cost(config: PreTrainedConfig, device_type: str) -> Cost:
@@ -240,6 +304,7 @@ def shared_prefix_logps(
     attention_mask: torch.Tensor,
     logits_to_keep: int,
     compute_entropy: bool = False,
+    only_if_cheaper: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """
     Per-token log-probabilities and entropies of completions from one forward over their prefix tree.
@@ -255,14 +320,16 @@ def shared_prefix_logps(
             as a whole.
         logits_to_keep (`int`): C.
         compute_entropy (`bool`, *optional*, defaults to `False`): Whether to return entropies, in nats.
+        only_if_cheaper (`bool`, *optional*, defaults to `True`): Whether to decline where the modelled cost promises no
+            gain. In bfloat16 packed rows differ from rows scored one by one by its rounding, so `False` is for
+            log-probabilities that are compared with those of the same rows in another chunk.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None] | None`: log-probabilities and entropies of shape `(B, C)`, 0 where a
         token is masked; `None` if sharing does not pay or is not supported.
     """
     device = input_ids.device
-    if reason := unsupported_reason(model, device):
-        _log_once(reason)
+    if not shares_prefixes(model, device):
         return None
     config = _unwrapped(model)[-1].config
     ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
@@ -272,17 +339,24 @@ def shared_prefix_logps(
         return None
     cost = forward_cost(config, device.type)
     tree = pack(unpadded(ids, mask), prompt_lengths.tolist(), cost)
-    row_by_row = cost.batch(len(ids), ids.shape[1], padded=not mask.all())
-    if not tree.segments or tree.cost > _MARGIN * row_by_row:
+    if not tree.segments:
+        return None
+    if only_if_cheaper and tree.cost > _MARGIN * cost.batch(len(ids), ids.shape[1], padded=not mask.all()):
         return None
 
     index = np.zeros((len(ids), logits_to_keep), dtype=np.int64)
     for row, (slots, prompt_length) in enumerate(zip(tree.slots, prompt_lengths, strict=True)):
         index[row, : len(slots[prompt_length - 1 :])] = slots[prompt_length - 1 :]
     packed = {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "shift_labels": tree.labels}
-    inputs = {name: torch.from_numpy(values)[None].to(device) for name, values in packed.items()}
+    inputs: dict[str, Any] = {name: torch.from_numpy(values)[None].to(device) for name, values in packed.items()}
+    if hasattr(config, "output_router_logits"):
+        inputs["output_router_logits"] = False  # of the packed tokens, they would make another load-balancing loss
     outputs = model(**inputs, **_attention_inputs(tree, config, device), fused_lm_head=True)
     masked = ~attention_mask[:, -logits_to_keep:].bool()
     places = torch.from_numpy(index).to(device)
-    logps = outputs.log_probs[0][places].masked_fill(masked, 0.0)
-    return logps, outputs.entropy[0][places].masked_fill(masked, 0.0) if compute_entropy else None
+
+    def unpack(packed_values: torch.Tensor) -> torch.Tensor:
+        # The head of a model that is split over devices may be on another one than the rows
+        return packed_values[0].to(device)[places].masked_fill(masked, 0.0)
+
+    return unpack(outputs.log_probs), unpack(outputs.entropy) if compute_entropy else None

@@ -111,8 +111,8 @@ def sibling_order(
     optimiser step.
 
     The loss of a step is that of the same rows, so losses that average over rows or over all tokens of the step are
-    unchanged. `"bnpo"` and the entropy bonus average over the tokens of each micro-batch, so which rows are together
-    weighs on them as much as TRL's own shuffle does.
+    unchanged. Losses that average over the tokens of each micro-batch are not: rows that share a prefix are alike, so
+    [`~arpo_trl.prefix_sharing.rows_may_change_micro_batch`] decides first.
 
     Args:
         rows (`Sequence[np.ndarray]`): Token ids (prompt and completion, no padding) of each row of a shuffled

@@ -12,15 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers.utils import is_matplotlib_available, logging
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import (
+    get_config_model_id,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from .advantages import Span, hard_advantages, tree_advantages
 from .config import ARPOConfig
-from .prefix_sharing import shared_prefix_logps
+from .prefix_sharing import rows_may_change_micro_batch, shared_prefix_logps, shares_prefixes
 from .prefix_tree import sibling_order
 from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
 from .reporting import report_image
@@ -56,6 +62,10 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 logger = logging.get_logger(__name__)
+
+
+# Log-probabilities of a generation batch that those of the loss are compared with
+_COMPARED = ("old_per_token_logps", "ref_per_token_logps")
 
 
 class ARPOTrainer(GRPOTrainer):
@@ -436,7 +446,12 @@ class ARPOTrainer(GRPOTrainer):
     def _prepare_inputs(self, generation_batch):
         inputs = super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs
-        if not self.model.training or not self.args.prefix_sharing or batches is self._ordered_inputs:
+        if not self.model.training or batches is self._ordered_inputs:
+            return inputs
+        steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if math.gcd(steps, accumulation) == 1 or not self._shares_scoring:  # no other micro-batch to go to, or no use
+            return inputs
+        if not rows_may_change_micro_batch(self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled):
             return inputs
         # TRL has shuffled the rows of this generation batch; siblings come together again within each optimiser step
         rows = [
@@ -447,9 +462,19 @@ class ARPOTrainer(GRPOTrainer):
                 strict=True,
             )
         ]
-        order = sibling_order(rows, self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+        order = sibling_order(rows, steps, accumulation)
         self._buffered_inputs = self._ordered_inputs = _reorder(batches, order)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return self._buffered_inputs[self._step % steps]
+
+    @property
+    def _shares_scoring(self) -> bool:
+        """
+        Whether prefixes are shared in the training step, of the model as it is trained: old log-probabilities are asked
+        of the model without its wrappers, and have to be those of the same path.
+        """
+        return self.args.prefix_sharing and shares_prefixes(
+            self.model_wrapped, self.accelerator.device, self.aux_loss_enabled
+        )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -463,7 +488,7 @@ class ARPOTrainer(GRPOTrainer):
         **images,
     ):
         stock = super()._get_per_token_logps_and_entropies
-        if not self.args.prefix_sharing or compute_aux_loss or any(value is not None for value in images.values()):
+        if any(value is not None for value in images.values()) or not self._shares_scoring:
             return stock(
                 model,
                 input_ids,
@@ -474,12 +499,18 @@ class ARPOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **images,
             )
+        # Log-probabilities that are compared with others of the same rows, which stood in other chunks, are all packed.
+        # Without gradients they are the old ones, the reference's, or those of an evaluation.
+        buffered: dict[str, Any] = (self._buffered_inputs or [{}])[0]
+        compared = not torch.is_grad_enabled() or not buffered.keys().isdisjoint(_COMPARED)
         scored = []
         for ids, mask in zip(
             *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
         ):
             with self.accelerator.autocast():
-                shared = shared_prefix_logps(model, ids, mask, logits_to_keep, compute_entropy)
+                shared = shared_prefix_logps(
+                    model, ids, mask, logits_to_keep, compute_entropy, only_if_cheaper=not compared
+                )
             scored.append(shared or stock(model, ids, mask, logits_to_keep, compute_entropy=compute_entropy)[:2])
         logps, entropies = zip(*scored, strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
@@ -528,16 +559,12 @@ class ARPOTrainer(GRPOTrainer):
         names = sum_names(self._tool_names)
         sums = rollout_sums(self._groups)
         sums.update(self._lookups)
-        device = self.accelerator.device
-        total = self.accelerator.reduce(
-            torch.tensor([float(sums[name]) for name in names], dtype=torch.float64, device=device), reduction="sum"
-        )
-        slowest = self.accelerator.gather(
-            torch.tensor([slowest_calls(self._groups, self._tool_names)], dtype=torch.float32, device=device)
-        )
-        metrics = rollout_metrics(
-            dict(zip(names, total.tolist(), strict=True)), slowest.amax(dim=0).tolist(), self._tool_names
-        )
+        # As numbers of Python: sums of tokens need float64, which not every device has
+        own = [float(sums[name]) for name in names], slowest_calls(self._groups, self._tool_names)
+        all_sums, all_slowest = zip(*gather_object([own]), strict=True)
+        totals = {name: sum(values) for name, *values in zip(names, *all_sums, strict=True)}
+        slowest = [max(seconds) for seconds in zip(*all_slowest, strict=True)]
+        metrics = rollout_metrics(totals, slowest, self._tool_names)
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
 
@@ -686,20 +713,24 @@ def _fork_environment(environment: Any) -> Any:
 
 
 def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, Any]]:
-    """The micro-batches of a generation batch with their rows in another order; what has no rows stays as it is."""
-    size = len(batches[0]["prompt_ids"])
-    reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
-    for name, value in batches[0].items():
-        if isinstance(value, torch.Tensor) and value.dim() > 0:
-            rows: Any = torch.cat([batch[name] for batch in batches])[order]
-        elif isinstance(value, list):
-            rows = [row for batch in batches for row in batch[name]]
-            rows = [rows[index] for index in order]
-        else:
-            continue
-        for index, batch in enumerate(reordered):
-            batch[name] = rows[index * size : (index + 1) * size]
-    return reordered
+    """
+    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row follows
+    it, as in TRL's own shuffle; what has no rows stays as it is.
+    """
+
+    def joined(values: list) -> Any:
+        if isinstance(values[0], list):
+            return [row for value in values for row in value]
+        return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].dim() > 0 else values[0]
+
+    def ordered(value: Any) -> Any:
+        if isinstance(value, list):
+            return [value[row] for row in order]
+        return value[order] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+
+    whole = split_pixel_values_by_grid({name: joined([batch[name] for batch in batches]) for name in batches[0]})
+    reordered: list[Any] = split_tensor_dict({name: ordered(value) for name, value in whole.items()}, len(batches))
+    return [unsplit_pixel_values_by_grid(batch) for batch in reordered]
 
 
 def _without_tools(row: int, prompt_ids: list[int], completion_ids: list[int]) -> Trajectory:

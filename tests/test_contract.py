@@ -49,16 +49,20 @@ SAID = {
         "self.environments",
         '"advantages": advantages',
         '"completion_ids": completion_ids',
+        'output["old_per_token_logps"] = old_per_token_logps',
+        'output["ref_per_token_logps"] = ref_per_token_logps',
         "inp[key] = values[i]",
         "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
     ],
     "log": ['self._logs["prompt"]', 'self._logs["completion"]', '**self._logs["extra"],'],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
     "_calculate_rewards": ["zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names"],
-    "_compute_loss": ["if advantages.dim() == 1:"],
+    "_compute_loss": ["if advantages.dim() == 1:", "compute_aux_loss=self.aux_loss_enabled"],
     "_prepare_inputs": [
         "generation_batch = self._generate_and_score_completions(generation_batch)",
-        "self._buffered_inputs = [",
+        "generation_batch = split_pixel_values_by_grid(generation_batch)",
+        "split_tensor_dict(generation_batch, self.args.steps_per_generation)",
+        "self._buffered_inputs = [unsplit_pixel_values_by_grid(batch) for batch in generation_batches]",
         "self._buffered_inputs[self._step % self.args.steps_per_generation]",
     ],
     "_get_per_token_logps_and_entropies": ["fused_lm_head=True", "self.accelerator.autocast()"],
@@ -72,6 +76,10 @@ SAID = {
         "self._metrics",
         "self.reward_func_names",
         "self.num_generations_eval",
+        "self.aux_loss_enabled = ",
+        "self.loss_type = ",
+        "self.top_entropy_quantile = ",
+        "self._entropy_bonus_enabled = ",
     ],
 }
 
@@ -100,7 +108,14 @@ def test_names_we_import():
         parse_response,
     )
     from trl.data_utils import is_conversational  # noqa: F401
-    from trl.trainer.utils import add_fused_lm_head, get_config_model_id, is_async_callable  # noqa: F401
+    from trl.trainer.utils import (  # noqa: F401
+        add_fused_lm_head,
+        get_config_model_id,
+        is_async_callable,
+        split_pixel_values_by_grid,
+        split_tensor_dict,
+        unsplit_pixel_values_by_grid,
+    )
 
     assert "shift_labels" in inspect.getsource(add_fused_lm_head)
 
