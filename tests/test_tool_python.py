@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -378,9 +379,20 @@ def run_code(connection, request):
     """What a SandboxFusion server does with a request, minus the isolation."""
     body = json.loads(request.body)
     assert request.line.startswith("POST /run_code ") and body["language"] == "python"
+
+    def limit_memory():  # as the server does, which takes the limit for that of the stack, too
+        size = body["memory_limit_MB"] << 20
+        for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_STACK):
+            resource.setrlimit(kind, (size, resource.getrlimit(kind)[1]))
+
     try:
         run = subprocess.run(
-            [sys.executable, "-I", "-c", body["code"]], capture_output=True, text=True, timeout=body["run_timeout"]
+            [sys.executable, "-I", "-c", body["code"]],
+            capture_output=True,
+            text=True,
+            timeout=body["run_timeout"],
+            preexec_fn=limit_memory if body["memory_limit_MB"] > 0 else None,
+            env={"PATH": os.environ["PATH"]},  # a server says nothing about the number of threads
         )
     except subprocess.TimeoutExpired as error:
         out = (error.stdout or b"").decode()
@@ -397,6 +409,53 @@ def run_code(connection, request):
 def test_remote_answers(code, answer):
     with Loopback({"/run_code": run_code}) as server:
         assert RemoteSandbox(server.url).python(code) == answer
+
+
+@pytest.mark.parametrize("memory_mb", [256, 1024, 4096, None, -1])
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        ("import numpy as np\nint(np.arange(3).sum())", "3"),
+        ("import threading\nt = threading.Thread(target=print, args=['ok']); t.start(); t.join()", "ok"),
+        (
+            "import subprocess, sys\n"
+            "code = 'import threading; t = threading.Thread(target=print, args=[1]); t.start(); t.join()'\n"
+            "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout)",
+            "1",
+        ),
+    ],
+)
+def test_remote_threads_start_under_the_servers_limits(memory_mb, code, answer):
+    with Loopback({"/run_code": run_code}) as server:
+        assert RemoteSandbox(server.url, memory_mb=memory_mb).python(code) == answer
+    assert json.loads(server.requests[0].body)["memory_limit_MB"] == (memory_mb or -1)
+
+
+def test_remote_many_threads_fit_into_the_default_memory():
+    code = """
+        import threading
+        go = threading.Event()
+        threads = [threading.Thread(target=lambda: (bytearray(1000), go.wait())) for _ in range(48)]
+        for t in threads: t.start()
+        go.set()
+        print(len(threads))
+    """
+    with Loopback({"/run_code": run_code}) as server:
+        assert RemoteSandbox(server.url).python(textwrap.dedent(code)) == "48"
+
+
+def test_remote_memory_is_limited():
+    with Loopback({"/run_code": run_code}) as server:
+        assert error_of(RemoteSandbox(server.url), "x = bytearray(2 << 30)").splitlines()[-1] == "MemoryError"
+        assert RemoteSandbox(server.url, memory_mb=None).python("import mmap\nlen(mmap.mmap(-1, 2 << 30))") == str(
+            2 << 30
+        )
+
+
+@pytest.mark.parametrize("memory_mb", [0, -2, 1, 63])
+def test_remote_memory_that_no_interpreter_fits_into(memory_mb):
+    with pytest.raises(ValueError, match=f"memory_mb must be at least 64.*, not {memory_mb}"):
+        RemoteSandbox("http://127.0.0.1:9", memory_mb=memory_mb)
 
 
 def test_remote_errors_of_the_code():

@@ -44,7 +44,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from . import python_worker
+from . import python_worker, system_calls
 from .errors import TransientToolError
 
 NO_OUTPUT = "(no output)"  # an answer like any other: the code ran, so it is not run again
@@ -185,6 +185,7 @@ class PythonSandbox:
         return {
             "timeout": f"The code ran longer than {self.timeout:g} s and was stopped.",
             "memory": f"The code used more than {self.memory_mb} MB of memory and was stopped.",
+            "files": f"The code opened more than {python_worker.MAX_FILES_TOGETHER} files at once and was stopped.",
             "processes": f"The code started more than {python_worker.MAX_PROCESSES} processes and was stopped.",
             "flood": "The code wrote too much output and was stopped.",
         }[kind]
@@ -357,8 +358,9 @@ def _bwrap_command(config: dict) -> list[str]:
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise TransientToolError("The command bwrap is not installed.")
-    if os.uname().machine not in python_worker.MACHINES:
-        raise TransientToolError(f"System calls cannot be filtered on {os.uname().machine}.")
+    machine = os.uname().machine
+    if machine not in system_calls.MACHINES:
+        raise TransientToolError(f"System calls cannot be filtered on {machine}.")
     base = Path(sys.base_prefix)
     executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     # bwrap would give a folder that it makes for a private file to root alone
@@ -373,9 +375,17 @@ def _bwrap_command(config: dict) -> list[str]:
             mounts.append(("--ro-bind", folder, folder))
     paths = ["/python/site-packages", *[f"/python/site-packages-{i}" for i in range(1, len(config["paths"]))]]
     mounts += [("--ro-bind", *pair) for pair in zip(config["paths"], paths, strict=True)]
-    for device in ["null", "zero", "full", "random", "urandom"]:
-        mounts.append(("--dev-bind", f"/dev/{device}", f"/dev/{device}"))
+    # /dev/full reads as zeros too, and unlike /dev/zero it cannot be mapped as memory that processes share.
+    for device, host in [
+        ("null", "null"),
+        ("zero", "full"),
+        ("full", "full"),
+        ("random", "random"),
+        ("urandom", "urandom"),
+    ]:
+        mounts.append(("--dev-bind", f"/dev/{host}", f"/dev/{device}"))
     mounts.append(("--ro-bind", python_worker.__file__, "/python/worker.py"))
+    config = {**config, "paths": paths, "filter": system_calls.filter_program(machine).hex()}
     # The worker is the first process of its namespace, so whatever else is in there ends when it does.
     namespaces = ["--unshare-pid", "--as-pid-1", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     if os.geteuid() != 0:  # root needs no user namespace; one would leave it root, whose processes are not counted
@@ -383,7 +393,8 @@ def _bwrap_command(config: dict) -> list[str]:
     return [
         *[bwrap, *namespaces, "--unshare-cgroup-try", "--hostname", "sandbox", "--clearenv"],
         *["--setenv", "LD_LIBRARY_PATH", f"/python/{sys.platlibdir}", "--setenv", "OPENBLAS_NUM_THREADS", "1"],
+        *["--setenv", "MALLOC_ARENA_MAX", "1"],  # threads would else reserve 64 MiB of address space each
         *[str(part) for mount in mounts for part in mount],
         *["--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--remount-ro", "/", "--chdir", "/"],
-        *[f"/python/bin/{executable.name}", "-I", "-S", "/python/worker.py", json.dumps({**config, "paths": paths})],
+        *[f"/python/bin/{executable.name}", "-I", "-S", "/python/worker.py", json.dumps(config)],
     ]

@@ -14,7 +14,6 @@ to the server, or reach another call.
 
 import contextlib
 import ctypes
-import errno
 import gc
 import importlib
 import json
@@ -34,10 +33,12 @@ import time
 FINISHED, RAISED = 100, 101
 
 MAX_PROCESSES = 32  # threads count as well
-MAX_FILES = 256
+MAX_FILES = 256  # open files of a process
+MAX_FILES_TOGETHER = 1024  # of all processes of a call
 MAX_FILE_BYTES = 64 << 20  # one file, and /tmp as a whole
 UNPRIVILEGED_ID = 65534
-WATCH_SECONDS = 0.05
+WATCH_SECONDS = 0.05  # between two looks at a call
+WATCH_MANY_SECONDS = 0.01  # if it has several processes, which can take memory faster than one
 
 
 def run_cell(source: str) -> bool:
@@ -115,62 +116,10 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (
     0x00020000, 0x08000000, 0x10000000, 0x20000000, 0x40000000,
 )  # fmt: skip
-_CLONE_ANY_NAMESPACE = 0x7E020000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 
-# What a process without privileges may still ask of Linux and calculations never need: new namespaces (and the mounts,
-# hence memory, they give), sockets (abstract ones and loopback reach concurrent calls), memory outside the limits of
-# the process, keyrings (they outlive a call), other processes' memory, and large kernel surfaces.
-_DENIED = {
-    #                x86_64, aarch64
-    "unshare":           (272, 97),
-    "setns":             (308, 268),
-    "socket":            (41, 198),
-    "memfd_create":      (319, 279),
-    "memfd_secret":      (447, 447),
-    "shmget":            (29, 194),
-    "msgget":            (68, 186),
-    "mq_open":           (240, 180),
-    "add_key":           (248, 217),
-    "request_key":       (249, 218),
-    "keyctl":            (250, 219),
-    "ptrace":            (101, 117),
-    "process_vm_readv":  (310, 270),
-    "process_vm_writev": (311, 271),
-    "pidfd_getfd":       (438, 438),
-    "bpf":               (321, 280),
-    "perf_event_open":   (298, 241),
-    "userfaultfd":       (323, 282),
-    "io_uring_setup":    (425, 425),
-}  # fmt: skip
-MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column above, AUDIT_ARCH, clone
-_CLONE3 = 435
 
-
-def _deny_system_calls() -> None:
-    """Install a seccomp filter that answers the calls of `_DENIED` with EPERM."""
-    column, architecture, clone = MACHINES[os.uname().machine]
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
-    numbers = [syscall[column] for syscall in _DENIED.values()]
-    # (operation, operand, label to go to if true, else); None goes to the next line
-    lines = [
-        (load, 4, None, None),
-        (equal, architecture, None, "kill"),
-        (load, 0, None, None),
-        (at_least, 0x40000000, "deny", None),  # x32: the same calls under other numbers
-        *[(equal, number, "deny", None) for number in numbers],
-        (equal, _CLONE3, "absent", None),  # its flags lie behind a pointer; libc falls back to clone
-        (equal, clone, None, "allow"),
-        (load, 16, None, None),
-        (any_bit, _CLONE_ANY_NAMESPACE, "deny", "allow"),
-    ]
-    ends = {"allow": 0x7FFF0000, "deny": 0x50000 | errno.EPERM, "absent": 0x50000 | errno.ENOSYS, "kill": 0x80000000}
-    to = {label: len(lines) + i for i, label in enumerate(ends)}
-    program = b"".join(
-        struct.pack("=HBBI", op, to[yes] - i - 1 if yes else 0, to[no] - i - 1 if no else 0, operand)
-        for i, (op, operand, yes, no) in enumerate(lines)
-    ) + b"".join(struct.pack("=HBBI", answer, 0, 0, value) for value in ends.values())
-
+def _filter_system_calls(program: bytes) -> None:
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
@@ -211,10 +160,13 @@ def _limit_resources(config: dict) -> None:
         (resource.RLIMIT_CPU, int(config["timeout"]) + 1),
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
         (resource.RLIMIT_NOFILE, MAX_FILES),
-        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CORE, 1),  # 0 does not stop core dumps that go to a program of the host; 1 does
         (resource.RLIMIT_MEMLOCK, 0),
-        # Counted for each user namespace; without one of its own it would count all that the user runs.
+        (resource.RLIMIT_RTPRIO, 0),
+        (resource.RLIMIT_NICE, 0),
+        # Counted for each user namespace; without one of its own they would count all that the user runs.
         *([(resource.RLIMIT_NPROC, MAX_PROCESSES)] if config["namespaces"] else []),
+        *([(resource.RLIMIT_SIGPENDING, 256)] if config["namespaces"] else []),
     ]:
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -233,8 +185,9 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
             _mount_tmpfs(b"/tmp", _MS_NOSUID | _MS_NODEV, f"size={MAX_FILE_BYTES},nr_inodes=4096,mode=0777")
             _mount_tmpfs(b"/proc", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4096,nr_inodes=1,mode=0555")
             _drop_capabilities()
-            _deny_system_calls()
-        _prctl(_PR_SET_DUMPABLE, 0)  # a limit of 0 on core dumps does not stop those that go to a program of the host
+        _prctl(_PR_SET_DUMPABLE, 0)
+        if config["namespaces"]:
+            _filter_system_calls(bytes.fromhex(config["filter"]))
         os.chdir(home)
         with open(code_fd, encoding="utf-8", errors="surrogatepass") as f:
             source = f.read()
@@ -263,6 +216,9 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
 # ---------------------------------------------------------------------------------------------------------------------
 # The supervisor
 
+_MEMORY_FIELDS = ("VmSize", "VmData", "VmStk", "VmPTE", "VmSwap", "RssAnon", "RssShmem")
+_BYTES_PER_FILE = 32 << 10  # a full pipe holds 64 KiB and has two ends
+
 
 def _descendants(pid: int) -> list[int]:
     """`pid` and all that descend from it. Orphans belong to their namespace's first process, so none is missed."""
@@ -277,42 +233,80 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _private_memory(pid: int) -> int:
-    """Memory in bytes that the process does not share with files."""
-    kilobytes = 0
+def _memory_of(pid: int, base: dict[str, int] | None = None) -> dict[str, int]:
+    """What the process takes, in bytes and numbers, as far as `/proc` shows it to anyone.
+
+    Args:
+        pid (`int`): The process.
+        base (`dict[str, int]`, *optional*): The same of the process that it is a fork of.
+
+    Returns:
+        `dict[str, int]`: `resident` pages that it does not share with files, `writable` ones that it has mapped and may
+        touch at any time, `files` that are open, and `bytes` that it has to answer for.
+    """
+    found = {"resident": 0, "writable": 0, "files": 0, "bytes": 0}
     try:
         with open(f"/proc/{pid}/status") as f:
-            for line in f:
-                if line.startswith(("RssAnon:", "RssShmem:")):
-                    kilobytes += int(line.split()[1])
+            status = {name: text.split() for name, _, text in (line.partition(":") for line in f)}
+        if "VmSize" not in status:  # it has ended and nobody has asked how
+            return found
+        found["files"] = os.stat(f"/proc/{pid}/fd").st_size  # 0 before Linux 6.2
     except OSError:
-        pass
-    return kilobytes << 10
+        return found
+    kib = {name: int(status[name][0]) << 10 for name in _MEMORY_FIELDS}
+    found["resident"] = kib["RssAnon"] + kib["RssShmem"] + kib["VmSwap"]
+    found["writable"] = kib["VmData"] + kib["VmStk"]
+    base = base or found
+    touchable = base["resident"] + found["writable"] - base["writable"]
+    found["bytes"] = (
+        max(found["resident"], touchable)
+        + kib["VmPTE"]
+        # The kernel keeps up to 512 bytes for a mapping, which may be a single page that cannot be written to.
+        + (kib["VmSize"] - found["writable"]) // 8
+        + (found["files"] or int(status["FDSize"][0])) * _BYTES_PER_FILE
+    )
+    return found
+
+
+def _sockets(pid: int) -> int:
+    """The number of sockets in the network namespace of the process, with those that only wait in another's buffer."""
+    try:
+        with open(f"/proc/{pid}/net/sockstat") as f:
+            return int(f.readline().split()[-1])
+    except OSError:
+        return 0  # it has ended
 
 
 def _wait(pid: int, report_fd: int, config: dict) -> str:
     """Wait for the child's end, or bring it about, and say how it ended."""
-    own_memory = _private_memory(os.getpid())  # every process of the call starts as a copy of this one
+    base = _memory_of(os.getpid())  # every process of the call starts as a copy of this one, which is not charged
     deadline = time.monotonic() + config["timeout"]
     ended = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(report_fd, 0)  # wakes when nobody waits for the report any more
-    reason = ""
+    reason, watch = "", WATCH_SECONDS
     while not reason:
         left = deadline - time.monotonic()
-        events = [fd for fd, _ in poll.poll(1000 * max(0, min(left, WATCH_SECONDS)))]
+        events = [fd for fd, _ in poll.poll(1000 * max(0, min(left, watch)))]
         if ended in events:
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             return f"signal {-code}" if code < 0 else f"exit {code}"
         processes = _descendants(pid)
+        taken = [_memory_of(process, base) for process in processes]
+        memory = sum(one["bytes"] for one in taken) - base["bytes"]
+        if config["namespaces"]:
+            memory += _sockets(pid) * config["socket_bytes"]
+        watch = WATCH_SECONDS if len(processes) == 1 else WATCH_MANY_SECONDS
         if events:
             reason = "abandoned"
         elif left <= 0:
             reason = "timeout"
         elif len(processes) > MAX_PROCESSES:
             reason = "processes"
-        elif sum(max(0, _private_memory(p) - own_memory) for p in processes) > config["memory"]:
+        elif sum(one["files"] for one in taken) > MAX_FILES_TOGETHER:
+            reason = "files"
+        elif memory > config["memory"]:
             reason = "memory"
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -369,7 +363,8 @@ def serve(config: dict) -> None:
 
     Args:
         config (`dict`): `timeout` in seconds, `memory` in bytes, `namespaces` (whether calls get their own, which
-            asks for the sandbox that `bwrap` makes), `paths` to import from, names of the modules to `preload`.
+            asks for the sandbox that `bwrap` makes), the `filter` of system calls in hexadecimal digits for those that
+            do, `paths` to import from, names of the modules to `preload`.
     """
     if os.geteuid() == 0 and config["namespaces"]:
         # The kernel does not hold root to a number of processes.
@@ -386,6 +381,8 @@ def serve(config: dict) -> None:
     gc.freeze()  # keeps the collector of a child from copying the pages that it shares with this process
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors need no burial
     requests = socket.socket(fileno=0)
+    # A socket may hold its whole buffer and one message more, which is no larger.
+    config["socket_bytes"] = 2 * requests.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     requests.sendall(b"+")
     while True:
         message, fds, _, _ = socket.recv_fds(requests, 1, 3)
