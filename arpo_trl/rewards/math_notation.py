@@ -300,7 +300,7 @@ def amounts(text: str) -> str:
     )
 
 
-_RELATION = r"(?:\\leqslant|\\geqslant|\\leq|\\geq|\\le|\\ge|\\lt|\\gt|<=|>=|<|>)(?![a-zA-Z])"
+_RELATION = r"(?:(?:\\leqslant|\\geqslant|\\leq|\\geq|\\le|\\ge|\\lt|\\gt)(?![a-zA-Z])|<=|>=|<|>)"
 _OPERATORS = {"<": "<", r"\lt": "<", ">": ">", r"\gt": ">"} | {
     sign: sign[0] + "=" if sign[0] in "<>" else "<=" if "l" in sign[:2] else ">="
     for sign in (r"\leqslant", r"\geqslant", r"\leq", r"\geq", r"\le", r"\ge", "<=", ">=")
@@ -376,6 +376,7 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?:\\left\s*)?\\langle(?![a-zA-Z])(.*?)(?:\\right\s*)?\\rangle(?![a-zA-Z])", r"(\1)", text)
     text = re.sub(r"\A<\s*([^<>=]*,[^<>=]*)>\Z", r"(\1)", text)
     text = re.sub(r"\A\+\s*(?=[\d\\.])", "", text)
+    text = re.sub(r"(?<!\\)\\(?:[,;: ]|(?:quad|qquad)(?![a-zA-Z]))|~", " ", text)
     text = re.sub(r"(?<!\\)\s+([,;)\]])", r"\1", text)
     return re.sub(r"[\s.,;]+\Z", "", " ".join(text.split()))
 

@@ -20,7 +20,7 @@ def compare(truth: str, answer: str) -> dict[str, bool]:
     """Compare two answers in LaTeX; `parsed` is false where the truth could be read as text only."""
     from math_verify import verify
 
-    gold, target = _parse(truth), _parse(answer)
+    gold, target = _same_variables(_parse(truth), _parse(answer))
     parsed = any(not isinstance(item, str) for item in gold)
     if any(_is_contradiction(item) for item in [*gold, *target]) or _asks_for_equation(gold, target):
         return {"equal": truth == answer, "parsed": parsed}
@@ -43,6 +43,17 @@ def _parse(text: str) -> list:
         try_extract_without_anchor=False, boxed_match_priority=0, normalization_config=notation
     )
     return parse(f"\\boxed{{{text}}}", extraction_config=[config], parsing_timeout=None)
+
+
+def _same_variables(*answers: list) -> list[list]:
+    """Variables of one name as one symbol: math-verify takes them for real only where it sees no lone `i` in the text."""
+    from sympy import Symbol
+
+    names = [{symbol for item in items for symbol in getattr(item, "free_symbols", ())} for items in answers]
+    if not any(symbol.is_real is False for symbols in names for symbol in symbols):
+        return list(answers)
+    real = {symbol: Symbol(symbol.name, real=True) for symbols in names for symbol in symbols}
+    return [[item if isinstance(item, str) else item.xreplace(real) for item in items] for items in answers]
 
 
 def _is_contradiction(item: Any) -> bool:
