@@ -24,6 +24,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .completions import final_answers, ground_truths, mean
+from .math_notation import normalise
+from .math_readings import choice_readings as choice_readings
+from .math_readings import readings
+
+MAX_LENGTH = 10_000  # characters; a longer answer is right if it is the same text
 
 
 class Verdict(NamedTuple):
@@ -40,13 +45,15 @@ class MathVerifier:
     Args:
         workers (`int`): Processes, started when first needed.
         timeout (`float`): Seconds of CPU time for one comparison.
+        wall_timeout (`float`): Seconds that may pass before a comparison is given up, whatever the process is doing.
         memory_mb (`int`): Address space of a process, in MiB.
     """
 
-    def __init__(self, workers: int = 4, timeout: float = 5.0, memory_mb: int = 2048):
+    def __init__(self, workers: int = 4, timeout: float = 5.0, memory_mb: int = 2048, wall_timeout: float = 60.0):
         if importlib.util.find_spec("math_verify") is None:
             raise ImportError("Mathematics rewards need math-verify: pip install 'arpo-trl[math]'")
         self.timeout = timeout
+        self.wall_timeout = wall_timeout
         self._memory = memory_mb * 2**20
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="arpo-math")
         self._idle: queue.LifoQueue[subprocess.Popen | None] = queue.LifoQueue()
@@ -73,6 +80,9 @@ class MathVerifier:
             if process is None or process.poll() is not None:
                 process = self._start()
             question = {"truth": pair[0], "answer": pair[1], "seconds": self.timeout}
+            # a process that is stopped, or waits, burns no CPU time: its end is what ends the waiting here
+            alarm = threading.Timer(self.wall_timeout, process.kill)
+            alarm.start()
             try:
                 assert process.stdin and process.stdout
                 process.stdin.write(json.dumps(question) + "\n")
@@ -80,6 +90,8 @@ class MathVerifier:
                 reply = process.stdout.readline()
             except BrokenPipeError:
                 reply = ""
+            finally:
+                alarm.cancel()
             if not reply:
                 _stop(process)
                 process = None
@@ -137,31 +149,8 @@ def shared_verifier() -> MathVerifier:
 
 
 def clean_answer(text: str) -> str:
-    r"""
-    `text` without what is not part of the answer (`$…$`, `\(…\)`, `\$`, a final comma or full stop, runs of white
-    space), and with the Unicode signs `°`, `−` and `√` written so that math-verify reads them.
-    """
-    text = " ".join(text.replace("\\$", "").split())
-    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        inner = text[len(opening) : -len(closing)]
-        if len(text) >= len(opening + closing) and text.startswith(opening) and text.endswith(closing):
-            text = inner.strip() if opening not in inner else text
-    text = re.sub(r"√\s*(\d+)", r"\\sqrt{\1}", text.replace("°", r"^\circ").replace("−", "-"))
-    return re.sub(r"[\s.,]+\Z", "", text)
-
-
-def choice_readings(truth: str) -> list[str]:
-    """What may be answered where a cleaned truth is a choice with its value: "C: 12" is also "C" and "12"."""
-    choice = re.fullmatch(r"([A-E])\s*(?::|\.|\\colon)\s+(.+)", truth)
-    return [truth, *choice.groups()] if choice else [truth]
-
-
-def same_text(truth: str, answer: str) -> bool:
-    """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") in any case."""
-    if truth == answer:
-        return True
-    words = re.fullmatch(r"[^\W\d_]{2,}( [^\W\d_]+)*", truth)
-    return bool(words) and truth.casefold() == re.sub(r"\\text\{(.*)\}", r"\1", answer).casefold()
+    """`text` in the LaTeX that is compared ([`~rewards.math_notation.normalise`]); too long a text stays as it is."""
+    return normalise(text) if len(text) <= MAX_LENGTH else text
 
 
 def math_reward(
@@ -185,20 +174,15 @@ def math_reward(
     Returns:
         `list[float]`: One value per row; `None` for a row without ground truth.
     """
-    truths = [
-        [reading for truth in row for reading in choice_readings(clean_answer(truth))] for row in ground_truths(kwargs)
-    ]
+    truths = [[clean_answer(truth) for truth in row] for row in ground_truths(kwargs)]
     answers = [answer and clean_answer(answer) for answer in final_answers(completions, model_text)]
-    rewards = [
-        float(any(answer is not None and same_text(truth, answer) for truth in row)) if row else None
-        for row, answer in zip(truths, answers, strict=True)
-    ]
-    asked = [
-        (i, (truth, answer))
-        for i, (row, answer, reward) in enumerate(zip(truths, answers, rewards, strict=True))
-        for truth in row
-        if answer and reward == 0.0
-    ]
+    rewards: list[float | None] = []
+    asked: list[tuple[int, tuple[str, str]]] = []
+    for i, (row, answer) in enumerate(zip(truths, answers, strict=True)):
+        found = [readings(truth, answer) if max(len(truth), len(answer)) <= MAX_LENGTH else truth == answer for truth in row] if answer else []
+        rewards.append(float(True in found) if row else None)
+        if rewards[-1] == 0.0:
+            asked += [(i, pair) for pairs in found if not isinstance(pairs, bool) for pair in pairs]
     verdicts = (verifier or shared_verifier()).compare([pair for _, pair in asked]) if asked else []
     for (i, _), verdict in zip(asked, verdicts, strict=True):
         if verdict is not None and verdict.equal:

@@ -1,8 +1,12 @@
-"""Short answers in words: exact match and token F1 after SQuAD's normalisation, best of several ground truths.
+r"""Short answers in words: exact match and token F1 after SQuAD's normalisation, best of several ground truths.
 
-Two departures from SQuAD's script. The sign and the decimal point of a number are kept: with all punctuation dropped,
--40 would equal 40, and 1.95 would equal 195. And LaTeX text markup is taken off, since the paper's prompt asks for the
-answer "with latex format": `\\text{Paris}` is Paris.
+Where this departs from SQuAD's script, it does so for answers that the script cannot tell apart or takes for different:
+
+- Punctuation that makes a number or a name another one stays: the sign (-40), the point (1.95), what stands between digits
+  (1988-1990, 1/2, 2:1, but not the comma of 1,200), and `+` and `#` behind a letter (C++, C#).
+- An article stands before a word: the "A" of "Serie A" is none.
+- Typography is no difference: quotes and dashes of Unicode, full-width characters, punctuation of other scripts.
+- LaTeX markup goes, since the paper's prompt asks for the answer "with latex format": `\text{Paris}` is Paris.
 """
 
 import re
@@ -14,24 +18,47 @@ from typing import Any
 
 from .completions import final_answers, ground_truths, mean
 
-_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|emph)\s*\{([^{}]*)\}")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-# what survives the removal of punctuation: the sign of a number that starts a word, the point between or before digits
-_KEPT = re.compile(r"(?<!\S)-(?=\.?\d)|(?<=\d)\.(?=\d)|(?<![\w.])\.(?=\d)")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_COMMAND = re.compile(r"\\(?:text\w*|math\w*|operatorname\*?|emph|underline|[mhf]box|boxed|bm|boldsymbol)\s*\{([^{}]*)\}")
+_SPACE = re.compile(r"\\(?:[ ,;:!]|(?:quad|qquad|,)(?![a-zA-Z]))|~")
+_ARTICLES = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
+_CURRENCY = "$€£¥₹"
+# what survives the removal of punctuation: the sign of a number (also before a currency or in brackets), a point before
+# digits, what stands between digits, and the signs of C++ and C#
+_KEPT = re.compile(
+    rf"(?<![\w.)\]])-(?=[{_CURRENCY}]?\.?\d)|(?<=\d)[-./:^](?=\d)|(?<=\d),(?=\d)(?!\d{{3}}(?!\d))|(?<![\w.])\.(?=\d)"
+    r"|(?<=\b[a-z])[+#]+(?![\w+#])"
+)
+_DASHES = "−–—‐‑‒―﹣"
+_RAISED = re.compile("(?<=[0-9])[⁰¹²³⁴-⁹]+")
+
+
+def _plain_text(text: str) -> str:
+    r"""Typography and LaTeX markup off: `\textbf{Rosemary’s Baby}` is `Rosemary's Baby`, `10²` is `10^2`."""
+    for _ in range(4):  # nested markup
+        text, found = _COMMAND.subn(r"\1", text)
+        if not found:
+            break
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = _SPACE.sub(" ", text).replace("\\&", "&").replace("\\%", "%").replace("\\$", "$").replace("\\#", "#")
+    if text.isascii():
+        return text
+    text = _RAISED.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    # "½" becomes "1⁄2"
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/").translate(dict.fromkeys(map(ord, _DASHES), "-"))
+    # format characters (zero width) and lone surrogates mean nothing
+    text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Cs"))
+    return "".join("'" if char in "’‘" else " " if char.isspace() else char for char in text)
+
+
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or (not char.isascii() and unicodedata.category(char)[0] == "P")
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; numbers keep their sign and decimal point."""
-    for _ in range(3):  # nested markup
-        text = _LATEX_TEXT.sub(r"\1", text)
-    text = re.sub(r"\\([ ,;!&%$#_])|~", lambda m: {"&": "&", "%": "%", "$": "$"}.get(m.group(1), " "), text)
-    text = unicodedata.normalize("NFC", text).replace("−", "-").lower()
-    pieces, position = [], 0
-    for kept in _KEPT.finditer(text):
-        pieces += [text[position : kept.start()].translate(_PUNCTUATION), kept.group()]
-        position = kept.end()
-    text = "".join([*pieces, text[position:].translate(_PUNCTUATION)])
+    """Lower case, no punctuation, no articles, single spaces; numbers keep their sign and what stands between digits."""
+    text = _plain_text(text).lower()
+    kept = {position for found in _KEPT.finditer(text) for position in range(*found.span())}
+    text = "".join(char for i, char in enumerate(text) if i in kept or not _is_punctuation(char))
     return " ".join(_ARTICLES.sub(" ", text).split())
 
 
