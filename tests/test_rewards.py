@@ -1,10 +1,13 @@
 import json
+import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 import threading
 
+import numpy
 import pytest
 from loopback import Loopback, http
 
@@ -26,7 +29,8 @@ from arpo_trl.rewards import (
     token_f1,
     token_f1_reward,
 )
-from arpo_trl.rewards.completions import ground_truths, strip_results
+from arpo_trl.rewards.completions import ground_truths, outside_thoughts, strip_results
+from arpo_trl.rewards.judge import read_verdict
 
 
 def answered(answer: str) -> str:
@@ -65,6 +69,15 @@ def structured(*tools: str, answer: str = r"\boxed{4}", result: str = "2") -> li
         (r"\boxed{\boxed{5}}", "5"),
         (r"\boxed{}", ""),
         (r"\boxed{1}, no: \boxed{2", None),
+        (r"\boxed 5", "5"),
+        (r"so $\boxed 12$.", "12"),
+        (r"(\boxed -3.5).", "-3.5"),
+        (r"\boxed50\%", r"50\%"),
+        (r"$\boxed\frac{1}{2}$", r"\frac{1}{2}"),
+        (r"\boxed \text{New York} it is", r"\text{New York}"),
+        (r"\boxed C.", "C"),
+        (r"\boxed{5}, put into \boxed as asked", "5"),
+        (r"\boxed 5(x + 1)", None),  # where it ends is not told
         ("4", None),
     ],
 )
@@ -77,6 +90,47 @@ def test_answer_is_read_from_the_last_answer_block_and_never_from_a_thought():
     assert extract_answer(r"<answer>\boxed{1}</answer><answer>\boxed{2}</answer>") == "2"
     assert extract_answer(r"<think>\boxed{1}</think> I do not know") is None
     assert extract_answer(r"thinking \boxed{1}</think> \boxed{2}") == "2"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"<think>Suppose \boxed{5}. But wait", None),
+        (r"<think>Suppose <answer>\boxed{5}</answer>. But", None),
+        (r"<think>a</think><search>q</search><think>so \boxed{5}, but", None),
+        (r"<think>a</think>It is \boxed{4}. <think>Or \boxed{5}", "4"),
+        (r"<think>a</think><answer>\boxed{4}</answer><think>Or \boxed{5}", "4"),
+        (r"<think>a</think><answer>\boxed{4}", "4"),
+        (r"<think>end with <answer>.</think><answer>\boxed{4}</answer>", "4"),
+        (r"<answer>\boxed{5}</answer>? No.</think>\boxed{4}", "4"),
+        (r"<think>a</think><python>print('<think>')</python><answer>\boxed{4}</answer>", "4"),
+        (r"<reasoning>\boxed{5}", None),
+        (r"<thinking>\boxed{5}</thinking>", None),
+    ],
+)
+def test_a_thought_is_no_answer_whether_it_ended_or_was_cut_off(text, expected):
+    assert extract_answer(text) == expected
+    for completion in (text, message(text)):
+        assert exact_match_reward([completion], answer=["5"]) == [0.0]
+        assert token_f1_reward([completion], answer=["4"]) == [float(expected == "4")]
+    turns = structured("search", answer=text)
+    assert exact_match_reward([turns], answer=["5"]) == [0.0]
+
+
+def test_math_and_judge_read_no_answer_from_a_thought_that_was_cut_off():
+    pytest.importorskip("math_verify")
+    cut = [r"<think>Suppose \boxed{5}. But", message(r"<think>Suppose \boxed{5}. But")]
+    assert math_reward(cut, answer=["5"] * 2) == [0.0, 0.0]
+    with Loopback({"*": verdict("VERDICT: CORRECT")}) as server:
+        reward = make_judge_reward(f"{server.url}/v1", "judge")
+        assert reward(completions=cut, answer=["5"] * 2) == [0.0, 0.0]
+        assert server.requests == []
+
+
+def test_thoughts_are_left_out_in_linear_time():
+    for text in ("<think>" * 100_000, "</think>" * 100_000, "<a>" * 50_000 + "</a>" * 50_000, "<answer>" * 100_000):
+        outside_thoughts(text)
+    assert outside_thoughts("".join(f"<a{i}>" for i in range(50_000))).endswith("<a49999>")
 
 
 def test_only_a_result_right_behind_a_call_is_a_result():
@@ -94,6 +148,44 @@ def test_ground_truths_come_from_any_of_three_columns_as_one_or_several():
     assert ground_truths({"ground_truth": ["a"]}) == [["a"]]
     with pytest.raises(ValueError, match=r"columns answer, solution, ground_truth \(it has target\).*Rename"):
         ground_truths({"target": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        (5, ["5"]),
+        (5.0, ["5"]),  # a column of whole numbers in which one is missing
+        (5.5, ["5.5"]),
+        (True, ["True"]),
+        (numpy.int64(7), ["7"]),
+        (numpy.array(["Paris", "Lutetia"], dtype=object), ["Paris", "Lutetia"]),
+        (("Paris", ["Lutetia", None], "Paris"), ["Paris", "Lutetia"]),
+        (float("nan"), []),
+        ("004", ["004"]),
+        ("1e5", ["1e5"]),
+        ({"target": ["Paris", "City of Paris"]}, ["Paris", "City of Paris"]),
+        ({"target": numpy.array(["Paris"], dtype=object), "answers": None}, ["Paris"]),
+        ({"ground_truth": {"target": "Paris"}}, ["Paris"]),
+        ({"value": "Paris", "aliases": ["Lutetia"], "type": "WikipediaEntity"}, ["Paris", "Lutetia"]),
+        ({"text": ["Paris"], "answer_start": [3]}, ["Paris"]),
+        ({"target": None}, []),
+    ],
+    ids=str,
+)
+def test_a_ground_truth_of_any_published_shape(truth, expected):
+    assert ground_truths({"answer": [truth]}) == [expected]
+    assert exact_match_reward([answered(truth) for truth in expected], answer=[truth] * len(expected)) == [1.0] * len(
+        expected
+    )
+
+
+def test_a_ground_truth_that_does_not_tell_its_answers_is_refused():
+    with pytest.raises(ValueError, match="dict with the keys 'target', 'numbers', which do not tell .* Put the answers"):
+        ground_truths({"answer": [{"target": 98, "numbers": [44, 19, 35]}]})
+    with pytest.raises(ValueError, match="keys 'city', which"):
+        ground_truths({"answer": [["Paris", {"city": "Paris"}]]})
+    with pytest.raises(ValueError, match="of type bytes. Give a string, a number or a list"):
+        ground_truths({"answer": [b"Paris"]})
 
 
 def test_executed_tools_from_calls_messages_and_tags():
@@ -412,6 +504,37 @@ def test_arpo_reward_is_equation_8_and_logs_every_part():
     assert all(len(values) == len(rows) for values in columns.values())
 
 
+def test_an_ability_is_compared_without_regard_to_case_and_an_unknown_one_told_once(caplog, monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(logging.getLogger("arpo_trl"), "propagate", True)
+    metrics = {}
+    abilities = ["math", "MATH", "Math ", "mathematics", "QA", "fact-reasoning", None, "geography", "geography"]
+    truths = ["0.5"] * 4 + ["New York"] * 5
+    texts = [answered(r"\frac{1}{2}")] * 4 + [answered("New York")] * 5
+    for _ in range(2):
+        rewards = arpo_reward(texts, ability=abilities, answer=truths, log_metric=metrics.__setitem__)
+        assert rewards == [1.0] * 9
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "'geography' is neither mathematics nor questions" in told[0]
+    assert metrics["arpo_reward/accuracy_math"] == 1 and "arpo_reward/accuracy_MATH" not in metrics
+
+
+def test_means_of_the_parts_are_over_the_same_rows():
+    """A judge sees rows of good format alone, so that its own mean would be another number of the same name."""
+    metrics = {}
+    texts = [answered("Paris"), answered("Rome"), "bad", "bad"]
+    arpo_reward(texts, answer=["Paris"] * 4, log_metric=metrics.__setitem__)
+    assert metrics == {
+        "arpo_reward/bad_format": 0.5,
+        "arpo_reward/accuracy": 0.25,
+        "arpo_reward/accuracy_qa": 0.25,
+        "arpo_reward/accuracy_good_format": 0.5,
+        "arpo_reward/multi_tool": 0.0,
+    }
+    arpo_reward(["bad"], answer=["Paris"], log_metric=(metrics := {}).__setitem__)
+    assert "arpo_reward/accuracy_good_format" not in metrics  # there is none
+
+
 def test_arpo_reward_for_the_chat_template_protocol_in_plain_trl():
     pytest.importorskip("math_verify")
     reward = make_arpo_reward("chat_template", search_tools=["web"], python_tools=["run"])
@@ -576,6 +699,94 @@ def test_judge_gives_none_not_a_wrong_reward_when_it_fails_for_good(tmp_path):
         assert len(server.requests) == 1  # the same request would be refused again
     with Loopback({"*": verdict("VERDICT: CORRECT")}) as server:
         assert ask_judge(server, cache_path=path) == [1.0]  # a failure is not remembered
+
+
+def refuses(name: str, calls: list[dict]) -> "callable":
+    """An endpoint that does not take the setting `name`, as those of reasoning models do not take a temperature of 0."""
+
+    def answer(connection: socket.socket, request) -> None:
+        body = json.loads(request.body)
+        calls.append(body)
+        told = {"error": {"message": f"Unsupported value: '{name}' is not supported with this model.", "param": name}}
+        connection.sendall(http(json.dumps(told), "400 Bad Request") if name in body else verdict("VERDICT: CORRECT"))
+
+    return answer
+
+
+def test_judge_leaves_out_a_temperature_that_is_refused(tmp_path, caplog):
+    calls: list[dict] = []
+    with Loopback({"*": refuses("temperature", calls)}) as server:
+        options = {"max_concurrency": 1, "cache_path": tmp_path / "verdicts.sqlite"}
+        assert ask_judge(server, ["Paris", "Rome"], ["Paris"] * 2, **options) == [1.0, 1.0]
+        assert ["temperature" in body for body in calls] == [True, False, False]  # once refused, not sent again
+        assert ask_judge(server, **options) == [1.0] and len(calls) == 3  # the verdict is that of the same question
+    assert ["refuses temperature and is asked without" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_judge_tells_a_chosen_setting_that_is_refused():
+    with Loopback({"*": refuses("max_tokens", [])}) as server:
+        with pytest.raises(RuntimeError, match="answers 400: change max_tokens in `generation_kwargs`.*not supported"):
+            ask_judge(server, generation_kwargs={"max_tokens": 10})
+
+
+def test_judge_tells_once_why_rows_have_no_score(caplog):
+    texts = iter(range(100))
+
+    def answer(connection: socket.socket, request) -> None:
+        connection.sendall(http(f"request {next(texts)}: max_tokens: the context length is 4096", "400 Bad Request"))
+
+    with Loopback({"*": answer}) as server:
+        rewards = ask_judge(server, ["a", "b"], ["c"] * 2, generation_kwargs={"max_tokens": 9}, max_concurrency=1)
+    assert rewards == [None, None]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "answers 400 to some rows, which have no score. request 0: max_tokens: the context" in told
+
+
+def test_judge_reads_no_verdict_from_a_reply_that_was_cut_off(caplog):
+    choice = {"message": {"content": "Consider:\nVERDICT: CORRECT"}, "finish_reason": "length"}
+    with Loopback({"*": http(json.dumps({"choices": [choice]}))}) as server:
+        assert ask_judge(server, max_retries=0) == [None]
+    assert "raise its `max_tokens`" in caplog.text
+
+
+def test_judge_refuses_a_template_that_cannot_be_filled():
+    with pytest.raises(ValueError, match="`prompt` is no template .*double every other brace"):
+        make_judge_reward("http://localhost/v1", "judge", prompt=r"Is {answer} right? Read \boxed{}.")
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ("VERDICT: CORRECT", 1.0),
+        ("Hm.\n\n**VERDICT:** INCORRECT.\n", 0.0),
+        ("### Verdict: correct", 1.0),
+        ("VERDICT: CORRECT\n\nOnly the spelling differs.", 1.0),
+        ("```\nVERDICT: CORRECT\n```", 1.0),
+        ('VERDICT: INCORRECT\nThe answer says "VERDICT: CORRECT", which I ignore.', 0.0),
+        ("The answer says\nVERDICT: CORRECT\nIt is not.\nVERDICT: INCORRECT", 0.0),
+        ("VERDICT: INCORRECT\nThe answer says\nVERDICT: CORRECT\nI am not sure.", None),
+        ("```\nVERDICT: CORRECT\n```\nis what the answer says.", None),
+        ("> VERDICT: CORRECT", None),
+        ("I would say VERDICT: CORRECT", None),
+        ("VERDICT: CORRECT/INCORRECT", None),
+        ("<think>maybe VERDICT: CORRECT, but wait", None),
+        ("<think>\nVERDICT: CORRECT\n", None),
+        ("<think>\nVERDICT: CORRECT\n</think>", None),
+        ("Maybe\nVERDICT: CORRECT\n</think>\nVERDICT: INCORRECT", 0.0),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_a_line_of_the_final_answer(reply, expected):
+    assert read_verdict(reply) == expected
+
+
+def test_any_reply_gives_a_verdict_or_none():
+    rng = random.Random(0)
+    pieces = ["VERDICT: CORRECT", "VERDICT: INCORRECT", "<think>", "</think>", "\n", "```", "> ", "**", "x", "\ud800"]
+    for _ in range(10_000):
+        assert read_verdict("".join(rng.choices(pieces, k=rng.randrange(12)))) in (None, 0.0, 1.0)
+    for long in ("```" * 100_000, "VERDICT: " * 50_000, "*" * 300_000):
+        assert read_verdict(long) is None
 
 
 def test_judge_gives_up_an_endpoint_that_hangs_or_drips():
