@@ -98,6 +98,7 @@ def test_names_we_import():
         get_training_chat_template,
         is_chat_template_prefix_preserving,
         parse_response,
+        supports_tool_calling,
     )
     from trl.data_utils import is_conversational  # noqa: F401
     from trl.trainer.utils import add_fused_lm_head, get_config_model_id, is_async_callable  # noqa: F401

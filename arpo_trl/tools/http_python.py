@@ -17,7 +17,7 @@ import inspect
 from . import python_worker
 from .errors import TransientToolError
 from .http_search import _JSONClient
-from .python import NO_OUTPUT, PythonError, cut_output
+from .python import NO_OUTPUT, PythonError, code_to_run, cut_output
 
 _QUEUE_SECONDS = 30  # that a call may wait for its turn on the server
 
@@ -50,7 +50,7 @@ class RemoteSandbox:
             The output of the code.
         """
         # A bare interpreter would run the code but not show its last value, so it is sent the code as data.
-        cell = f"{inspect.getsource(python_worker.run_cell)}\n\nimport sys\nsys.exit(not run_cell({code!r}))\n"
+        cell = f"{inspect.getsource(python_worker.run_cell)}\n\nimport sys\nsys.exit(not run_cell({code_to_run(code)!r}))\n"
         answer = self._http.post(
             {"code": cell, "language": "python", "run_timeout": self.timeout, "memory_limit_MB": self.memory_mb}
         )
