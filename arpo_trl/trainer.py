@@ -636,7 +636,7 @@ def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, enviro
     reserved = protocol.reserved_names & {tool.__name__ for tool in tools}
     if reserved:
         raise ValueError(
-            f"`tools` holds a tool named {reserved.pop()!r}, which is a tag of the protocol itself. Rename it."
+            f"`tools` holds a tool named {sorted(reserved)[0]!r}, which is a tag of the protocol itself. Rename it."
         )
     if args.num_initial_generations == args.num_generations:
         return

@@ -47,7 +47,7 @@ def protocol_class(name: str) -> type[ToolProtocol]:
     Raises:
         ValueError: There is no such protocol, or the class is none.
     """
-    if name in TOOL_PROTOCOLS:
+    if isinstance(name, str) and name in TOOL_PROTOCOLS:
         found: object = TOOL_PROTOCOLS[name]
     else:
         module, _, attribute = str(name).partition(":")
