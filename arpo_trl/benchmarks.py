@@ -282,9 +282,14 @@ def system_prompt(protocol: str, tools: Sequence[str]) -> str:
     Args:
         protocol (`str`): `"tags"` or `"chat_template"`.
         tools (`Sequence[str]`): Names of the tools.
+
+    Raises:
+        ValueError: The protocol is one of your own, of which nothing is known here.
     """
     if protocol == "chat_template":
         return CHAT_SYSTEM_PROMPT
+    if protocol != "tags":
+        raise ValueError(f"There is no system prompt for `tool_protocol={protocol!r}`: give one as `system_prompt`.")
     calls = "".join(f" Call `{name}` by writing <{name}>…</{name}>." for name in tools)
     answered = " What a call returns follows it in <result>…</result>; then think on." if tools else ""
     return (

@@ -2,11 +2,11 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .protocols import protocol_class
 from .rollout.branching import EXPANSION_RULES
 
 BRANCH_RULES = ("bernoulli", "threshold", "random", *EXPANSION_RULES)
 ATTRIBUTIONS = ("soft", "hard", "tree")
-TOOL_PROTOCOLS = ("chat_template", "tags")
 ROLLOUT_SCHEDULES = ("waves", "eager")
 
 
@@ -58,7 +58,8 @@ class ARPOConfig(GRPOConfig):
         tool_protocol (`str`, *optional*, defaults to `"chat_template"`):
             How the model calls a tool and reads its result. `"chat_template"`: the tokenizer's chat template, as in
             [`~trl.GRPOTrainer`]. `"tags"`: the format of the paper's data and checkpoints,
-            `<tool>…</tool><result>…</result>` within one assistant turn.
+            `<tool>…</tool><result>…</result>` within one assistant turn. `"my_module:MyProtocol"`: a subclass of
+            [`~arpo_trl.protocols.ToolProtocol`] of your own.
         max_tool_concurrency (`int`, *optional*, defaults to `64`):
             Synchronous tool calls that run at the same time on one process.
         tool_timeout (`float`, *optional*, defaults to `120.0`):
@@ -157,8 +158,8 @@ class ARPOConfig(GRPOConfig):
         default="chat_template",
         metadata={
             "help": "How the model calls a tool and reads its result: 'chat_template' (the tokenizer's, as in "
-            "GRPOTrainer) or 'tags' (<tool>...</tool><result>...</result>, the format of the paper's data).",
-            "choices": list(TOOL_PROTOCOLS),
+            "GRPOTrainer), 'tags' (<tool>...</tool><result>...</result>, the format of the paper's data) or a class of "
+            "your own ('my_module:MyProtocol')."
         },
     )
     max_tool_concurrency: int = field(
@@ -238,10 +239,10 @@ class ARPOConfig(GRPOConfig):
             raise ValueError(
                 f"`tool_timeout` is {self.tool_timeout}; set it to seconds above 0, or None to wait for ever."
             )
+        protocol_class(self.tool_protocol)
         for name, choices in (
             ("branch_rule", BRANCH_RULES),
             ("advantage_attribution", ATTRIBUTIONS),
-            ("tool_protocol", TOOL_PROTOCOLS),
             ("rollout_schedule", ROLLOUT_SCHEDULES),
         ):
             if getattr(self, name) not in choices:

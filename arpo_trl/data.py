@@ -25,8 +25,9 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from .protocols import encode_plain
+from .protocols import encode_onward, encode_plain
 from .rewards.completions import result_spans
+from .tools.source import trimmed, unindented
 
 ToolProtocolName = Literal["tags", "chat_template"]
 
@@ -219,10 +220,10 @@ def trace_messages(trace: str) -> list[dict[str, Any]]:
         before = trace[position:start].rpartition(f"</{name}>")[0]
         text, opened, body = before.rpartition(f"<{name}>")
         if opened:
-            function = {"name": name, "arguments": {TOOL_ARGUMENTS.get(name, "text"): body.strip()}}
+            function = {"name": name, "arguments": {TOOL_ARGUMENTS.get(name, "text"): unindented(body)}}
             call = {"type": "function", "function": function}
             turns.append({"role": "assistant", "content": text.strip(), "tool_calls": [call]})
-            result = trace[start:end].removeprefix("<result>").removesuffix("</result>").strip()
+            result = trimmed(trace[start:end].removeprefix("<result>").removesuffix("</result>"))
             turns.append({"role": "tool", "name": name, "content": result})
             position = end
     text = re.sub(
@@ -303,7 +304,7 @@ def tags_sft_features(tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
     mask = [0] * len(ids)
     text, position = messages[-1]["content"], 0
     for start, end in [(start, end) for _, start, end in result_spans(text)] + [(len(text), len(text))]:
-        written = tokenizer.encode(text[position:start], add_special_tokens=False)
+        written = encode_onward(tokenizer, text[position:start])
         result = encode_plain(tokenizer, text[start:end])
         ids += written + result
         mask += [1] * len(written) + [0] * len(result)

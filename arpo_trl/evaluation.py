@@ -22,10 +22,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.chat_template_utils import add_response_schema, get_training_chat_template, is_chat_template_prefix_preserving
 from trl.data_utils import is_conversational
 
-from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
+from .protocols import protocol_class, tool_chat_template, warn_of_another_protocol
 from .rewards.completions import final_answers
 from .rewards.judge import last_user_text
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
@@ -44,7 +43,7 @@ class Agent:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
-        tool_protocol (`str`): `"chat_template"` or `"tags"`, as the model was trained.
+        tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
         max_completion_length (`int`): Tokens of a completion, tool results included.
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
         temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0 decodes
@@ -99,25 +98,22 @@ class Agent:
             tool_turns=max_tool_calling_iterations if max_tool_calling_iterations is not None else 2**31,
         )
         self.chat_template: str | None = None
-        self.protocol: ToolProtocol
-        if tool_protocol == "tags":
-            self.protocol = TagsProtocol(tokenizer, list(self.tools))
-        else:
-            if self.tools:
-                add_response_schema(tokenizer)
-                if not is_chat_template_prefix_preserving(tokenizer):
-                    self.chat_template = get_training_chat_template(tokenizer)
-            # The one piece of TRL's trainer that renders results into tokens needs nothing but these
-            renderer: Any = SimpleNamespace(
-                processing_class=tokenizer,
-                _tokenizer=tokenizer,
-                _is_vlm=False,
-                chat_template=self.chat_template,
-                chat_template_kwargs=self.chat_template_kwargs,
-            )
-            self.protocol = ChatTemplateProtocol(
-                tokenizer, lambda messages: GRPOTrainer._get_tool_suffix_ids(renderer, messages)
-            )
+        protocol = protocol_class(tool_protocol)
+        if self.tools:
+            warn_of_another_protocol(tokenizer, tool_protocol)
+        if self.tools and protocol.structured:
+            self.chat_template = tool_chat_template(tokenizer)
+        # The one piece of TRL's trainer that renders results into tokens needs nothing but these
+        renderer: Any = SimpleNamespace(
+            processing_class=tokenizer,
+            _tokenizer=tokenizer,
+            _is_vlm=False,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        self.protocol = protocol(
+            tokenizer, list(self.tools), lambda messages: GRPOTrainer._get_tool_suffix_ids(renderer, messages)
+        )
         self.stop_strings = stop_string_criteria(tokenizer, self.protocol.stop_strings)
         self.eos_token_ids = {
             tokenizer.eos_token_id,

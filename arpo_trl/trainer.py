@@ -28,7 +28,7 @@ from .advantages import Span, hard_advantages, tree_advantages
 from .config import ARPOConfig
 from .prefix_sharing import rows_may_change_micro_batch, shared_prefix_logps, shares_prefixes
 from .prefix_tree import sibling_order
-from .protocols import ChatTemplateProtocol, TagsProtocol, ToolProtocol
+from .protocols import check_chat_template, mark_checkpoint, protocol_class, warn_of_another_protocol
 from .reporting import report_image
 from .reward_guard import guarded
 from .rollout.branching import EXPANSION_RULES
@@ -160,25 +160,31 @@ class ARPOTrainer(GRPOTrainer):
         tools = list(tools or [])
         _check_arguments(args, tools, rollout_func, environment_factory)
 
-        tags = args.tool_protocol == "tags"
-        super().__init__(
-            model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            # With tags the chat template need not know tools, so TRL's check of it is not for them
-            tools=None if tags else tools,
-            rollout_func=rollout_func,
-            environment_factory=environment_factory,
-        )
-        if tags:
+        protocol = protocol_class(args.tool_protocol)
+        try:
+            super().__init__(
+                model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                # Where calls are plain text the chat template need not know tools, so TRL's check of it is not for them
+                tools=tools if protocol.structured else None,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
+            )
+        except ValueError:
+            speaks = protocol.structured and (tools or environment_factory is not None)
+            if speaks and hasattr(self, "_tokenizer") and not self._is_vlm:
+                check_chat_template(self._tokenizer)  # says more than TRL does
+            raise
+        if not protocol.structured:
             self.tools = self._standalone_tools = tools
         if self._is_vlm and self.tools:
             raise ValueError(
@@ -192,10 +198,10 @@ class ARPOTrainer(GRPOTrainer):
         if self.use_vllm and self.vllm_mode == "colocate":
             _check_engine(args, self.vllm_generation.llm.llm_engine.model_config.max_logprobs)
 
-        if tags:
-            self._protocol: ToolProtocol = TagsProtocol(self._tokenizer, self._tool_names)
-        else:
-            self._protocol = ChatTemplateProtocol(self._tokenizer, self._get_tool_suffix_ids)
+        self._protocol = protocol(self._tokenizer, self._tool_names, self._get_tool_suffix_ids)
+        if self.tools:
+            warn_of_another_protocol(self._tokenizer, args.tool_protocol)
+            mark_checkpoint(self._tokenizer, args.tool_protocol)
         self._stop_strings = stop_string_criteria(self._tokenizer, self._protocol.stop_strings)
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
@@ -648,17 +654,17 @@ def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, enviro
         )
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
-    if args.tool_protocol == "tags":
-        if environment_factory is not None:
-            raise ValueError(
-                "`environment_factory` needs `tool_protocol='chat_template'`: the tags protocol has no place for the "
-                "tools of an environment. Set it, or pass the tools as `tools`."
-            )
-        reserved = {"think", "result", "answer"} & {tool.__name__ for tool in tools}
-        if reserved:
-            raise ValueError(
-                f"`tools` holds a tool named {reserved.pop()!r}, which is a tag of the protocol itself. Rename it."
-            )
+    protocol = protocol_class(args.tool_protocol)
+    if environment_factory is not None and not protocol.structured:
+        raise ValueError(
+            f"`environment_factory` needs `tool_protocol='chat_template'`: {args.tool_protocol!r} has no place for the "
+            "tools of an environment. Set it, or pass the tools as `tools`."
+        )
+    reserved = protocol.reserved_names & {tool.__name__ for tool in tools}
+    if reserved:
+        raise ValueError(
+            f"`tools` holds a tool named {sorted(reserved)[0]!r}, which is a tag of the protocol itself. Rename it."
+        )
     if args.num_initial_generations == args.num_generations:
         return
     off = f"or set `num_initial_generations={args.num_generations}`, which turns branching off"

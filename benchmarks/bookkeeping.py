@@ -33,7 +33,7 @@ ROWS, SEGMENT, ROUNDS = 16, 700, 4
 PROMPT = "Read this first. " * 12
 RESULT = "found " * 80
 # Functions of the profile, and what stands for them in the table
-TEXT = {("protocols.py", "parse"): "decode and parse calls", ("protocols.py", "result_ids"): "encode results"}
+TEXT = {("tags.py", "parse"): "decode and parse calls", ("tags.py", "result_ids"): "encode results"}
 OURS = {
     ("rollout/loop.py", "run_waves"): "waves, without that",
     ("rollout/metrics.py", "rollout_sums"): "metrics",

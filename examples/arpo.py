@@ -24,6 +24,7 @@ from common import ToolArguments, build_rewards, build_tools, load_questions
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.protocols import protocol_class
 
 
 @dataclass
@@ -47,7 +48,8 @@ def main(script_args: ARPOScriptArguments, training_args: ARPOConfig, model_args
         **(training_args.model_init_kwargs or {}),
     }
 
-    default_reward = "arpo_reward" if training_args.tool_protocol == "tags" else "arpo_chat_reward"
+    structured = protocol_class(training_args.tool_protocol).structured
+    default_reward = "arpo_chat_reward" if structured else "arpo_reward"
 
     def load(split):
         return load_questions(script_args.dataset_name, split, script_args.dataset_config, training_args.tool_protocol)

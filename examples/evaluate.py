@@ -31,10 +31,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common import SamplingArguments, build_rewards, load_agent, load_questions
+from transformers import AutoTokenizer
 from trl import TrlParser
 
 from arpo_trl.benchmarks import find_source, get_benchmark, load_benchmark, scorers, system_prompt
 from arpo_trl.evaluation import evaluate, summarize
+from arpo_trl.protocols import checkpoint_protocol
 from arpo_trl.rewards import make_judge_reward
 
 # What may change when a run is started again: where things are, how much is asked, how fast it goes
@@ -69,7 +71,13 @@ class EvaluationArguments(SamplingArguments):
         default="exact_match_reward",
         metadata={"help": "Reward function for `--dataset_name`: from arpo_trl.rewards, or a dotted path."},
     )
-    tool_protocol: str = field(default="chat_template", metadata={"choices": ["chat_template", "tags"]})
+    tool_protocol: str | None = field(
+        default=None,
+        metadata={
+            "help": "'chat_template', 'tags' or 'my_module:MyProtocol'; by default the one that the checkpoint says it "
+            "speaks, or 'chat_template'."
+        },
+    )
     num_generations: int = field(default=1, metadata={"help": "Completions for each question."})
     pass_at: list[int] = field(
         default_factory=list, metadata={"help": "Values of k for pass@k; by default 1 to `num_generations`."}
@@ -93,12 +101,14 @@ class Task(NamedTuple):
 
 
 def main(args: EvaluationArguments) -> dict[str, dict]:
+    if args.tool_protocol is None:
+        args.tool_protocol = protocol_of(args.model_name_or_path)
     output_dir = Path(args.output_dir)
     settings = {name: value for name, value in asdict(args).items() if name not in _FREE}
     check_settings(settings, output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(args)  # before the model: a missing file shows at once
-    agent = load_agent(args, args.tool_protocol)
+    agent = load_agent(args, settings["tool_protocol"])
     agent.tokenizer.save_pretrained(output_dir)  # with which the viewer decodes
     (output_dir / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     results_path = output_dir / "results.json"
@@ -114,6 +124,14 @@ def main(args: EvaluationArguments) -> dict[str, dict]:
     return results
 
 
+def protocol_of(model: str) -> str:
+    """The protocol that a checkpoint says it speaks."""
+    try:
+        return checkpoint_protocol(AutoTokenizer.from_pretrained(model)) or "chat_template"
+    except OSError:  # there is no such checkpoint, as whoever loads it says
+        return "chat_template"
+
+
 def load_tasks(args: EvaluationArguments) -> dict[str, Task]:
     """By name, what `args` asks for."""
     judge = None
@@ -121,9 +139,10 @@ def load_tasks(args: EvaluationArguments) -> dict[str, Task]:
         judge = make_judge_reward(
             args.judge_base_url, args.judge_model, cache_path=Path(args.output_dir) / "verdicts.sqlite"
         )
-    prompt = args.system_prompt
+    protocol = args.tool_protocol or "chat_template"
+    prompt = args.system_prompt if args.benchmarks else ""  # questions of one's own bring theirs
     if prompt is None:
-        prompt = system_prompt(args.tool_protocol, [name.rpartition(".")[2] for name in args.tools])
+        prompt = system_prompt(protocol, [name.rpartition(".")[2] for name in args.tools])
     elif prompt.endswith(".txt"):
         prompt = Path(prompt).read_text(encoding="utf-8").strip()
     tasks = {}
@@ -136,7 +155,7 @@ def load_tasks(args: EvaluationArguments) -> dict[str, Task]:
         print(f"{benchmark.title}: {len(rows)} questions from {found or benchmark.hub_id}, scored by {score.__name__}")
         tasks[name] = Task(benchmark.title, rows, score, correct)
     if args.dataset_name:
-        questions = load_questions(args.dataset_name, args.dataset_split, protocol=args.tool_protocol)
+        questions = load_questions(args.dataset_name, args.dataset_split, protocol=protocol)
         (score,) = build_rewards([args.score])
         tasks["questions"] = Task(
             Path(args.dataset_name).name, questions.to_list()[: args.max_questions], score, score

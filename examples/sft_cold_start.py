@@ -48,6 +48,7 @@ from trl import (
 )
 
 from arpo_trl.data import load_cold_start, tags_sft_features
+from arpo_trl.protocols import check_chat_template, mark_checkpoint
 
 
 @dataclass
@@ -120,9 +121,13 @@ def cold_start_trainer(
 
     Returns:
         [`~trl.SFTTrainer`]: For the chat template it finds the assistant's tokens with TRL's training variant of the
-        template; for tags it gets tokens and mask from here.
+        template; for tags it gets tokens and mask from here. The tokenizer that it saves says which protocol the model
+        speaks.
     """
+    mark_checkpoint(tokenizer, protocol)
     if protocol == "chat_template":
+        if "tools" in traces.column_names:
+            check_chat_template(tokenizer, fine_tuning=True)
         args.assistant_only_loss = True
     else:
         args.completion_only_loss = True

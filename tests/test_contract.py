@@ -106,6 +106,7 @@ def test_names_we_import():
         get_training_chat_template,
         is_chat_template_prefix_preserving,
         parse_response,
+        supports_tool_calling,
     )
     from trl.data_utils import is_conversational  # noqa: F401
     from trl.trainer.utils import (  # noqa: F401

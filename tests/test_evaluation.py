@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from viewer_samples import open_browser
 
 from arpo_trl.evaluation import Agent, bootstrap_interval, evaluate, pass_at_k, summarize
+from arpo_trl.protocols import mark_checkpoint
 from arpo_trl.viewer import render
 from arpo_trl.viewer.records import find_benchmarks, read_file
 
@@ -455,6 +456,22 @@ def test_bad_arguments_are_told_before_anything_is_loaded(script, tmp_path):
     with pytest.raises(ValueError, match="There is no benchmark 'gsm9k'"):
         script.main(args)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_protocol_is_the_one_that_the_checkpoint_speaks(script, agent_dirs, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(agent_dirs["tags"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mark_checkpoint(tokenizer, "tags")
+    tokenizer.save_pretrained(folder)
+    write_benchmarks(tmp_path / "data")
+    settings = settings_of(agent_dirs, tmp_path) | {"model_name_or_path": str(folder), "benchmarks": ["gsm8k"]}
+    del settings["tool_protocol"]
+    script.main(script.EvaluationArguments(**settings | {"num_generations": 1, "max_questions": 2}))
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["tool_protocol"] == "tags"
+    records = [json.loads(line) for line in (tmp_path / "out" / "records" / "gsm8k.jsonl").read_text().splitlines()]
+    assert all(call["name"] == "add" for record in records for call in record["tool_calls"])
+    assert any(record["tool_calls"] for record in records)
 
 
 def test_a_judge_that_dies_costs_no_completion(script, agent_dirs, tmp_path):

@@ -28,10 +28,10 @@ class RandomProtocol:
             list(ids), [ToolCall("tool", {"context": tuple(context), "ids": tuple(ids)})] if ids[-1:] == [CALL] else []
         )
 
-    def result_ids(self, calls):
+    def result_ids(self, calls, written=()):
         return [0] * int(calls[0].result)
 
-    def results_turn(self, calls):
+    def results_turn(self, calls, written=()):
         return [self.result_ids(calls)]
 
     def completion(self, turns, conversational):

@@ -9,8 +9,11 @@ import tiny
 import yaml
 from datasets import Dataset
 from peft import PeftConfig
+from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 from trl.chat_template_utils import get_training_chat_template
+
+from arpo_trl.protocols import checkpoint_protocol
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -98,6 +101,29 @@ def test_chat_template_loss_falls_on_every_assistant_turn_and_nothing_else(token
     assert '"arguments": {"query": "Zula Korvin"}' in rows[0][0] and "\\boxed{53}" in rows[0][0]
     assert "born in 1934" not in rows[0][0] and "born in 1934" in rows[0][1]
     assert "<tool_response>\n53\n</tool_response>" in rows[0][1]
+
+
+@pytest.mark.parametrize("protocol", ["tags", "chat_template"])
+def test_the_checkpoint_says_which_protocol_it_speaks(untrained_dir, sharegpt_file, tmp_path, protocol):
+    tokenizer = AutoTokenizer.from_pretrained(untrained_dir)
+    traces = sft_cold_start.load_traces(sharegpt_file, protocol=protocol)
+    trainer = sft_cold_start.cold_start_trainer(
+        tiny.build_model(tokenizer), tokenizer, sft_config(tmp_path), traces, protocol=protocol
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    assert checkpoint_protocol(AutoTokenizer.from_pretrained(tmp_path / "saved")) == protocol
+
+
+def test_a_template_that_knows_no_tools_is_refused(untrained_dir, sharegpt_file, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(untrained_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    traces = sft_cold_start.load_traces(sharegpt_file, protocol="chat_template")
+    with pytest.raises(ValueError, match="knows no tools.*Set `tool_protocol='tags'`; or give.*<|im_end|>.*qwen3"):
+        sft_cold_start.cold_start_trainer(
+            tiny.build_model(tokenizer), tokenizer, sft_config(tmp_path), traces, protocol="chat_template"
+        )
 
 
 def test_messages_are_taken_as_they_are(tokenizer, tmp_path):

@@ -50,3 +50,7 @@ def fail(kind: str) -> None:
     if kind == "two parts":
         raise TwoPartError("two", "parts")
     raise KeyError(kind)
+
+
+def entities():
+    return [{"type": "person", "name": "Ada"}]

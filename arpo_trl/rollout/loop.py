@@ -388,7 +388,7 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
         return False
     calls = [future.result() for future in step.futures]
     trajectory.calls += [CallOfRow(call) for call in calls]
-    ids = protocol.result_ids(calls)
+    ids = protocol.result_ids(calls, step.sample.ids)
     used = len(trajectory.completion_ids) + len(ids)
     if used > limits.completion or used + len(trajectory.prompt_ids) >= limits.context:
         trajectory.truncated = True  # the result does not fit: the row ends with its call
@@ -397,7 +397,7 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     trajectory.tool_mask += [0] * len(ids)
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
-    trajectory.turns += protocol.results_turn(calls)
+    trajectory.turns += protocol.results_turn(calls, step.sample.ids)
     return True
 
 

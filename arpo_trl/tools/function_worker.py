@@ -108,14 +108,30 @@ class Worker:
 
 def as_content(result: Any) -> str | list:
     """
-    Return what the model reads of a tool's return value: content blocks as they are, the rest as text.
+    Return what the model reads of a tool's return value: its text, that of text blocks one block a line; content blocks
+    of which one holds an image as they are.
 
-    TRL takes every list for content blocks, of which a chat template then shows the model none: a list of strings, say,
-    would arrive empty.
+    TRL takes every list for content blocks, of which a chat template then shows a text model none: a list of strings,
+    say, would arrive empty. A dictionary with a key `type` need not be a block either; it may be a search result.
     """
-    if result and isinstance(result, list) and all(isinstance(block, dict) and "type" in block for block in result):
-        return result
+    if isinstance(result, list) and result and all(map(_is_block, result)):
+        if any(block["type"] == "image" for block in result):
+            return result
+        return whole_text("\n".join(block["text"] for block in result))
+    if isinstance(result, bytes):
+        try:
+            return result.decode()
+        except UnicodeDecodeError:
+            pass
     return whole_text(str(result))
+
+
+def _is_block(block: Any) -> bool:
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        return False
+    if block["type"] == "text":
+        return set(block) == {"type", "text"} and isinstance(block["text"], str)
+    return block["type"] == "image" and "image" in block
 
 
 def whole_text(text: str) -> str:

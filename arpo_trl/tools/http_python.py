@@ -17,7 +17,7 @@ import inspect
 from . import python_worker
 from .errors import TransientToolError
 from .http_search import _JSONClient
-from .python import NO_OUTPUT, PythonError, cut_output
+from .python import NO_OUTPUT, PythonError, code_to_run, cut_output
 
 _QUEUE_SECONDS = 30  # that a call may wait for its turn on the server
 _LEAST_MEMORY_MB = 64
@@ -85,7 +85,7 @@ class RemoteSandbox:
         """
         # A bare interpreter would run the code but not show its last value, so it is sent the code as data.
         functions = inspect.getsource(_bound_stacks) + "\n\n" + inspect.getsource(python_worker.run_cell)
-        cell = f"{functions}\n\nimport sys\n_bound_stacks()\nsys.exit(not run_cell({code!r}))\n"
+        cell = f"{functions}\n\nimport sys\n_bound_stacks()\nsys.exit(not run_cell({code_to_run(code)!r}))\n"
         answer = self._http.post(
             {"code": cell, "language": "python", "run_timeout": self.timeout, "memory_limit_MB": self.memory_mb}
         )

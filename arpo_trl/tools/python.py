@@ -46,6 +46,7 @@ from typing import Literal
 
 from . import python_worker, system_calls
 from .errors import TransientToolError
+from .source import source_code
 
 NO_OUTPUT = "(no output)"  # an answer like any other: the code ran, so it is not run again
 
@@ -146,8 +147,7 @@ class PythonSandbox:
         Returns:
             The output of the code.
         """
-        if not isinstance(code, str):
-            raise PythonError(f"code must be a string of Python code, not {type(code).__name__}.")
+        code = code_to_run(code)
         uses_preloaded = any(name in code for name in self._preload)
         output, report = self._run(code, self._loaded if uses_preloaded else self._bare)
         text = cut_output(output.decode("utf-8", "backslashreplace"), self.max_output_chars)
@@ -335,6 +335,13 @@ def _read_available(fd: int, into: bytearray, limit: int) -> bool:
     except BlockingIOError:
         pass
     return False
+
+
+def code_to_run(code: str) -> str:
+    """The code as a model meant it: a Markdown fence around it and indentation of the whole are no part of it."""
+    if not isinstance(code, str):
+        raise PythonError(f"code must be a string of Python code, not {type(code).__name__}.")
+    return source_code(code)
 
 
 def cut_output(text: str, limit: int) -> str:

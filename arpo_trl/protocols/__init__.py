@@ -1,0 +1,76 @@
+"""How a model writes a tool call and how it reads the result.
+
+A protocol turns sampled tokens into calls, results into tokens, and a finished trajectory into what reward functions
+see. There are two: the tokenizer's chat template (`chat_template.py`), and the tags of the ARPO paper (`tags.py`). A
+third is a subclass of [`ToolProtocol`] (`base.py`), which `tool_protocol="my_module:MyProtocol"` names.
+
+What is not here: images in tool results; the model reads that there was one.
+"""
+
+import importlib
+import inspect
+
+from .base import ToolProtocol, Tools, Turn, defuse, encode_onward, encode_plain
+from .chat_template import ChatTemplateProtocol, check_chat_template, tool_chat_template
+from .checkpoint import checkpoint_protocol, mark_checkpoint, warn_of_another_protocol
+from .tags import TagsProtocol
+
+__all__ = [
+    "TOOL_PROTOCOLS",
+    "ChatTemplateProtocol",
+    "TagsProtocol",
+    "ToolProtocol",
+    "Tools",
+    "Turn",
+    "check_chat_template",
+    "checkpoint_protocol",
+    "defuse",
+    "encode_onward",
+    "encode_plain",
+    "mark_checkpoint",
+    "protocol_class",
+    "tool_chat_template",
+    "warn_of_another_protocol",
+]
+
+TOOL_PROTOCOLS: dict[str, type[ToolProtocol]] = {"chat_template": ChatTemplateProtocol, "tags": TagsProtocol}
+"""The values of `tool_protocol`, and the class that each stands for."""
+
+
+def protocol_class(name: str) -> type[ToolProtocol]:
+    """
+    The class that `tool_protocol` names.
+
+    Args:
+        name (`str`): A key of [`TOOL_PROTOCOLS`], or a class of your own as `"my_module:MyProtocol"`.
+
+    Raises:
+        ValueError: There is no such protocol, or the class is none.
+    """
+    if isinstance(name, str) and name in TOOL_PROTOCOLS:
+        found: object = TOOL_PROTOCOLS[name]
+    else:
+        module, _, attribute = str(name).partition(":")
+        if not module or not attribute:
+            raise ValueError(
+                f"`tool_protocol` is {name!r}; set it to one of {', '.join(map(repr, TOOL_PROTOCOLS))}, or to a class "
+                "of your own as 'my_module:MyProtocol'."
+            )
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise ValueError(
+                f"`tool_protocol` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Name a class "
+                "as 'my_module:MyProtocol', with the folder of the module on PYTHONPATH."
+            ) from error
+    if not isinstance(found, type) or not issubclass(found, ToolProtocol):
+        raise ValueError(
+            f"`tool_protocol` is {name!r}, which is no tool protocol: make it a subclass of "
+            "`arpo_trl.protocols.ToolProtocol`."
+        )
+    if inspect.isabstract(found):
+        raise ValueError(
+            f"`tool_protocol` is {name!r}, which lacks {', '.join(sorted(found.__abstractmethods__))}: a protocol has all "
+            "methods of `arpo_trl.protocols.ToolProtocol`."
+        )
+    return found

@@ -1,0 +1,145 @@
+"""The tokenizer's chat template, and what to tell those whose template knows no tools."""
+
+import copy
+import importlib.resources
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import (
+    add_response_schema,
+    get_training_chat_template,
+    is_chat_template_prefix_preserving,
+    parse_response,
+    supports_tool_calling,
+)
+
+from ..tools.executor import ToolCall
+from .base import ToolProtocol, Tools, Turn, defuse, text_of, writable
+
+# From TRL 1.16 on, a template whose arguments are plain text has them typed by the tools' schemas
+_TYPES_ARGUMENTS = "tools" in inspect.signature(parse_response).parameters
+
+
+class ChatTemplateProtocol(ToolProtocol):
+    """
+    TRL's way: the chat template renders the tools into the prompt, calls are parsed from the response into
+    `tool_calls`, results are `tool` messages; reward functions see structured messages.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with a response template or schema.
+        tool_names (`Sequence[str]`): Not used.
+        suffix_ids (`Callable[[list[dict]], list[int]]`): TRL's rendering of tool messages into tokens,
+            `GRPOTrainer._get_tool_suffix_ids`.
+    """
+
+    schema_in_prompt = True
+    structured = True
+
+    def parse(self, ids: list[int], context: list[int], tools: Tools) -> Turn:
+        if not ids:
+            return Turn({}, [])
+        schemas: dict[str, Any] = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
+        try:
+            message = writable(parse_response(self.tokenizer, ids, prefix=context, **schemas))
+        except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
+            message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
+        return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
+
+    def results_turn(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[dict]:
+        return [{"role": "tool", "name": call.name, "content": text_of(call.result)} for call in calls]
+
+    def result_ids(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[int]:
+        if self.suffix_ids is None:
+            raise ValueError("`ChatTemplateProtocol` renders results with `suffix_ids`: pass it.")
+        messages = self.results_turn(calls)
+        for message in messages:
+            message["content"] = defuse(self.tokenizer, message["content"])
+        return self.suffix_ids(messages)
+
+    def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
+        return [dict(turn) for turn in turns if turn]
+
+
+def _structured_call(call: dict) -> ToolCall:
+    if call.get("type") != "function" or "function" not in call:
+        return ToolCall(str(call.get("name", "unknown")), error=f"Unsupported tool call type: {call.get('type')}")
+    # Arguments that are no object are left to the call itself, which answers as TRL's does
+    return ToolCall(str(call["function"]["name"]), call["function"]["arguments"])
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool = False) -> None:
+    """
+    Refuse a chat template that cannot tell a model of tools, or that TRL cannot parse or train with.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer whose template is looked at.
+        fine_tuning (`bool`): Whether it is for supervised fine-tuning, which parses nothing, but has to find the
+            assistant's tokens in a conversation.
+
+    Raises:
+        ValueError: Says which ways on there are.
+    """
+    fault = _template_fault(tokenizer, fine_tuning)
+    if fault is None:
+        return
+    fitting = _fitting_templates(tokenizer, fine_tuning)
+    copied = "."
+    if fitting:
+        copied = (
+            f"; or give the tokenizer one of TRL's templates that end a turn with {tokenizer.eos_token!r} (of "
+            f"{', '.join(fitting)} the one that the model knows best) and save it into the checkpoint: "
+            f"`tokenizer.chat_template = (importlib.resources.files('trl') / 'chat_templates' / '{fitting[0]}.jinja')"
+            ".read_text()`."
+        )
+    raise ValueError(
+        f"The chat template of {tokenizer.name_or_path or 'the tokenizer'!r} {fault}, but "
+        f"`tool_protocol='chat_template'` speaks to tools through it. Set `tool_protocol='tags'`{copied}"
+    )
+
+
+def tool_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """As TRL's trainer does: have `tokenizer` parse tool calls; the template to use in place of its own, if any."""
+    check_chat_template(tokenizer)
+    if not _has_parser(tokenizer):
+        add_response_schema(tokenizer)
+    return None if is_chat_template_prefix_preserving(tokenizer) else get_training_chat_template(tokenizer)
+
+
+def _template_fault(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool) -> str | None:
+    """The end of a sentence that begins with "The chat template"."""
+    if tokenizer.chat_template is None:
+        return "is missing"
+    if not supports_tool_calling(tokenizer):
+        return "knows no tools"
+    try:
+        if not fine_tuning and not _has_parser(tokenizer):
+            add_response_schema(copy.copy(tokenizer))
+    except ValueError:
+        return "is none whose tool calls TRL can parse"
+    try:
+        if fine_tuning or not is_chat_template_prefix_preserving(tokenizer):
+            get_training_chat_template(tokenizer)
+    except ValueError:
+        return "is none that TRL can train with"
+    return None
+
+
+def _has_parser(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+
+
+def _fitting_templates(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool) -> list[str]:
+    """Names of TRL's templates that know tools and end a turn as the tokenizer does."""
+    if not tokenizer.eos_token:
+        return []
+    fitting = []
+    for file in sorted((importlib.resources.files("trl") / "chat_templates").iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".jinja") and not file.name.endswith("_training.jinja"):
+            candidate = copy.copy(tokenizer)
+            candidate.chat_template = file.read_text(encoding="utf-8")
+            ends_alike = tokenizer.eos_token in candidate.chat_template
+            if ends_alike and _template_fault(candidate, fine_tuning) is None:
+                fitting.append(file.name.removesuffix(".jinja"))
+    return fitting
