@@ -27,6 +27,7 @@ from trl.data_utils import is_conversational
 from .protocols import protocol_class, tool_chat_template, warn_of_another_protocol
 from .rewards.completions import final_answers
 from .rewards.judge import last_user_text
+from .rollout.generation_settings import context_length, tell_settings, without_unfit_settings
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
 from .rollout.prefix_cache import PrefixCache
 from .rollout.record import rollout_records
@@ -90,7 +91,7 @@ class Agent:
         else:
             self._generate = self._generate_transformers
             config = model.config.get_text_config()
-            context, self.vocab_size = config.max_position_embeddings, config.vocab_size
+            context, self.vocab_size = context_length(config), config.vocab_size
             eos = model.generation_config.eos_token_id
         self.limits = Limits(
             completion=max_completion_length,
@@ -130,6 +131,8 @@ class Agent:
             eos_token_id=sorted(self.eos_token_ids),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
+        if not hasattr(model, "llm_engine"):
+            tell_settings(model, self.generation_config)
 
     def rollout(self, prompts: Sequence[str | list[dict]]) -> list[Trajectory]:
         """One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once."""
@@ -196,14 +199,15 @@ class Agent:
         for row, context in enumerate(contexts):
             input_ids[row, length - len(context) :] = torch.tensor(context)
             attention_mask[row, length - len(context) :] = 1
-        with recorded_generation(
+        recorded = recorded_generation(
             self.model,
             limits,
             self.stop_strings,
             self.entropy_window,
             self.temperature or 1.0,
             self._prefix_cache,
-        ) as (recorder, stops):
+        )
+        with without_unfit_settings(self.model), recorded as (recorder, stops):
             output = self.model.generate(
                 input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),

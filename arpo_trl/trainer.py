@@ -32,6 +32,12 @@ from .protocols import check_chat_template, mark_checkpoint, protocol_class, war
 from .reporting import report_image
 from .reward_guard import guarded
 from .rollout.branching import EXPANSION_RULES
+from .rollout.generation_settings import (
+    context_length,
+    refuse_unfit_settings,
+    tell_settings,
+    without_unfit_settings,
+)
 from .rollout.loop import (
     Branching,
     Limits,
@@ -46,7 +52,8 @@ from .rollout.metrics import completion_columns, rollout_metrics, rollout_sums, 
 from .rollout.prefix_cache import PrefixCache
 from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
-from .rollout.tree import Group, Segment, Trajectory
+from .rollout.stock import stock_trajectory
+from .rollout.tree import Group, Trajectory
 from .tools.executor import ToolCall, ToolExecutor
 
 if TYPE_CHECKING:
@@ -82,9 +89,12 @@ class ARPOTrainer(GRPOTrainer):
     `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results). A row on
     which one raises has no score, and the run goes on without it; one that raises on every row ends it.
 
-    What it does not do: vision-language models, `rollout_func` together with branching, transformers' continuous
-    batching together with branching, stateful environments with the tags protocol or a rule of expansion. Each is refused
-    at construction.
+    Without tools, reward functions receive what TRL gives them. A vision-language model with tools is sampled by TRL's own
+    loop, which does not branch.
+
+    What it does not do: vision-language models with tools together with branching or the tags protocol, `rollout_func`
+    together with branching, transformers' continuous batching together with branching, stateful environments with the
+    tags protocol or a rule of expansion. Each is refused at construction.
 
     Example:
 
@@ -159,6 +169,12 @@ class ARPOTrainer(GRPOTrainer):
             args = ARPOConfig(f"{model_name.split('/')[-1]}-ARPO")
         tools = list(tools or [])
         _check_arguments(args, tools, rollout_func, environment_factory)
+        uses_tools = bool(tools) or environment_factory is not None
+        if uses_tools and rollout_func is None:
+            _check_columns(train_dataset, "train_dataset")
+            _check_columns(eval_dataset, "eval_dataset")
+            if not args.use_vllm:
+                refuse_unfit_settings(args.generation_kwargs)
 
         protocol = protocol_class(args.tool_protocol)
         try:
@@ -186,10 +202,13 @@ class ARPOTrainer(GRPOTrainer):
             raise
         if not protocol.structured:
             self.tools = self._standalone_tools = tools
-        if self._is_vlm and self.tools:
+        # Tools of a vision-language model may return images, which TRL's own loop puts into the row
+        self._delegates = self._is_vlm and bool(self.tools)
+        if self._delegates and (tags or self._branches):
             raise ValueError(
-                f"`model` ({type(self.model).__name__}) is a vision-language model, whose rollouts with tools are not "
-                "supported by ARPOTrainer. Use a text model, or trl.GRPOTrainer."
+                f"`model` ({type(self.model).__name__}) is a vision-language model, whose rollouts with tools do not "
+                f"branch: use a text model, or set `num_initial_generations={args.num_generations}` and "
+                "`tool_protocol='chat_template'`, which is GRPO."
             )
         if environment_factory is not None:
             self._prepare_environments()
@@ -208,6 +227,8 @@ class ARPOTrainer(GRPOTrainer):
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
         )
+        if not self.use_vllm and rollout_func is None:
+            tell_settings(self.model, self.generation_config)
         self._max_length = self._context_length()
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._groups: list[Group] = []  # of the latest rollout
@@ -237,10 +258,14 @@ class ARPOTrainer(GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
-        if not self.tools:
+        if not self.tools or self._delegates:
             self._groups = self._empty_groups(len(prompts))
+            masks = tool_mask if self._delegates else [None] * len(prompts)
+            rows = list(zip(prompt_ids, completion_ids, masks, completions, strict=True))
             for group in self._groups:
-                group.trajectories = [_without_tools(row, prompt_ids[row], completion_ids[row]) for row in group.rows]
+                group.trajectories = [stock_trajectory(row, *rows[row]) for row in group.rows]
+        if not self.tools:
+            return outputs
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
         for trajectory in trajectories:
             if trajectory.parent is not None:  # an environment may have told every row something else
@@ -255,15 +280,22 @@ class ARPOTrainer(GRPOTrainer):
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        if self.tools and self.rollout_func is None:
+        if self.tools and self.rollout_func is None and not self._delegates:
             # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of a
             # group starts from the prompt. What stands here until then must be a parseable response.
             return [[self._tokenizer.eos_token_id] for _ in prompt_ids], [[0.0]] * len(
                 prompt_ids
             ) if self.use_vllm else None
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs)
+        with without_unfit_settings(self.model):
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+            )
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
+        if self._delegates:
+            return super()._tool_call_loop(
+                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
+            )
         self._groups = self._empty_groups(len(prompts))
         self._lookups.clear()
         step = self.state.global_step
@@ -346,7 +378,7 @@ class ARPOTrainer(GRPOTrainer):
 
     def _context_length(self) -> int:
         """Tokens that the engine can read, prompt included."""
-        length = self.model.config.get_text_config().max_position_embeddings
+        length = context_length(self.model.config)
         if not self.use_vllm:
             return length
         if self.vllm_mode == "colocate":
@@ -369,14 +401,15 @@ class ARPOTrainer(GRPOTrainer):
         idle = not contexts
         if idle:
             contexts, limits = [[self._tokenizer.eos_token_id]], [1]
-        with recorded_generation(
+        recorded = recorded_generation(
             self.accelerator.unwrap_model(self.model_wrapped),
             limits,
             self._stop_strings,
             self.args.entropy_window,
             self.temperature,
             self._prefix_cache,
-        ) as (recorder, stops):
+        )
+        with without_unfit_settings(self.model), recorded as (recorder, stops):
             ids, _ = super()._generate_single_turn(contexts, None, {}, num_generations=1)
         return [] if idle else recorded_samples(ids, recorder, stops)
 
@@ -695,6 +728,21 @@ def _check_arguments(args: ARPOConfig, tools: list, rollout_func: object, enviro
                 )
 
 
+def _check_columns(dataset: Any, argument: str) -> None:
+    """Refuse columns whose names are those of what reward functions are told of a rollout."""
+    if isinstance(dataset, dict):
+        for part in dataset.values():
+            _check_columns(part, argument)
+    elif dataset is not None:
+        taken = {"tool_calls", "model_text"} & set(dataset.column_names or next(iter(dataset), ()))
+        if taken:
+            name = min(taken)
+            raise ValueError(
+                f"`{argument}` has a column {name!r}, the name under which reward functions get what the rollout did. "
+                f"Rename it: `dataset.rename_column({name!r}, 'expected_{name}')`."
+            )
+
+
 def _check_engine(args: ARPOConfig, max_logprobs: int) -> None:
     """Refuse a K that the engine refuses, whose own message comes with the first rollout."""
     if max_logprobs != -1 and args.vllm_entropy_top_k > max_logprobs:
@@ -737,16 +785,6 @@ def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, 
     whole = split_pixel_values_by_grid({name: joined([batch[name] for batch in batches]) for name in batches[0]})
     reordered: list[Any] = split_tensor_dict({name: ordered(value) for name, value in whole.items()}, len(batches))
     return [unsplit_pixel_values_by_grid(batch) for batch in reordered]
-
-
-def _without_tools(row: int, prompt_ids: list[int], completion_ids: list[int]) -> Trajectory:
-    return Trajectory(
-        row,
-        prompt_ids,
-        completion_ids=completion_ids,
-        tool_mask=[1] * len(completion_ids),
-        segments=[Segment(0, len(completion_ids))],
-    )
 
 
 def _group_spans(attribute: Callable, group: Group, advantages: list[float]) -> list[list[Span]]:

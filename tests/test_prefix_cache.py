@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from arpo_trl.rollout import prefix_cache
-from arpo_trl.rollout.prefix_cache import PrefixCache, longest_prefixes, shared_stems, supports_prefix_cache
+from arpo_trl.rollout.prefix_cache import PrefixCache, longest_prefixes, shared_stems, cache_obstacle
 
 SHAPE = {
     "vocab_size": 50,
@@ -178,8 +178,8 @@ def test_an_adapter_takes_part():
     ids=["sliding", "gemma3", "no cache", "static", "beams"],
 )
 def test_other_caches_start_anew(model, config):
-    assert not supports_prefix_cache(model, config)
-    assert supports_prefix_cache(build_model("qwen3"), GREEDY)
+    assert cache_obstacle(model, config) is not None
+    assert cache_obstacle(build_model("qwen3"), GREEDY) is None
     rollout = Rollout(model.eval(), generation_config=config)
     outputs, tokens, _ = rollout.wave([[5, 6, 7] * 5, [8, 9] * 5])
     rollout.wave([[5, 6, 7] * 5 + outputs[0]])

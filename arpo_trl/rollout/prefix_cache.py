@@ -4,9 +4,10 @@ Within one call, what several contexts share (a system prompt, the prompt of a g
 a rollout, a row goes on from the keys and values that it left, and a fork or a supplement from those of the row whose
 tokens it repeats. What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
 
-What it does not do: layers whose cache forgets or summarises (sliding windows, recurrent states), quantised, offloaded
-or static caches, beam search, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of
-forwards would differ between processes). For those `supports_prefix_cache` is false and `generate` starts anew.
+What it does not do: layers whose cache forgets or summarises (sliding windows, recurrent states), positions that are
+rotated by another angle in a longer context, quantised, offloaded or static caches, any search but sampling and greedy
+decoding, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of forwards would differ
+between processes). For those `cache_obstacle` names the reason, which is told once, and `generate` starts anew.
 """
 
 from collections import Counter
@@ -17,8 +18,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode
+from transformers.utils import logging
 
 from ..prefix_tree import shared_prefixes
+
+logger = logging.get_logger(__name__)
 
 _FREED = (torch.empty(0), torch.empty(0))
 
@@ -50,16 +55,38 @@ class Block(NamedTuple):
     rows: list[np.ndarray]
 
 
-def supports_prefix_cache(model: PreTrainedModel, generation_config: GenerationConfig) -> bool:
-    """Whether each position of the model's cache depends on the tokens up to it alone, and is kept."""
-    if generation_config.use_cache is False or generation_config.cache_implementation is not None:
-        return False
-    if (generation_config.num_beams or 1) > 1 or generation_config.prefill_chunk_size is not None:
-        return False
+def cache_obstacle(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
+    """
+    Why `generate` has to start anew; `None` if each position of the model's cache depends on the tokens up to it alone,
+    is kept, and is used.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed, which it completes
+            with the model's own.
+    """
+    merged, _ = model._prepare_generation_config(generation_config)
+    for name in ("cache_implementation", "prefill_chunk_size"):
+        if getattr(merged, name) is not None:
+            return f"the generation config sets `{name}={getattr(merged, name)!r}`"
+    if merged.use_cache is False:
+        return "the generation config sets `use_cache=False`"
+    if merged.get_generation_mode() not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        return f"the generation config asks for {merged.get_generation_mode().value}"
+    if merged.num_return_sequences > 1 or merged.token_healing:
+        return "the generation config sets `num_return_sequences` or `token_healing`"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        return False
-    layers = DynamicCache(config=model.config.get_text_config()).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+        return "the adapter puts virtual tokens before the context"
+    config = model.config.get_text_config()
+    if model._is_stateful:
+        return f"a `{config.model_type}` model keeps a state in place of keys and values"
+    rope = getattr(config, "rope_parameters", None) or {}
+    if {"dynamic", "longrope"} & {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}:
+        return "the model rotates positions by an angle that depends on the length of the context"
+    layers = DynamicCache(config=config).layers
+    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+        return "the model has layers whose cache forgets or summarises"
+    return None
 
 
 def longest_prefixes(contexts: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> list[tuple[int, int]]:
@@ -147,7 +174,10 @@ class PrefixCache:
             `torch.Tensor`: what `generate` returns.
         """
         arguments = {"attention_mask": attention_mask, "generation_config": generation_config, **kwargs}
-        if input_ids.size(1) == 1 or not supports_prefix_cache(model, generation_config):
+        obstacle = cache_obstacle(model, generation_config)
+        if obstacle is not None:
+            logger.warning_once(f"Rollouts read every context anew, because {obstacle}.")
+        if obstacle is not None or input_ids.size(1) == 1:
             return generate(input_ids=input_ids, **arguments)
         lengths = attention_mask.sum(1).tolist()
         width = input_ids.size(1)

@@ -25,10 +25,13 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.utils import logging
 
 from .branching import top_k_entropy
 from .loop import Sample
 from .prefix_cache import PrefixCache
+
+logger = logging.get_logger(__name__)
 
 
 class EntropyRecorder(LogitsProcessor):
@@ -55,9 +58,12 @@ class EntropyRecorder(LogitsProcessor):
             self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
         return scores
 
-    def entropies(self) -> list[list[float]]:
-        """Entropies in nats, one list a row, at most `window` long (tokens after a row's end included)."""
-        return torch.stack(self._columns, dim=1).tolist() if self._columns else []
+    def entropies(self, rows: int) -> list[list[float]]:
+        """
+        Entropies in nats, one list for each of the `rows`, at most `window` long (tokens after a row's end included). A
+        `generate` that calls no logits processor tells none: its lists are empty.
+        """
+        return torch.stack(self._columns, dim=1).tolist() if self._columns else [[] for _ in range(rows)]
 
 
 class RowStops(StoppingCriteria):
@@ -91,12 +97,19 @@ class RowStops(StoppingCriteria):
 
 @contextmanager
 def generate_with(model: Any, generate: Callable) -> Iterator[None]:
-    """Within the context, `model.generate` is `generate`; a model is also vLLM's, or TRL's client of a server."""
+    """
+    Within the context, `model.generate` is `generate`; a model is also vLLM's, or TRL's client of a server. Afterwards
+    what stood there stands there again, also where a library had put it on the instance.
+    """
+    before = vars(model).get("generate")
     model.generate = generate
     try:
         yield
     finally:
-        del model.generate  # the class's method shows again
+        if before is None:
+            del model.generate  # the class's method shows again
+        else:
+            model.generate = before
 
 
 def stop_string_criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopStringCriteria | None:
@@ -115,8 +128,12 @@ def recorded_generation(
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
-    `cache`, it reads no token that the cache knows.
+    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take a
+    cache, so it gets none.
     """
+    if cache is not None and "generate" in vars(model):
+        logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
+        cache = None
     recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
     generate = partial(
         model.generate,
@@ -130,7 +147,7 @@ def recorded_generation(
 def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops: RowStops) -> list[Sample]:
     """What a recorded generation sampled; `ids` as `generate` returned them, cut after the end-of-turn token."""
     samples = []
-    for row, length, entropies in zip(ids, stops.lengths.tolist(), recorder.entropies(), strict=True):
+    for row, length, entropies in zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), strict=True):
         row = row[:length]
         samples.append(Sample(row, entropies[: len(row)]))
     return samples
