@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import parse_response
 
+from .rollout.tree import copied
 from .tools.executor import ToolCall
 from .tools.function_worker import whole_text
 
@@ -140,7 +141,7 @@ class ChatTemplateProtocol:
         return self.suffix_ids(messages)
 
     def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
-        return [dict(turn) for turn in turns if turn]
+        return [copied(turn) for turn in turns if turn]
 
 
 def _structured_call(call: dict) -> ToolCall:
