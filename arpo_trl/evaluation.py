@@ -32,8 +32,9 @@ from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, 
 from .rollout.prefix_cache import PrefixCache
 from .rollout.record import rollout_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
-from .rollout.tree import Group, Trajectory, own_tokens
+from .rollout.tree import Group, Trajectory, copied, own_tokens
 from .tools.executor import ToolCall, ToolExecutor
+from .tools.names import distinct_tools
 
 
 class Agent:
@@ -75,7 +76,7 @@ class Agent:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.tools = {tool.__name__: tool for tool in tools}
+        self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.entropy_window = entropy_window
@@ -315,8 +316,9 @@ def _fill_scores(
         "model_text": texts,
         **{name: [row[name] for row in own] for name in own[0] if name != "prompt"},
     }
-    scores = score(**columns)
-    verdicts = scores if correct is score else correct(**columns)
+    # Copies, since a function may change what it is given
+    scores = score(**copied(columns))
+    verdicts = scores if correct is score else correct(**copied(columns))
     for record, value, verdict in zip(records, scores, verdicts, strict=True):
         record["score"] = value
         record["correct"] = None if verdict is None else verdict >= 1.0

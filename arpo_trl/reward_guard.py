@@ -1,11 +1,13 @@
-"""Calls reward functions so that a completion on which one raises costs that row its score, and not the run.
+"""Calls reward functions so that a completion on which one raises costs that row its score, and not the run, and so that
+what one does to its arguments stays its own.
 
-What is not here: reward models, which TRL calls itself, and time-outs. Of what a function logs with `log_extra` and
-`log_metric`, that of its first call is kept.
+What is not here: reward models, which TRL calls itself, and time-outs: a function that hangs is named in a warning. Of
+what a function logs with `log_extra` and `log_metric`, that of its first call is kept.
 """
 
 import asyncio
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,17 +15,25 @@ from typing import Any
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
 
+from .rollout.tree import copied
+
 logger = logging.get_logger(__name__)
 
 # The score of a row on which a function raised. Not `None`, which says that the function does not apply to the row
 UNSCORED = math.inf
 
+# Seconds after which a warning names the function that training waits for
+SLOW_SECONDS = 300.0
+
 
 def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """
-    `function`, with two differences. Where it raises, it is called for each row alone, and then for all rows on which it
-    did not raise again; the others are `UNSCORED`. And what it returns is one number or `None` a row, or else an error
-    that names the function and the row.
+    `function`, with three differences. Where it raises, the rows on which it raises alone are looked for by halving, and
+    it is called for all others together; those rows are `UNSCORED`. Every call gets lists and dicts of its own, no two
+    rows the same, so that a function may change them in place. And what it returns is one number or `None` a row, or else
+    an error that names the function and the row.
+
+    Of n rows on which one raises, that takes 2 + 2·log2(n) calls; in the worst case, about n.
 
     Args:
         function (`Callable`): Reward function, sync or async.
@@ -31,38 +41,106 @@ def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     Returns:
         `Callable`: as `function`, sync or async. It raises what `function` raises on every row alone, or on the rows
-        together that it had scored alone.
+        together on none of which it raised alone.
     """
 
     async def guard_async(**kwargs: Any) -> list[float | None]:
         rows = list(range(len(kwargs["completions"])))
-        try:
-            scores = await function(**kwargs)
-        except Exception as error:
-            alone = (function(**_select(kwargs, [row])) for row in rows)
-            results = await asyncio.gather(*alone, return_exceptions=True)
-            kept = _kept([isinstance(result, Exception) for result in results], error, name)
-            with _named(name, kept):
-                return _numbers(await function(**_select(kwargs, kept)), kept, len(rows), name)
+        with _told_if_slow(name):
+            try:
+                scores = await function(**_own(kwargs, rows))
+            except Exception as error:
+                search = _Search(rows)
+                while search.parts:
+                    calls = (function(**_own(kwargs, part, again=True)) for part in search.parts)
+                    results = await asyncio.gather(*calls, return_exceptions=True)
+                    search.narrow([isinstance(result, Exception) for result in results])
+                kept = _kept(rows, search.found, error, name)
+                with _named(name, kept):
+                    scores = await function(**_own(kwargs, kept, again=True))
+                return _numbers(scores, kept, len(rows), name)
         return _numbers(scores, rows, len(rows), name)
 
     def guard(**kwargs: Any) -> list[float | None]:
         rows = list(range(len(kwargs["completions"])))
-        try:
-            scores = function(**kwargs)
-        except Exception as error:
-            kept = _kept([_raises(function, _select(kwargs, [row])) for row in rows], error, name)
-            with _named(name, kept):
-                return _numbers(function(**_select(kwargs, kept)), kept, len(rows), name)
+        with _told_if_slow(name):
+            try:
+                scores = function(**_own(kwargs, rows))
+            except Exception as error:
+                search = _Search(rows)
+                while search.parts:
+                    search.narrow([_raises(function, _own(kwargs, part, again=True)) for part in search.parts])
+                kept = _kept(rows, search.found, error, name)
+                with _named(name, kept):
+                    scores = function(**_own(kwargs, kept, again=True))
+                return _numbers(scores, kept, len(rows), name)
         return _numbers(scores, rows, len(rows), name)
 
     return guard_async if is_async_callable(function) else guard
 
 
-def _select(kwargs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """The arguments of a reward function for some of its rows."""
-    some = {key: [value[row] for row in rows] if isinstance(value, list) else value for key, value in kwargs.items()}
-    return {**some, "log_extra": lambda column, values: None, "log_metric": lambda metric, value: None}
+class _Search:
+    """
+    The rows on which a function raises alone, by halving the parts on which it raises.
+
+    Attributes:
+        parts (`list[list[int]]`): Rows to call the function for, each part by itself; empty when the search is over.
+        found (`list[int]`): Rows on which it raised alone.
+    """
+
+    def __init__(self, rows: list[int]):
+        self.found: list[int] = []
+        self.parts = self._divided([rows]) if len(rows) > 1 else [rows]
+
+    def narrow(self, raised: list[bool]) -> None:
+        """Go on from whether the function raised on each part."""
+        bad = [part for part, failed in zip(self.parts, raised, strict=True) if failed]
+        self.found += [part[0] for part in bad if len(part) == 1]
+        rest = [part for part in bad if len(part) > 1]
+        # Where most parts raise, halving goes through nearly all of them at every size
+        many = len(self.parts) >= 4 and 2 * len(bad) > len(self.parts)
+        self.parts = [[row] for part in rest for row in part] if many else self._divided(rest)
+
+    @staticmethod
+    def _divided(parts: list[list[int]]) -> list[list[int]]:
+        return [half for part in parts for half in (part[: len(part) // 2], part[len(part) // 2 :])]
+
+
+def error_text(error: BaseException) -> str:
+    """The error as Python writes it, or its class alone where its own text raises."""
+    try:
+        return repr(error)
+    except Exception:
+        return type(error).__name__
+
+
+@contextmanager
+def _told_if_slow(name: str) -> Iterator[None]:
+    timer = threading.Timer(
+        SLOW_SECONDS,
+        logger.warning,
+        [
+            f"The reward function '{name}' has not returned for {SLOW_SECONDS:g} s, and training waits for it. Give what "
+            "it waits for a time-out."
+        ],
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _own(kwargs: dict[str, Any], rows: list[int], again: bool = False) -> dict[str, Any]:
+    """The arguments of a reward function for some of its rows, in lists and dicts of its own; `again`: without logging."""
+    some = {
+        key: [copied(value[row]) for row in rows] if isinstance(value, list) else value
+        for key, value in kwargs.items()
+    }
+    if again:
+        some |= {"log_extra": lambda column, values: None, "log_metric": lambda metric, value: None}
+    return some
 
 
 def _raises(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
@@ -73,17 +151,17 @@ def _raises(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     return False
 
 
-def _kept(raised: list[bool], error: Exception, name: str) -> list[int]:
+def _kept(rows: list[int], found: list[int], error: Exception, name: str) -> list[int]:
     """The rows that can be scored. Tells which cannot; raises `error` if none can."""
-    if all(raised):
-        error.add_note(
-            f"Raised by the reward function '{name}' for row 0 and each of the other {len(raised) - 1} rows."
-        )
+    if len(found) == len(rows):
+        error.add_note(f"Raised by the reward function '{name}' for row 0 and each of the other {len(rows) - 1} rows.")
         raise error
-    failed = [row for row, failed in enumerate(raised) if failed]
-    without = f"row {', '.join(map(str, failed))} has no score" if failed else "no row alone makes it raise"
-    logger.warning(f"The reward function '{name}' raised {error!r} on {len(raised)} rows; {without}.", exc_info=error)
-    return [row for row, failed in enumerate(raised) if not failed]
+    failed = ", ".join(map(str, sorted(found)))
+    without = f"row {failed} has no score" if found else "no row alone makes it raise"
+    logger.warning(
+        f"The reward function '{name}' raised {error_text(error)} on {len(rows)} rows; {without}.", exc_info=error
+    )
+    return [row for row in rows if row not in found]
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import copy
-import json
 import math
 import random
 import textwrap
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 from transformers.utils import is_matplotlib_available, logging
 from trl import GRPOTrainer
@@ -25,12 +23,15 @@ from trl.trainer.utils import (
 )
 
 from .advantages import Span, hard_advantages, tree_advantages
+from .checkpoints import newest_whole_checkpoint
 from .config import ARPOConfig
+from .environments import close_environments, environment_tools, fork_environment
 from .prefix_sharing import rows_may_change_micro_batch, shared_prefix_logps, shares_prefixes
 from .prefix_tree import sibling_order
 from .protocols import check_chat_template, mark_checkpoint, protocol_class, warn_of_another_protocol
+from .random_state import kept_random_state
 from .reporting import report_image
-from .reward_guard import guarded
+from .reward_guard import error_text, guarded
 from .rollout.branching import EXPANSION_RULES
 from .rollout.generation_settings import (
     context_length,
@@ -48,13 +49,22 @@ from .rollout.loop import (
     refuse_calls_over_limit,
     run_waves,
 )
-from .rollout.metrics import completion_columns, rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.metrics import (
+    completion_columns,
+    rollout_metrics,
+    rollout_sums,
+    slowest_calls,
+    sum_names,
+    table_row,
+    table_text,
+)
 from .rollout.prefix_cache import PrefixCache
 from .rollout.record import call_records, rollout_records, write_records
 from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.stock import stock_trajectory
 from .rollout.tree import Group, Trajectory
 from .tools.executor import ToolCall, ToolExecutor
+from .tools.names import distinct_tools
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -117,7 +127,8 @@ class ARPOTrainer(GRPOTrainer):
         args ([`ARPOConfig`], *optional*): Configuration for this trainer. If `None`, a default configuration is used.
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
         environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the row
-            it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`.
+            it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been scored,
+            the copy is closed with its `close()` method if it has one. Neither method is a tool.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
     """
 
@@ -167,7 +178,7 @@ class ARPOTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = ARPOConfig(f"{model_name.split('/')[-1]}-ARPO")
-        tools = list(tools or [])
+        tools = distinct_tools(tools or [])
         _check_arguments(args, tools, rollout_func, environment_factory)
         uses_tools = bool(tools) or environment_factory is not None
         if uses_tools and rollout_func is None:
@@ -204,15 +215,22 @@ class ARPOTrainer(GRPOTrainer):
             self.tools = self._standalone_tools = tools
         # Tools of a vision-language model may return images, which TRL's own loop puts into the row
         self._delegates = self._is_vlm and bool(self.tools)
-        if self._delegates and (tags or self._branches):
+        if self._delegates and (not protocol.structured or self._branches):
             raise ValueError(
                 f"`model` ({type(self.model).__name__}) is a vision-language model, whose rollouts with tools do not "
                 f"branch: use a text model, or set `num_initial_generations={args.num_generations}` and "
                 "`tool_protocol='chat_template'`, which is GRPO."
             )
+        self._executor = ToolExecutor(
+            max_workers=args.max_tool_concurrency,
+            timeout=args.tool_timeout,
+            count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
+        )
+        self._forked_environments: list[Any] = []  # of the rollout that is going on
         if environment_factory is not None:
             self._prepare_environments()
-        self._tool_names = [tool.__name__ for tool in self.tools]
+        # Environments of different names may have methods of the same name
+        self._tool_names = list(dict.fromkeys(tool.__name__ for tool in self.tools))
 
         if self.use_vllm and self.vllm_mode == "colocate":
             _check_engine(args, self.vllm_generation.llm.llm_engine.model_config.max_logprobs)
@@ -222,11 +240,6 @@ class ARPOTrainer(GRPOTrainer):
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
         self._stop_strings = stop_string_criteria(self._tokenizer, self._protocol.stop_strings)
-        self._executor = ToolExecutor(
-            max_workers=args.max_tool_concurrency,
-            timeout=args.tool_timeout,
-            count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
-        )
         if not self.use_vllm and rollout_func is None:
             tell_settings(self.model, self.generation_config)
         self._max_length = self._context_length()
@@ -234,7 +247,7 @@ class ARPOTrainer(GRPOTrainer):
         self._groups: list[Group] = []  # of the latest rollout
         self._prefix_cache: PrefixCache | None = None  # of the rollout that is going on
         self._ordered_inputs = None  # the buffered inputs that have been put into order
-        # The step of the latest rollout, and the rollouts of that step before it
+        # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
         self._lookups: Counter[str] = Counter()  # tokens given to a prefix cache in the latest rollout, and found
         # The step whose record file may get more lines, and its groups so far
@@ -298,8 +311,9 @@ class ARPOTrainer(GRPOTrainer):
             )
         self._groups = self._empty_groups(len(prompts))
         self._lookups.clear()
-        step = self.state.global_step
-        self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
+        if self.model.training:  # evaluation, which never branches, leaves the decisions of training as they are
+            step = self.state.global_step
+            self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
         if self._shares_rollout:
             self._prefix_cache = PrefixCache()
         with tqdm(
@@ -462,23 +476,29 @@ class ARPOTrainer(GRPOTrainer):
     def _prepare_environments(self) -> None:
         for name, tools in self._env_tools.items():
             environment = self._environment_pool[name][0]
-            self._env_tools[name] = [tool for tool in tools if tool.__name__ != "fork"]
-            if self._branches:
-                _fork_environment(environment)
-        self.tools = [tool for tool in self.tools if tool.__name__ != "fork"]
+            self._env_tools[name] = environment_tools(tools, environment)
+            if self._branches:  # one that cannot be copied is told now
+                close_environments([fork_environment(environment)], self._executor)
+        everything = [tool for tools in self._env_tools.values() for tool in tools]
+        self.tools = list(dict.fromkeys(everything))
 
-    def _copy_environment(self, parent: Trajectory, fork: Trajectory) -> None:
+    def _copy_environment(self, parent: Trajectory, fork: Trajectory) -> bool:
         if self.environments is None:
-            return
+            return True
         environment = self.environments[parent.row]
-        self.environments[fork.row] = _fork_environment(environment)
+        try:
+            self.environments[fork.row] = copied = fork_environment(environment)
+        except Exception as error:
+            name = type(environment).__name__
+            logger.warning_once(f"A `{name}` could not be copied for a fork, which is not made ({error_text(error)}).")
+            return False
+        self._forked_environments.append(copied)
         for tools in (self._sync_tool_dicts, self._async_tool_dicts):
             tools[fork.row] = {
-                name: getattr(self.environments[fork.row], name)
-                if getattr(tool, "__self__", None) is environment
-                else tool
+                name: getattr(copied, name) if getattr(tool, "__self__", None) is environment else tool
                 for name, tool in tools[parent.row].items()
             }
+        return True
 
     # Training step
 
@@ -576,9 +596,15 @@ class ARPOTrainer(GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            close_environments(self._forked_environments, self._executor)
+            self._forked_environments.clear()
         if self.rollout_func is not None:
             return output
+        if self.mask_truncated_completions:
+            self._mask_truncated(output)
         mode = "train" if self.model.training else "eval"
         self._log_rollout_metrics(mode)
         if mode == "train":
@@ -593,6 +619,19 @@ class ARPOTrainer(GRPOTrainer):
             if self.args.log_tree_steps and self.state.global_step >= self._next_tree:
                 self._log_tree(advantages, spans)
         return output
+
+    def _mask_truncated(self, output: dict[str, Any]) -> None:
+        """
+        Take rows that ran into a limit out of the loss. TRL looks for them by their last token, and a row whose last call
+        was not answered may end with the token that ends a turn.
+        """
+        rows = [trajectory.truncated for group in self._groups for trajectory in group.trajectories]
+        whole = ~torch.tensor(rows, device=output["completion_mask"].device).unsqueeze(1)
+        for name in ("completion_mask", "tool_mask"):
+            if name in output:
+                output[name] = output[name] * whole
+        loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
+        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
 
     def _log_rollout_metrics(self, mode: str) -> None:
         names = sum_names(self._tool_names)
@@ -616,10 +655,10 @@ class ARPOTrainer(GRPOTrainer):
     def _record(self, advantages: list[float], spans: list[list[Span]] | None) -> None:
         step = self.state.global_step
         groups_before = self._recorded[1] if self._recorded[0] == step else 0
-        records = rollout_records(
-            step, self._groups, self._rewards_by_name(), advantages, spans, first_group=groups_before
-        )
         try:
+            records = rollout_records(
+                step, self._groups, self._rewards_by_name(), advantages, spans, first_group=groups_before
+            )
             if self._recorded[0] is None and self.is_world_process_zero():
                 self._tokenizer.save_pretrained(self.args.output_dir)  # the viewer decodes with it
             write_records(
@@ -631,9 +670,10 @@ class ARPOTrainer(GRPOTrainer):
                 append=groups_before > 0,
             )
             self._recorded = (step, groups_before + len(self._groups))
-        except Exception as error:  # an OSError, or what `tokenizers` raises in its place
+        except Exception as error:  # an OSError, what `tokenizers` raises in its place, or of a value that is no JSON
             if not self._records_failed:
-                logger.warning(f"Rollout records could not be written ({error}); training goes on without them.")
+                reason = error_text(error)
+                logger.warning(f"Rollout records could not be written ({reason}); training goes on without them.")
             self._records_failed = True
 
     def _log_tree(self, advantages: list[float], spans: list[list[Span]] | None) -> None:
@@ -642,27 +682,64 @@ class ARPOTrainer(GRPOTrainer):
         self._next_tree = step - step % every + every
         if not self.is_world_process_zero():
             return
-        from .viewer.picture import draw_tree
-
         path = Path(self.args.output_dir) / "trees" / f"step-{step:06d}.png"
-        picture = draw_tree(rollout_records(step, self._groups[:1], self._rewards_by_name(), advantages, spans))
         try:
+            from .viewer.picture import draw_tree
+
+            picture = draw_tree(rollout_records(step, self._groups[:1], self._rewards_by_name(), advantages, spans))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture)
-        except OSError as error:
-            logger.warning_once(f"Trees could not be written ({error}); training goes on without them.")
-            return
-        report_image("train/arpo/tree", path, step, self.args.report_to, self.callback_handler.callbacks)
+            report_image("train/arpo/tree", path, step, self.args.report_to, self.callback_handler.callbacks)
+        except Exception as error:  # of the disk, of matplotlib, or of a backend that cannot be reached
+            reason = error_text(error)
+            logger.warning_once(f"A tree could not be written or logged ({reason}); training goes on without it.")
 
     def log(self, logs, start_time=None):
-        if self.log_completions and "wandb" in self.args.report_to:
+        if not self.log_completions:
+            super().log(logs, start_time)
+            return
+        for column in ("prompt", "completion"):
+            rows: Any = self._logs[column]  # a deque
             # A table of Weights & Biases refuses messages with different fields, as a call and its result have
-            for column in ("prompt", "completion"):
-                rows: Any = self._logs[column]  # a deque
-                texts = [row if isinstance(row, str) else json.dumps(row, default=str) for row in rows]
-                rows.clear()
-                rows.extend(texts)
-        super().log(logs, start_time)
+            shown = [table_text(row) if "wandb" in self.args.report_to else table_row(row) for row in rows]
+            rows.clear()
+            rows.extend(shown)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        try:
+            super().log(logs, start_time)
+        except Exception as error:
+            if metrics:  # TRL clears them when they are logged; the table comes after that
+                raise
+            reason = error_text(error)
+            logger.warning_once(
+                f"A table of completions could not be written ({reason}); training goes on without it."
+            )
+
+    # What surrounds training steps
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_whole_checkpoint() or True  # transformers says that there is none
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _newest_whole_checkpoint(self) -> str | None:
+        """The main process looks, so that all resume from the same one."""
+        answer: list[Any] = [None]
+        if self.is_world_process_zero():
+            try:
+                answer[0] = newest_whole_checkpoint(self.args.output_dir, self.args.save_only_model)
+            except ValueError as error:
+                answer[0] = error
+        broadcast_object_list(answer)
+        if isinstance(answer[0], ValueError):
+            raise answer[0]
+        return answer[0] and str(answer[0])
+
+    def evaluate(self, *args, **kwargs):
+        if not self.is_in_train:
+            return super().evaluate(*args, **kwargs)
+        with kept_random_state(parameter.device for parameter in self.model.parameters()):
+            return super().evaluate(*args, **kwargs)
 
     # The Hub
 
@@ -751,19 +828,6 @@ def _check_engine(args: ARPOConfig, max_logprobs: int) -> None:
             f"{max_logprobs} tokens a position: set it to {max_logprobs} or less, or use `vllm_mode='server'` with "
             "`--max-logprobs -1`."
         )
-
-
-def _fork_environment(environment: Any) -> Any:
-    """A copy that shares no state: the environment's own `fork()`, else a deep copy."""
-    if callable(getattr(environment, "fork", None)):
-        return environment.fork()
-    try:
-        return copy.deepcopy(environment)
-    except Exception as error:
-        raise TypeError(
-            f"A fork needs a copy of its environment, but a `{type(environment).__name__}` cannot be copied ({error}). "
-            "Give the class a method `fork(self)` that returns one."
-        ) from error
 
 
 def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, Any]]:

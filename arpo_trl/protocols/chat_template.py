@@ -15,6 +15,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from ..rollout.tree import copied
 from ..tools.executor import ToolCall
 from .base import ToolProtocol, Tools, Turn, defuse, text_of, writable
 
@@ -59,7 +60,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return self.suffix_ids(messages)
 
     def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
-        return [dict(turn) for turn in turns if turn]
+        return [copied(turn) for turn in turns if turn]
 
 
 def _structured_call(call: dict) -> ToolCall:

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import queue
-import re
 import subprocess
 import sys
 import threading

@@ -113,8 +113,8 @@ class RolloutHooks:
             than each limit. Called with empty lists where this process has nothing to do and others have.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
-        copy_state (`Callable[[Trajectory, Trajectory], None]`): Copies what a stateful environment holds from a parent
-            to its fork, before it is touched again.
+        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
+            to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for a
             tool, with a rule of expansion those that have ended and may be forked from.
@@ -125,7 +125,7 @@ class RolloutHooks:
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
-    copy_state: Callable[[Trajectory, Trajectory], None] = lambda parent, fork: None
+    copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
@@ -252,6 +252,15 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
     return fork
 
 
+def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
+    """A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free."""
+    fork = _fork(group, parent, parent.end)
+    if hooks.copy_state(parent, fork):
+        return fork
+    group.trajectories.pop()
+    return None
+
+
 def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segment:
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
@@ -286,10 +295,10 @@ def _decide(
     gaps = [0.0 if branching.branch_rule == "random" else step.segment.entropy_gap or 0.0 for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(gaps, branching.branch_factor, group.budget, rng), strict=True):
-        step.segment.forks = count
-        for _ in range(count):
-            forks.append(_fork(group, step.trajectory, step.trajectory.end))
-            hooks.copy_state(step.trajectory, forks[-1])
+        made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
+        own = [fork for fork in made if fork is not None]
+        step.segment.forks = len(own)
+        forks += own
     return forks
 
 

@@ -11,6 +11,15 @@ def own_tokens(completion_ids: list[int], tool_mask: list[int]) -> list[int]:
     return [token for token, own in zip(completion_ids, tool_mask, strict=True) if own]
 
 
+def copied(value: Any) -> Any:
+    """`value` with all its lists and dicts copied; what else is in it (text, images, environments) stays the same."""
+    if type(value) is list:
+        return [copied(item) if isinstance(item, list | dict) else item for item in value]
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    return value
+
+
 @dataclass
 class Segment:
     """

@@ -112,7 +112,7 @@ def _load_tokenizer(run_dir: Path, tokenizer: Any) -> Any:
 
         try:
             return AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # an OSError, a ValueError, or what `tokenizers` raises of a file that is cut off
             raise ValueError(f"tokenizer={str(tokenizer)!r} could not be loaded: {error}") from error
     return tokenizer
 
@@ -172,7 +172,12 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
     ids = [row["completion_ids"][s:e] for row, own in zip(rows, spans, strict=True) for s, e, _ in own]
     prompt, *decoded = _decode([rows[0]["prompt_ids"], *ids], tokenizer)
     texts = iter(decoded)
-    asked = {key: rows[0][key] for key in ("prompt_index", "question", "answer") if "question" in rows[0]}
+    asked = {}
+    if "question" in rows[0]:
+        answer = rows[0].get("answer")
+        accepted = answer if isinstance(answer, list) else [answer] if answer is not None else None
+        asked = {key: rows[0][key] for key in ("prompt_index", "question")}
+        asked["answer"] = accepted and [_text(each) for each in accepted]
     return asked | {
         "prompt": prompt,
         "prompt_tokens": len(rows[0]["prompt_ids"]),
@@ -187,7 +192,7 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
                 "rewards": row["rewards"],
                 "advantage": row["advantage"],
                 "shared_advantages": row["shared_advantages"],
-                "prediction": row.get("prediction"),
+                "prediction": None if row.get("prediction") is None else _text(row["prediction"]),
                 "parts": _parts(row, own, [next(texts) for _ in own], start),
             }
             for row, own, start in zip(rows, spans, starts, strict=True)
@@ -277,7 +282,12 @@ def _decode(ids: list[list[int]], tokenizer: Any) -> list[str]:
     """Text of each list of token ids, special tokens included; the ids themselves without a tokenizer."""
     if tokenizer is None:
         return [" ".join(map(str, tokens)) for tokens in ids]
-    return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    except Exception as error:  # ids that are not of its vocabulary, as a rule
+        raise ValueError(
+            f"The tokenizer cannot decode the records ({error}): give theirs with --tokenizer."
+        ) from error
 
 
 def _add_previews(groups: list[dict]) -> None:

@@ -6,6 +6,7 @@ is skipped and reported; a file that holds something else is an error.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,14 +16,11 @@ from typing import Any
 from ..rollout.metrics import rollout_metrics, rollout_sums, slowest_calls
 from ..rollout.tree import CallOfRow, Group, Segment, Trajectory
 from ..tools.executor import ToolCall
+from .checks import find_fault
 
 Row = dict[str, Any]
 
 _FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
-_REQUIRED = (
-    *("prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask"),
-    *("segments", "tool_calls", "truncated", "rewards", "advantage", "shared_advantages"),
-)
 _SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
 _CALL = ("name", "arguments", "result", "error", "seconds", "cached")
 
@@ -81,15 +79,23 @@ def read_file(path: Path) -> tuple[list[Row], int]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, parse_constant=lambda name: None)  # a browser's JSON has no NaN
-            except ValueError:  # not JSON, or not UTF-8
+                row = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
+                fault = find_fault(row)
+            except (json.JSONDecodeError, UnicodeDecodeError):
                 skipped += 1
                 continue
-            missing = _REQUIRED if not isinstance(row, dict) else [key for key in _REQUIRED if key not in row]
-            if missing:
-                raise ValueError(f"{path} line {number} is no rollout record: it lacks {', '.join(missing)}.")
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+                fault = f"it cannot be read ({error})"
+            if fault is not None:
+                raise ValueError(f"{path} line {number} is no rollout record: {fault}.")
             rows.append(row)
     return rows, skipped
+
+
+def _finite(text: str) -> float | None:
+    """A number of JSON. A browser's JSON has no NaN and no infinity, which 1e999 is."""
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def group_rows(files: Iterable[list[Row]]) -> list[list[Row]]:
