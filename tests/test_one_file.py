@@ -49,10 +49,10 @@ class Protocol:
     def parse(self, ids, context, tools):
         return Turn(ids, [ToolCall("tool", {})] if ids[-1] == CALL else [])
 
-    def result_ids(self, calls):
+    def result_ids(self, calls, written=()):
         return RESULT
 
-    def results_turn(self, calls):
+    def results_turn(self, calls, written=()):
         return []
 
 
