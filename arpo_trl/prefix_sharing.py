@@ -107,7 +107,7 @@ class PathAttention:
         keys, values = key.split(self.key_sizes, dim=2), value.split(self.key_sizes, dim=2)
         # Layers of a split model run on different devices. Autocast would copy a mask of another dtype for every call.
         device, dtype = query.device, query.dtype
-        if torch.is_autocast_enabled(device.type):
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         outputs = []
         for queries, path, depth in zip(query.split(self.query_sizes, dim=2), self.paths, self.depths, strict=True):

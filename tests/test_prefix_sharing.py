@@ -245,6 +245,11 @@ def test_families(family, tied, always_share):
     assert_equal_to_row_by_row(build(config), *tools_tree())
 
 
+def test_router_logits_that_the_config_asks_for_are_left_out(always_share):
+    config = type(FAMILIES["qwen3_moe"]).from_dict({**FAMILIES["qwen3_moe"].to_dict(), "output_router_logits": True})
+    assert_equal_to_row_by_row(build(config), *tools_tree())
+
+
 def test_qwen2_with_sliding_windows(always_share):
     config = Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1)
     assert "sliding_attention" in config.layer_types
@@ -313,6 +318,89 @@ def test_declined_where_nothing_is_shared_and_nothing_padded(qwen3):
     assert shared_prefix_logps(qwen3, ids, torch.ones_like(ids), 30) is None
 
 
+def test_packed_whatever_the_cost_where_asked_for(qwen3, monkeypatch):
+    monkeypatch.setattr(prefix_sharing, "_MARGIN", 0.0)
+    ids, mask, length = tools_tree()
+    assert shared_prefix_logps(qwen3, ids, mask, length) is None
+    for rows in (slice(None), slice(6, 8), slice(0, 1)):  # a tree, one prompt, a row alone
+        logps, _ = shared_prefix_logps(qwen3, ids[rows], mask[rows], length, only_if_cheaper=False)
+        expected, _ = row_by_row(qwen3, ids[rows], mask[rows], length)
+        assert relative_error(logps, expected) <= 1e-5
+
+
+class Elsewhere:
+    """Values on another device: they can be cut by numbers and brought back, but no index of this device reads them."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __getitem__(self, index):
+        assert isinstance(index, int), "indices should be either on cpu or on the same device"
+        return Elsewhere(self.values[index])
+
+    def to(self, device):
+        assert device == torch.device("cpu")
+        return self.values
+
+
+def test_scores_come_back_from_the_device_of_the_head(always_share, monkeypatch):
+    model = build(QWEN3)
+    ids, mask, length = tools_tree()
+    expected = shared(model, ids, mask, length)
+    forward = model.forward
+
+    def head_elsewhere(**inputs):
+        outputs = forward(**inputs)
+        return SimpleNamespace(log_probs=Elsewhere(outputs.log_probs), entropy=Elsewhere(outputs.entropy))
+
+    monkeypatch.setattr(model, "forward", head_elsewhere)
+    for value, reference in zip(shared(model, ids, mask, length), expected, strict=True):
+        assert torch.equal(value, reference)
+
+
+def masks_of(attention, device, dtype=torch.float32, window=None):
+    """The masks that the rows of a tree are attended with."""
+    length = sum(attention.query_sizes)
+    states = torch.zeros(1, 1, length, 8, device=device, dtype=dtype)
+    masks = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        masks.append(mask)
+        return query.transpose(1, 2), None
+
+    attention(attend, None, states, states, states, sliding_window=window)
+    return [mask for mask in masks if mask is not None]
+
+
+def fork():
+    rows = [np.array([5, 6, 7, 8, 9]), np.array([5, 6, 7, 3, 4])]
+    return prefix_sharing.PathAttention(pack(rows, [2, 2], TOKENS_ONLY))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_each_layer_has_its_masks_on_its_own_device(window):
+    attention = fork()
+    for device in ("cpu", "meta", "cpu"):
+        masks = masks_of(attention, device, window=window)
+        assert masks and all(mask.device.type == device for mask in masks)
+
+
+def test_masks_are_of_the_dtype_that_autocast_attends_in():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.bfloat16}
+    assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.float32}
+
+
+def test_autocast_is_within_its_own_noise(always_share):
+    model = build(QWEN3)
+    exact = results(row_by_row, model, *tools_tree())
+    with torch.autocast("cpu", torch.bfloat16):
+        noisy, packed = (results(score, model, *tools_tree()) for score in (row_by_row, shared))
+    for field in (0, 1):
+        noise = relative_error(noisy[field], exact[field])
+        assert 0 < noise and relative_error(packed[field], exact[field]) <= 1.5 * noise
+
+
 def test_used_where_it_pays_with_the_modelled_cost():
     wide = build(Qwen3Config(**{**SHAPE, "hidden_size": 256, "intermediate_size": 1024}))
     ids, mask, length = batch([list(range(3, 33)) * 4] * 4, [[row + 3] * 20 for row in range(4)])
@@ -334,6 +422,10 @@ def refused():
     yield "dynamic rope", build(LlamaConfig(**SHAPE, rope_parameters=rope)), "rotary"
     yield "data parallel", torch.nn.DataParallel(build(QWEN3)), "DataParallel"
     yield "compiled", torch.compile(build(QWEN3)), "compiled"
+    layers = build(QWEN3)
+    for layer in layers.model.layers:
+        layer.compile()  # as for FSDP and DeepSpeed
+    yield "compiled layers", layers, "compiled"
 
 
 @pytest.mark.parametrize("model, reason", [pytest.param(*rest, id=name) for name, *rest in refused()])
@@ -350,6 +442,16 @@ def test_prompt_learning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(build(QWEN3), config)
     assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu"))
+
+
+def test_flex_attention_of_a_split_model_is_refused():
+    model = build(QWEN3, attention="flex_attention")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 0, "lm_head": 0}
+    assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
+    model.hf_device_map["lm_head"] = 1
+    assert "split over devices" in prefix_sharing.unsupported_reason(model, torch.device("cuda"))
+    model.set_attn_implementation("sdpa")
+    assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
 
 
 def test_forward_cost_by_hand():
