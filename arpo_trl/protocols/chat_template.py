@@ -52,8 +52,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return [{"role": "tool", "name": call.name, "content": text_of(call.result)} for call in calls]
 
     def result_ids(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[int]:
-        if self.suffix_ids is None:
-            raise ValueError("`ChatTemplateProtocol` renders results with `suffix_ids`: pass it.")
+        assert self.suffix_ids is not None
         messages = self.results_turn(calls)
         for message in messages:
             message["content"] = defuse(self.tokenizer, message["content"])
