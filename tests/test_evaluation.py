@@ -97,6 +97,7 @@ def test_a_line_is_a_rollout_record_and_more(tmp_path):
     assert set(records[0]) == {
         *empty,
         *("question", "answer", "completion", "prediction", "score", "correct", "seconds"),
+        *("sampling", "scored_with"),
     }
     assert [(record["prompt_index"], record["row"], record["question"]) for record in records] == [
         *((0, 0, "0?"), (0, 1, "0?"), (1, 0, "1?"), (1, 1, "1?")),
