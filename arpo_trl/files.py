@@ -98,7 +98,7 @@ def to_dataset(rows: list[dict[str, Any]], path: str | Path) -> Dataset:
     if any(not isinstance(value, str | None) for value in columns.get(truths, [])):
         answers = convert_rows(accepted_answers, columns[truths], path)
         several = any(map(holds_several, columns[truths]))
-        columns[truths] = answers if several else [own[0] if own else "" for own in answers]
+        columns[truths] = answers if several else [own[0] if own else None for own in answers]
     if any(isinstance(index, str) for index in columns.get("index", [])):  # DAPO's are texts, others numbers
         columns["index"] = [None if index is None else str(index) for index in columns["index"]]
     arrays = {}
