@@ -12,23 +12,18 @@ official scorers of GAIA and 2WikiMultihopQA are not here either; docs/evaluatio
 
 import base64
 import binascii
-import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet
 from datasets import Audio, Dataset, Image, load_dataset
 
 from .data import CHAT_SYSTEM_PROMPT
+from .files import SUFFIXES, Row, read_rows
 from .rewards import exact_match_reward, extract_boxed, math_reward, token_f1_reward
-
-Row = dict[str, Any]
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+from .rewards.completions import accepted_answers
 
 
 def _from_columns(*names: str) -> Callable[[Row], list[str]]:
@@ -52,13 +47,8 @@ def _gaia_answer(row: Row) -> list[str]:
 
 
 def _texts(value: Any) -> list[str]:
-    """All text and numbers in a value or in a list of values, none twice and none blank."""
-    if isinstance(value, list | tuple):
-        return list(dict.fromkeys(text for item in value for text in _texts(item)))
-    if isinstance(value, float) and value.is_integer():  # a column of numbers in which one is missing becomes floats
-        value = int(value)
-    text = "" if value is None or value != value else str(value).strip()
-    return [text] if text else []
+    """All answers in a value, see [`~rewards.completions.accepted_answers`], without white space around them."""
+    return list(dict.fromkeys(text.strip() for text in accepted_answers(value)))
 
 
 @dataclass(frozen=True)
@@ -226,14 +216,18 @@ def load_benchmark(
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     questions = []
     for place, row in enumerate(rows):
-        question = next((text for column in benchmark.question for text in _texts(row.get(column))), None)
+        try:
+            question = next((text for column in benchmark.question for text in _texts(row.get(column))), None)
+            answers = benchmark.answers(row)
+        except ValueError as error:
+            raise ValueError(f"{benchmark.title}, row {place} of {source or benchmark.hub_id}: {error}") from error
         if question is None:
             raise ValueError(
                 f"{benchmark.title}, row {place} of {source or benchmark.hub_id} has no question: none of the columns "
                 f"{', '.join(benchmark.question)} is filled (it has {', '.join(row)})."
             )
         prompt = [*system, {"role": "user", "content": question}]
-        questions.append({"prompt": prompt, "question": question, "answer": benchmark.answers(row)})
+        questions.append({"prompt": prompt, "question": question, "answer": answers})
     if not any(row["answer"] for row in questions):
         raise ValueError(
             f"{benchmark.title}: no row of {source or benchmark.hub_id} has an answer, so that nothing can be scored. "
@@ -339,39 +333,13 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .json (a list of objects, or JSON lines), .parquet or .csv file."""
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-    text = path.read_text(encoding="utf-8-sig")
-    rows = _json(text, path) if path.suffix == ".json" and text.lstrip().startswith("[") else _json_lines(text, path)
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold one JSON object a row.")
-    return rows
-
-
-def _json(text: str, where: str | Path) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
-
-
-def _json_lines(text: str, path: Path) -> list[Row]:
-    # not `splitlines`, which also cuts at the line separators that JSON allows inside a string
-    return [_json(line, f"{path} line {n}") for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-
-
 def _with_aliases(rows: Iterable[Row], folder: Path) -> list[Row]:
     """2WikiMultihopQA tells other names of an answer in a file of its own, `id_aliases.json`, by `answer_id`."""
     path = folder / "id_aliases.json"
     if not path.exists():
         return list(rows)
-    aliases = {row["Q_id"]: [row.get("aliases"), row.get("demonyms")] for row in read_rows(path)}
-    return [row | {"answer_aliases": aliases.get(row.get("answer_id"))} for row in rows]
+    aliases = {str(row.get("Q_id")): [row.get("aliases"), row.get("demonyms")] for row in read_rows(path)}
+    return [row | {"answer_aliases": aliases.get(str(row.get("answer_id")))} for row in rows]
 
 
 def decrypt_row(row: Row) -> Row:

@@ -18,15 +18,17 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from .files import convert_rows, holds_several, read_rows, to_dataset
 from .protocols import encode_onward, encode_plain
-from .rewards.completions import result_spans
+from .rewards.completions import accepted_answers, result_spans
+from .rewards.composite import is_math
 from .tools.source import trimmed, unindented
 
 ToolProtocolName = Literal["tags", "chat_template"]
@@ -118,36 +120,78 @@ def convert_rl_row(row: dict[str, Any], protocol: ToolProtocolName = "tags") -> 
     One row of the published RL sets for TRL.
 
     Args:
-        row (`dict`): Columns `prompt` (messages), `ability`, `data_source`, `reward_model.ground_truth`, `extra_info`.
+        row (`dict`): Columns `prompt` (messages), `ability`, `data_source`, `reward_model.ground_truth`, `extra_info`. The
+            ground truth is whatever [`~rewards.completions.accepted_answers`] reads, or such a list or dict as JSON, as
+            in Skywork's sets.
         protocol (`str`): `"tags"` keeps the published system prompt, which teaches the tags; `"chat_template"` puts
             [`CHAT_SYSTEM_PROMPT`] in its place, since there the template tells the model about its tools.
 
     Returns:
-        `dict`: `prompt` (messages), `answer` (`str`, or `list[str]` where several are published), `question`,
-        `ability`, `data_source`, `index`, and `repairs`, what was repaired in the row.
+        `dict`: `prompt` (messages), `answer` (`str`, or `list[str]` where the ground truth is a list or a dict),
+        `question`, `ability`, `data_source`, `index`, and `repairs`, what was repaired in the row.
+
+    Raises:
+        `ValueError`: The prompt is neither messages of text nor text, or the ground truth does not tell its answers.
     """
     _check_protocol(protocol)
-    prompt, repairs = [], []
-    for message in row["prompt"]:
+    prompt: list[dict[str, str]] = []
+    repairs: list[str] = []
+    for message in _text_messages(row.get("prompt"), "prompt"):
         content, found = repair_text(message["content"])
         if message["role"] == "system" and protocol == "chat_template":
             content = CHAT_SYSTEM_PROMPT
         else:
             repairs += [f"{message['role']} message: {name}" for name in found]
         prompt.append({"role": message["role"], "content": content})
-    truth = row["reward_model"]["ground_truth"]
-    truths = [repair_answer(text) for text in ([truth] if isinstance(truth, str) else truth)]
+    reward_model = row.get("reward_model")
+    if not isinstance(reward_model, Mapping) or "ground_truth" not in reward_model:
+        raise ValueError(
+            f"`reward_model` is {str(reward_model)[:80]!r}: expected a dict that holds the accepted answers under "
+            "`ground_truth`."
+        )
+    truth = _decoded(reward_model["ground_truth"])
+    truths = [repair_answer(text) for text in ([truth] if isinstance(truth, str) else accepted_answers(truth))]
     repairs += [f"ground truth: {name}" for name in dict.fromkeys(name for _, found in truths for name in found)]
     answers = [text for text, _ in truths]
+    extra = row.get("extra_info")
     return {
         "prompt": prompt,
-        "answer": answers[0] if isinstance(truth, str) else answers,
+        "answer": answers if holds_several(truth) else answers[0] if answers else "",
         "question": prompt[-1]["content"],
-        "ability": row["ability"],
-        "data_source": row["data_source"],
-        "index": (row.get("extra_info") or {}).get("index"),
+        "ability": row.get("ability"),
+        "data_source": row.get("data_source"),
+        "index": extra.get("index") if isinstance(extra, Mapping) else None,
         "repairs": repairs,
     }
+
+
+def _text_messages(messages: Any, column: str) -> list[dict[str, str]]:
+    """`messages` as a list of `{role, content}` of text; a text alone is the user's."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    messages = messages.tolist() if hasattr(messages, "tolist") else messages
+    if not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"`{column}` is {str(messages)[:80]!r}: expected a list of messages with role and content.")
+    for message in messages:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(
+                f"`{column}` holds the message {str(message)[:80]!r}: expected a role and a content, both text."
+            )
+    return list(messages)
+
+
+def _decoded(truth: Any) -> Any:
+    """`truth`, read as JSON where it is a list of texts or a dict of answers in JSON; any other text stays as it is."""
+    if isinstance(truth, str) and re.match(r'\s*(\[\s*"|\{\s*")', truth):
+        try:
+            accepted_answers(decoded := json.loads(truth))
+        except (ValueError, RecursionError):
+            return truth
+        if isinstance(decoded, dict) or all(isinstance(item, str) for item in decoded):
+            return decoded
+    return truth
 
 
 def load_rl(path: str | Path, protocol: ToolProtocolName = "tags", split: str = "train") -> Dataset:
@@ -160,20 +204,21 @@ def load_rl(path: str | Path, protocol: ToolProtocolName = "tags", split: str = 
         split (`str`): Split of a dataset on the Hub; a local file is one split.
 
     Returns:
-        `Dataset`: Rows as [`convert_rl_row`] makes them, without `repairs`.
+        `Dataset`: Rows as [`convert_rl_row`] makes them, without `repairs`. `answer` is a text in all rows, or where some
+        row has several answers a list in all of them; a row without an answer holds an empty one.
+
+    Raises:
+        `ValueError`: The file cannot be read, is no RL set, or a row cannot be converted, which is named.
     """
     _check_protocol(protocol)
     rows = _load(path, split)
-    missing = {"prompt", "ability", "data_source", "reward_model"} - set(rows.column_names)
+    missing = {"prompt", "ability", "data_source", "reward_model"} - {name for row in rows for name in row}
     if missing:
         raise ValueError(f"{path} is no RL set: it lacks the columns {', '.join(sorted(missing))}.")
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        converted = convert_rl_row(row, protocol)
-        del converted["repairs"]
-        return converted
-
-    return rows.map(convert, remove_columns=rows.column_names, desc="Converting")
+    converted = convert_rows(lambda row: convert_rl_row(row, protocol), rows, path)
+    for row in converted:
+        del row["repairs"]
+    return to_dataset(converted, path)
 
 
 def sharegpt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -186,18 +231,24 @@ def sharegpt_messages(row: dict[str, Any]) -> list[dict[str, str]]:
 
     Returns:
         `list[dict]`: `{role, content}` messages, the system prompt first.
+
+    Raises:
+        `ValueError`: A turn has another role, or is no such dict of texts.
     """
     roles = {"human": "user", "gpt": "assistant"}
     system = row.get("system")
-    messages = [{"role": "system", "content": system}] if system else []
-    for turn in row["conversations"]:
+    messages = _text_messages([{"role": "system", "content": system}], "system") if system else []
+    turns = row.get("conversations")
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(f"`conversations` is {str(turns)[:80]!r}: expected a list of turns with from and value.")
+    for turn in turns:
         role, content = turn.get("from") or turn.get("role"), turn.get("value") or turn.get("content") or ""
-        role = roles.get(role, role)
+        role = roles.get(role, role) if isinstance(role, str) else role
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"A turn has the role {role!r}: expected human, gpt, user, assistant or system.")
         if role == "system" and messages:
             continue  # some exports repeat the system prompt as the first turn
-        messages.append({"role": role, "content": content})
+        messages += _text_messages([{"role": role, "content": content}], "conversations")
     return [{"role": message["role"], "content": repair_text(message["content"])[0]} for message in messages]
 
 
@@ -254,9 +305,9 @@ def load_cold_start(
     """
     _check_protocol(protocol)
     source = _load(path, split)
-    if "conversations" not in source.column_names:
+    if not any("conversations" in row for row in source):
         raise ValueError(f"{path} is no ShareGPT set: it has no column `conversations`.")
-    conversations = map(sharegpt_messages, source)
+    conversations = convert_rows(sharegpt_messages, source, path)
     if protocol == "tags":
         rows = [{"messages": part} for messages in conversations for part in _up_to_each_answer(messages)]
         return Dataset.from_list(rows)
@@ -317,15 +368,13 @@ def _check_protocol(protocol: str) -> None:
         raise ValueError(f"protocol={protocol!r} is unknown: use 'tags' or 'chat_template'.")
 
 
-def _load(path: str | Path, split: str) -> Dataset:
+def _load(path: str | Path, split: str) -> Sequence[dict[str, Any]]:
     file = Path(path)
-    if not file.is_file():
-        loaded = load_dataset(str(path), split=split)
-    else:
-        builder = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(file.suffix)
-        if builder is None:
+    if file.is_file():
+        if file.suffix not in (".parquet", ".json", ".jsonl"):
             raise ValueError(f"{path} has the unknown suffix {file.suffix!r}: use .parquet, .json or .jsonl.")
-        loaded = load_dataset(builder, data_files=str(file), split="train")
+        return read_rows(file)
+    loaded = load_dataset(str(path), split=split)
     if isinstance(loaded, DatasetDict):
         raise ValueError(f"split={split!r} of {path} holds several splits: name one.")
     return loaded
@@ -349,17 +398,27 @@ def unread_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, s
     """
     from .rewards.mathematics import clean_answer, math_reward, shared_verifier
 
-    converted = [convert_rl_row(row) for row in rows if row["ability"] == "math"]
-    cleaned = [clean_answer(row["answer"]) for row in converted]
-    verdicts = shared_verifier().compare([(text, text) for text in cleaned])
-    completions = [rf"<think></think><answer>\boxed{{{row['answer']}}}</answer>" for row in converted]
-    rewards = math_reward(completions, answer=[row["answer"] for row in converted])
+    truths = _math_truths(rows)
+    answers = [answer for _, answer in truths]
+    verdicts = shared_verifier().compare([(text, text) for text in map(clean_answer, answers)])
+    completions = [rf"<think></think><answer>\boxed{{{answer}}}</answer>" for answer in answers]
+    rewards = math_reward(completions, answer=answers)
     unread = []
-    for row, verdict, reward in zip(converted, verdicts, rewards, strict=True):
+    for (index, answer), verdict, reward in zip(truths, verdicts, rewards, strict=True):
         if reward != 1.0 or verdict is None or not verdict.parsed or not verdict.equal:
             outcome = "accepted as text" if reward == 1.0 else "not scored" if reward is None else "rejected"
-            unread.append((row["index"], row["answer"], outcome, _why_unread(row["answer"])))
+            unread.append((index, answer, outcome, _why_unread(answer)))
     return unread
+
+
+def _math_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[Any, str]]:
+    """Index and repaired ground truth of mathematics rows, one for each accepted answer."""
+    converted = [convert_rl_row(row) for row in rows if is_math(row.get("ability"))]
+    return [
+        (row["index"], answer)
+        for row in converted
+        for answer in ([row["answer"]] if isinstance(row["answer"], str) else row["answer"])
+    ]
 
 
 def _why_unread(answer: str) -> str:
@@ -380,8 +439,7 @@ def _why_unread(answer: str) -> str:
 
 def suspect_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
     """Ground truths of mathematics rows whose brackets do not match: cut off, or cut out of a formula, at the source."""
-    answers = [(row["extra_info"]["index"], convert_rl_row(row)["answer"]) for row in rows if row["ability"] == "math"]
-    return [(index, answer) for index, answer in answers if not _brackets_match(answer)]
+    return [(index, answer) for index, answer in _math_truths(rows) if not _brackets_match(answer)]
 
 
 def _brackets_match(answer: str) -> bool:
@@ -393,7 +451,8 @@ def _brackets_match(answer: str) -> bool:
 def report(path: str | Path) -> str:
     """Markdown tables of [`repair_counts`], [`unread_truths`] and [`suspect_truths`] for one RL file."""
     rows = list(_load(path, "train"))
-    mathematics = sum(row["ability"] == "math" for row in rows)
+    convert_rows(convert_rl_row, rows, path)  # a row that cannot be converted is named
+    mathematics = sum(is_math(row.get("ability")) for row in rows)
 
     def code(text: str) -> str:
         return "`" + text.replace("|", "\\|").replace("\n", " ") + "`" if text else "(empty)"

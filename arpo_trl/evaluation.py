@@ -6,9 +6,7 @@ transformers or vLLM.
 What is not here: published benchmarks (see [`arpo_trl.benchmarks`]), several processes, and entropies on vLLM.
 """
 
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +22,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
+from .evaluation_records import question_text, resume, sampling_settings, scoring_hashes, write_records
 from .protocols import protocol_class, tool_chat_template, warn_of_another_protocol
 from .rewards.completions import final_answers
-from .rewards.judge import last_user_text
 from .rollout.generation_settings import context_length, tell_settings, without_unfit_settings
 from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
 from .rollout.prefix_cache import PrefixCache
@@ -258,22 +256,30 @@ def evaluate(
         num_generations (`int`): Completions for each question, for pass@k.
         records_path (`str` or `Path`, *optional*): JSONL file that gets a line for each completion as soon as its
             question is done (format: docs/evaluation.md). Questions that it already holds are not asked again, so a
-            killed run goes on where it stopped; completions without a score are scored again.
+            killed run goes on where it stopped. Completions without a score are scored again, and so are all of a question
+            whose columns (the ground truth) have changed, or all where `score` or `correct` has.
         correct (`Callable`, *optional*): Reward function that returns 1 or more for a right answer; by default `score`.
         description (`str`): Stands before the progress bar.
 
     Returns:
-        `list[dict]`: for each question `index`, `seconds` (of the batch it was in, divided by its questions) and, one
-        entry a completion, `scores` and `correct` (`None` where the function had nothing to say), `truncated`,
-        `tool_calls` (a list a completion), `completions` and `predictions` (what was boxed as the answer).
+        `list[dict]`: for each question `index`, `records`: its completions as the lines of the file hold them, with the
+        same keys, and from these, one entry a completion, `scores`, `correct`, `truncated`, `tool_calls`, `completions` and
+        `predictions` (`score`, `correct`, `truncated`, `tool_calls`, `completion`, `prediction` of a record), and the sum
+        of their `seconds`.
 
     Raises:
-        ValueError: `records_path` holds other questions, or more completions of one than `num_generations`.
+        ValueError: `records_path` holds other questions, prompts or settings of sampling, more completions of a question
+            than `num_generations`, or lines that are no records.
     """
     rows = list(rows)
-    fill_scores = partial(_fill_scores, agent, score, correct or score)
+    correct = correct or score
+    scored_with = scoring_hashes([score, correct], rows)
+    fill_scores = partial(_fill_scores, agent, score, correct, scored_with)
     path = None if records_path is None else Path(records_path)
-    done = {} if path is None else _resume(path, rows, num_generations, fill_scores)
+    sampling = sampling_settings(agent)
+    done: dict[int, list[dict]] = {}
+    if path is not None:
+        done = resume(path, rows, num_generations, sampling, agent._tokenize, scored_with, fill_scores)
     todo = [index for index in range(len(rows)) if index not in done]
     step = max(1, agent.batch_size // num_generations)
     verdicts = [record["correct"] for group in done.values() for record in group if record["correct"] is not None]
@@ -281,7 +287,7 @@ def evaluate(
         for start in range(0, len(todo), step):
             batch = todo[start : start + step]
             started = time.perf_counter()
-            records = _ask(agent, [rows[index] for index in batch], batch, num_generations)
+            records = _ask(agent, [rows[index] for index in batch], batch, num_generations, sampling)
             try:
                 fill_scores(records, rows)
             finally:  # what was sampled is kept where scoring fails
@@ -289,7 +295,7 @@ def evaluate(
                 for record in records:
                     record["seconds"] = seconds
                 if path is not None:
-                    _write(path, records, "a")
+                    write_records(path, records, "a")
             for index in batch:
                 done[index] = [record for record in records if record["prompt_index"] == index]
             bar.update(len(batch))
@@ -299,9 +305,14 @@ def evaluate(
 
 
 def _fill_scores(
-    agent: Agent, score: Callable, correct: Callable, records: Sequence[dict], rows: Sequence[Mapping[str, Any]]
+    agent: Agent,
+    score: Callable,
+    correct: Callable,
+    scored_with: Sequence[str],
+    records: Sequence[dict],
+    rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Score `records`, whose `prompt_index` is a place in `rows`, from what they hold."""
+    """Score `records`, whose `prompt_index` is a place in `rows` and `scored_with`, from what they hold."""
     own = [rows[record["prompt_index"]] for record in records]
     completions = [record["completion"] for record in records]
     own_ids = [own_tokens(record["completion_ids"], record["tool_mask"]) for record in records]
@@ -319,7 +330,9 @@ def _fill_scores(
     # Copies, since a function may change what it is given
     scores = score(**copied(columns))
     verdicts = scores if correct is score else correct(**copied(columns))
-    for record, value, verdict in zip(records, scores, verdicts, strict=True):
+    for record, row, value, verdict in zip(records, own, scores, verdicts, strict=True):
+        record["answer"] = row.get("answer")
+        record["scored_with"] = scored_with[record["prompt_index"]]
         record["score"] = value
         record["correct"] = None if verdict is None else verdict >= 1.0
         record["rewards"] = {_name(score): value, _name(correct): verdict}
@@ -329,7 +342,9 @@ def _name(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _ask(agent: Agent, rows: list[dict], indices: Sequence[int], num_generations: int) -> list[dict[str, Any]]:
+def _ask(
+    agent: Agent, rows: list[dict], indices: Sequence[int], num_generations: int, sampling: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """Records of `num_generations` completions of each question, not yet scored."""
     trajectories = agent.rollout([row["prompt"] for row in rows for _ in range(num_generations)])
     groups = []
@@ -343,16 +358,13 @@ def _ask(agent: Agent, rows: list[dict], indices: Sequence[int], num_generations
             "step": None,
             "prompt_index": indices[place // num_generations],
             "advantage": None,
-            "question": _question_text(row),
+            "question": question_text(row),
             "answer": row.get("answer"),
             "completion": agent.completion(trajectory, row["prompt"]),
-            **dict.fromkeys(("prediction", "score", "correct", "seconds")),
+            "sampling": dict(sampling),
+            **dict.fromkeys(("prediction", "score", "correct", "scored_with", "seconds")),
         }
     return records
-
-
-def _question_text(row: Mapping[str, Any]) -> str:
-    return row.get("question") or last_user_text(row["prompt"])
 
 
 def _question(index: int, records: Sequence[dict]) -> dict[str, Any]:
@@ -366,51 +378,8 @@ def _question(index: int, records: Sequence[dict]) -> dict[str, Any]:
         "predictions": "prediction",
     }
     lists = {name: [record[key] for record in records] for name, key in columns.items()}
-    return {"index": index, **lists, "seconds": sum(record["seconds"] for record in records)}
-
-
-def _resume(path: Path, rows: Sequence[dict], num_generations: int, fill_scores: Callable) -> dict[int, list[dict]]:
-    """
-    The questions that a file of records holds, by their index. What a killed run left half done is taken out of the file,
-    and completions that could not be scored are scored again.
-    """
-    if not path.exists():
-        return {}
-    found: dict[int, list[dict]] = {}
-    *lines, rest = path.read_bytes().split(b"\n")
-    damaged = bool(rest)  # the line that a killed run was writing
-    for line in lines:
-        try:
-            record = json.loads(line)
-            found.setdefault(record["prompt_index"], []).append(record)
-        except (ValueError, KeyError, TypeError):  # such a line with more behind it
-            damaged = True
-    kept = {index: group for index, group in found.items() if len(group) >= num_generations}
-    for index, group in kept.items():
-        if len(group) > num_generations:
-            raise ValueError(
-                f"{path} holds {len(group)} completions of a question, and num_generations is {num_generations}: "
-                "evaluate into another file, or ask for as many as before."
-            )
-        if index < len(rows) and group[0]["question"] != _question_text(rows[index]):
-            raise ValueError(
-                f"{path} holds other questions: number {index} was {group[0]['question'][:80]!r}. Evaluate into another "
-                "file, or delete this one."
-            )
-    unscored = [r for index in kept if index < len(rows) for r in kept[index] if r["score"] is None]
-    if unscored:
-        fill_scores(unscored, rows)
-    if unscored or damaged or len(kept) < len(found):
-        whole = path.with_suffix(".tmp")
-        _write(whole, [record for index in sorted(kept) for record in kept[index]], "w")
-        os.replace(whole, path)
-    return {index: group for index, group in kept.items() if index < len(rows)}
-
-
-def _write(path: Path, records: Sequence[dict], mode: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open(mode, encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+    seconds = sum(record["seconds"] for record in records)
+    return {"index": index, "records": list(records), **lists, "seconds": seconds}
 
 
 def summarize(records: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> dict[str, float]:

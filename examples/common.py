@@ -12,7 +12,9 @@ import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from arpo_trl.data import load_rl
 from arpo_trl.evaluation import Agent
+from arpo_trl.files import read_rows, to_dataset
 
 
 @dataclass
@@ -174,13 +176,13 @@ def load_questions(path: str, split: str, config: str | None = None, protocol: s
     if Path(path).is_dir() and (Path(path) / "dataset_info.json").exists():
         dataset = load_from_disk(path)
     elif Path(path).is_file():
-        kind = "parquet" if path.endswith(".parquet") else "json"
-        dataset = load_dataset(kind, data_files=path, split="train")
+        rows = read_rows(path)
+        if any("reward_model" in row for row in rows):
+            return load_rl(path, protocol=protocol, split=split)
+        dataset = to_dataset(rows, path)
     else:
         dataset = load_dataset(path, name=config, split=split)
     if "reward_model" in dataset.column_names:
-        from arpo_trl.data import load_rl
-
         return load_rl(path, protocol=protocol, split=split)
     if "prompt" not in dataset.column_names:
         raise ValueError(f"`--dataset_name {path}` has no column `prompt` (it has {', '.join(dataset.column_names)}).")

@@ -1,11 +1,16 @@
+import csv
 import json
+import random
+import re
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import tiny
 from datasets import Dataset
 
+from arpo_trl.benchmarks import load_benchmark
 from arpo_trl.data import (
     CHAT_SYSTEM_PROMPT,
     TOOL_SCHEMAS,
@@ -22,6 +27,7 @@ from arpo_trl.data import (
     trace_messages,
     unread_truths,
 )
+from arpo_trl.files import read_rows, to_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -118,6 +124,97 @@ def test_rl_row_for_both_protocols():
 def test_rl_row_with_several_truths_keeps_them_all():
     row = rl_row(reward_model={"ground_truth": ["Paris ", "Lutetia"]}, ability="qa")
     assert convert_rl_row(row)["answer"] == ["Paris", "Lutetia"]
+
+
+@pytest.mark.parametrize(
+    ("truth", "expected"),
+    [
+        ("Paris", "Paris"),
+        ({"target": ["Paris", "City of Paris"]}, ["Paris", "City of Paris"]),
+        ({"target": numpy.array(["Paris"], dtype=object)}, ["Paris"]),
+        ({"target": "Paris"}, ["Paris"]),
+        ({"answers": ["Paris"], "target": None}, ["Paris"]),
+        ({"ground_truth": ["Paris"]}, ["Paris"]),
+        (numpy.array(["Paris", "Lutetia"], dtype=object), ["Paris", "Lutetia"]),
+        ([["Paris"], "Lutetia"], ["Paris", "Lutetia"]),
+        ('["Paris", "Lutetia"]', ["Paris", "Lutetia"]),  # Skywork's lists are JSON
+        ('{"target": ["Paris"]}', ["Paris"]),
+        ('{"inputs": ["1"], "outputs": ["2"]}', '{"inputs": ["1"], "outputs": ["2"]}'),  # PRIME's tests of programs
+        ("[1, 2]", "[1, 2]"),  # an interval
+        (5, "5"),
+        (5.5, "5.5"),
+        (None, ""),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_a_ground_truth_of_any_published_shape_is_the_listed_answers(truth, expected):
+    from arpo_trl.rewards import arpo_reward
+
+    row = convert_rl_row(rl_row(reward_model={"style": "rule", "ground_truth": truth}, ability="fact-reasoning"))
+    assert row["answer"] == expected
+    columns = {"answer": [row["answer"]] * 2, "ability": [row["ability"]] * 2}
+    says = [rf"<think>t</think><answer>\boxed{{{answer}}}</answer>" for answer in ("Paris", "target")]
+    assert arpo_reward(says, **columns) == [float("Paris" in expected), 0.0] if expected else [None, None]
+
+
+def test_parquet_of_search_r1_holds_the_listed_answers(tmp_path):
+    rows = [rl_row(reward_model={"ground_truth": {"target": [name]}}, metadata="m") for name in ("Paris", "Rome")]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    assert load_rl(tmp_path / "rows.parquet")["answer"] == [["Paris"], ["Rome"]]
+
+
+@pytest.mark.parametrize(
+    ("truths", "expected"),
+    [
+        (["004", ["a", "b"]], [["004"], ["a", "b"]]),
+        (["1e5", "true"], ["1e5", "true"]),
+        ([5, "x"], ["5", "x"]),
+        ([5, 5.5], ["5", "5.5"]),
+        ([None, "5"], ["", "5"]),
+        ([None, ["5"]], [[], ["5"]]),
+        ([{"target": ["a"]}, "b"], [["a"], ["b"]]),
+        ([10**30, 1], [str(10**30), "1"]),
+    ],
+    ids=str,
+)
+def test_truths_of_several_types_in_one_column_are_kept_as_written(tmp_path, truths, expected):
+    from common import load_questions
+
+    rl = write_jsonl(tmp_path / "rl.jsonl", [rl_row(reward_model={"ground_truth": truth}) for truth in truths])
+    assert load_rl(rl)["answer"] == expected
+    assert load_questions(str(rl), "train")["answer"] == expected
+    rows = [{"prompt": "q", "answer": truth} for truth in truths]
+    questions = load_questions(str(write_jsonl(tmp_path / "q.jsonl", rows)), "train")
+    assert questions["answer"] == [None if answer == "" else answer for answer in expected]
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"reward_model": None}, "`reward_model` is 'None': expected a dict that holds"),
+        ({"reward_model": {"style": "rule"}}, "expected a dict that holds the accepted answers under `ground_truth`"),
+        ({"reward_model": {"ground_truth": {"target": 98, "numbers": [1]}}}, "keys 'target', 'numbers', which do not"),
+        ({"prompt": None}, "`prompt` is 'None': expected a list of messages"),
+        ({"prompt": []}, "`prompt` is '.*': expected a list of messages"),
+        ({"prompt": ["q"]}, "`prompt` holds the message 'q': expected a role and a content, both text"),
+        ({"prompt": [{"role": "user", "content": 5}]}, "expected a role and a content, both text"),
+    ],
+)
+def test_a_row_that_cannot_be_converted_is_named(tmp_path, fields, told):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(rl_row()) + "\n\n" + json.dumps(rl_row(**fields)) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 3: .*{told}"):
+        load_rl(path)
+    Dataset.from_list([rl_row(metadata="m")]).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "list.json").write_text(json.dumps([rl_row(), rl_row(**fields)]))
+    with pytest.raises(ValueError, match=f"list.json, row 1: .*{told}"):
+        load_rl(tmp_path / "list.json")
 
 
 def test_load_rl_from_every_kind_of_file(tmp_path):
@@ -372,6 +469,109 @@ def test_load_cold_start_refuses_what_it_is_not(tmp_path):
         load_cold_start(tmp_path / "rows.jsonl")
     with pytest.raises(ValueError, match="protocol='xml' is unknown"):
         load_cold_start(write_cold_start(tmp_path), protocol="xml")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": None},
+        {"conversations": ["q"]},
+        {"conversations": [{"from": "human", "value": 5}]},
+        {"conversations": [{"from": ["human"], "value": "q"}]},
+        {"system": 5, "conversations": []},
+    ],
+)
+def test_a_cold_start_row_that_cannot_be_converted_is_named(tmp_path, row):
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [json.loads(write_cold_start(tmp_path).read_text().split("\n")[0]), row]
+    )
+    with pytest.raises(ValueError, match="rows.jsonl, line 2: .*expected"):
+        load_cold_start(path)
+
+
+# Damaged files
+
+
+def test_marks_and_halves_of_characters_in_text_files(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = json.dumps(rl_row(data_source="\ud83d and \ude00, \U0001f600"))
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_rl(path)["data_source"] == ["\ufffd and \ufffd, \U0001f600"]
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match="rows.jsonl, line 1 is no UTF-8 text .*: save the file as UTF-8"):
+        load_rl(path)
+
+
+def test_fields_of_a_csv_file_may_be_long(tmp_path):
+    limit = csv.field_size_limit()
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffquestion,answer\n"' + "x" * 200_000 + '\u2028\r\n",1\n', encoding="utf-8", newline="")
+    assert read_rows(path) == [{"question": "x" * 200_000 + "\u2028\r\n", "answer": "1"}]
+    assert csv.field_size_limit() == limit
+    path.write_text("question,answer\nWho, then?,1\n")
+    with pytest.raises(ValueError, match="rows.csv, line 2 has more fields than the header: put quotes"):
+        read_rows(path)
+
+
+def test_a_column_of_several_types_is_named(tmp_path):
+    rows = [{"prompt": "q", "answer": "1", "level": "easy"}, {"prompt": "q", "answer": "1", "level": 3}]
+    with pytest.raises(ValueError, match="rows.jsonl: the values of the column `level` are not of one type"):
+        to_dataset(rows, tmp_path / "rows.jsonl")
+
+
+def test_json_that_is_nested_without_end_is_told(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for text in ("[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, "9" * 5000, "{}" * 2, "3"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="rows.jsonl"):
+            load_rl(path)
+
+
+def test_a_damaged_file_is_one_clear_error_at_worst(tmp_path):
+    """Random damage to files of each kind: either the file still loads, or the error names it."""
+    rng = random.Random(0)
+    junk = [
+        b"null",
+        b"1e999",
+        b"[]",
+        b"{}",
+        b"[[",
+        rb'"\ud800"',
+        b"\xff",
+        b"\x00",
+        b"\xef\xbb\xbf",
+        b"[null]",
+        b'{"a":1}',
+    ]
+    junk += [b'"', b"\n", b"\r", b",", b"true", b"9" * 5000, b"-", b'{"target":[1,2.5,null]}', b"9" * 23]
+    Dataset.from_list([rl_row(metadata="m")] * 2).to_parquet(tmp_path / "seed.parquet")
+    rl = "\n".join(json.dumps(rl_row(reward_model={"ground_truth": truth})) for truth in ("1", ["a", "b"])).encode()
+    seeds = [
+        (".jsonl", rl, load_rl),
+        (".json", b"[" + rl.replace(b"\n", b",") + b"]", load_rl),
+        (".parquet", (tmp_path / "seed.parquet").read_bytes(), load_rl),
+        (".jsonl", write_cold_start(tmp_path).read_bytes(), load_cold_start),
+        (".csv", b'question,answer\n"A, b?",#### 1\nB?,2\n', lambda path: load_benchmark("gsm8k", path)),
+        (".jsonl", b'{"question": "A?", "answer": "#### 1"}\n' * 2, lambda path: load_benchmark("gsm8k", path)),
+    ]
+    loaded = 0
+    for number in range(1200):
+        suffix, data, load = seeds[number % len(seeds)]
+        path = tmp_path / f"rows{suffix}"
+        start = rng.randrange(len(data))
+        inserted = rng.choice([*junk, bytes([rng.randrange(256)]), b""])
+        if number >= len(seeds):  # the first ones are whole
+            values = list(re.finditer(rb'"[^"\\]*"|\d+|\n', data))
+            found = rng.choice(values) if values and rng.random() < 0.5 else None
+            start, end = found.span() if found else (start, start + rng.randrange(3))
+            data = data[:start] + inserted + data[end:]
+        path.write_bytes(data)
+        try:
+            load(path)
+            loaded += 1
+        except ValueError as error:
+            assert number >= len(seeds) and str(path) in str(error), error
+    assert 100 < loaded < 1100
 
 
 # The recipe for cold-start data

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -98,6 +99,7 @@ def test_a_line_is_a_rollout_record_and_more(tmp_path):
     assert set(records[0]) == {
         *empty,
         *("question", "answer", "completion", "prediction", "score", "correct", "seconds"),
+        *("sampling", "scored_with"),
     }
     assert [(record["prompt_index"], record["row"], record["question"]) for record in records] == [
         *((0, 0, "0?"), (0, 1, "0?"), (1, 0, "1?"), (1, 1, "1?")),
@@ -188,6 +190,124 @@ def test_records_of_other_questions_are_refused(tmp_path):
         evaluate(agent, rows, score, num_generations=1, records_path=path)
     assert path.read_bytes() == before
     agent.close()
+
+
+def test_corrected_truths_and_other_functions_are_scored_again_without_being_sampled(tmp_path):
+    path = tmp_path / "records.jsonl"
+    agent = scripted_agent([plan("Ayes")], batch_size=2)
+    rows = [{"prompt": PROMPT, "question": "Q?", "answer": answer} for answer in ("no", "yes")]
+
+    def verdicts(rows, score=score, **options):
+        agent.model.batches.clear()
+        records = evaluate(agent, rows, score, records_path=path, **options)
+        return [record["correct"][0] for record in records], len(agent.model.batches)
+
+    assert verdicts(rows) == ([False, True], 1)
+    before = path.read_bytes()
+    assert verdicts(rows) == ([False, True], 0) and path.read_bytes() == before
+    corrected = [rows[0] | {"answer": "yes"}, rows[1]]
+    assert verdicts(corrected) == ([True, True], 0)
+    assert [record["answer"] for record in lines(path)] == ["yes", "yes"]
+    assert verdicts(rows[::-1]) == ([True, False], 0)  # equal prompts that changed places
+    assert verdicts(corrected, lambda completions, **columns: [0.0] * len(completions)) == ([False, False], 0)
+    assert verdicts(corrected) == ([True, True], 0)
+    assert verdicts(corrected, correct=lambda completions, **columns: [0.0] * len(completions)) == ([False] * 2, 0)
+
+    def at_least(limit):
+        return lambda completions, **columns: [float(len(text) >= limit) for text in completions]
+
+    assert verdicts(corrected, at_least(3)) == ([True, True], 0)
+    assert verdicts(corrected, at_least(30)) == ([False, False], 0)  # the same code with another constant
+    assert verdicts(corrected, partial(score, weight=2)) == ([True, True], 0)
+    agent.close()
+
+
+def test_a_score_is_known_again_in_another_process(tmp_path):
+    """A hash that depended on an address or on the order of a set would score everything again at each start."""
+    script = (
+        "from arpo_trl.evaluation_records import scoring_hashes\n"
+        "from arpo_trl.rewards import arpo_reward, make_judge_reward, math_reward\n"
+        "judges = [make_judge_reward('http://localhost/v1', name, api_key=name) for name in 'ab']\n"
+        "own = lambda completions, **columns: [text in {'yes', 'aye', 'si'} for text in completions]\n"
+        "row = {'prompt': 'q', 'answer': ['a', {'b': 1.5}]}\n"
+        "for functions in ([own], [math_reward], [arpo_reward], judges[:1], judges[1:]):\n"
+        "    print(*scoring_hashes(functions, [row]))\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed}
+        )
+        for seed in "12"
+    ]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout and len(set(runs[0].stdout.split())) == 5
+
+
+def test_completions_of_another_prompt_or_other_settings_are_refused(tmp_path):
+    path = tmp_path / "records.jsonl"
+    row = {"prompt": PROMPT, "question": "one?", "answer": "yes"}
+    agent = scripted_agent([plan("Ayes")])
+    evaluate(agent, [row], score, records_path=path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="completions of another prompt to question number 0: its system prompt"):
+        evaluate(agent, [row | {"prompt": "Be brief. " + PROMPT}], score, records_path=path)
+    agent.close()
+    for settings, told in (
+        ({"temperature": 0.5}, "temperature was 1.0 and is 0.5"),
+        ({"top_p": 0.9, "top_k": 5}, "top_p was 1.0 and is 0.9, top_k was 0 and is 5"),
+        ({"max_completion_length": 77}, "max_completion_length was 1024 and is 77"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty was 1.0 and is 1.1"),
+    ):
+        other = scripted_agent([plan("Ayes")], **settings)
+        with pytest.raises(
+            ValueError, match=f"holds completions of other settings: {told}. Evaluate into another file"
+        ):
+            evaluate(other, [row], score, records_path=path)
+        other.close()
+    fast = scripted_agent([plan("Ayes")], batch_size=7, tool_timeout=3.0)  # nothing that a completion depends on
+    evaluate(fast, [row], score, records_path=path)
+    fast.close()
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_version_0_1_0_goes_on_and_is_scored_again(tmp_path):
+    path = tmp_path / "records.jsonl"
+    agent = scripted_agent([plan("Ayes")])
+    rows = [{"prompt": PROMPT, "answer": "yes"}] * 2
+    evaluate(agent, rows, score, records_path=path)
+    old = [{**record, "score": 0.0, "correct": False} for record in lines(path)]
+    for record in old:
+        del record["sampling"], record["scored_with"]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    agent.model.batches.clear()
+    assert [record["correct"] for record in evaluate(agent, rows, score, records_path=path)] == [[True]] * 2
+    assert agent.model.batches == []
+    agent.close()
+
+
+@pytest.mark.parametrize("line", ['{"prompt_index": 0, "reward": 1}', "[]", "null", '{"prompt_index": -1}'])
+def test_a_file_that_holds_something_else_is_left_alone(tmp_path, line):
+    path = tmp_path / "records.jsonl"
+    path.write_text(line + "\n")
+    agent = scripted_agent([plan("Ayes")])
+    with pytest.raises(ValueError, match="records.jsonl, line 1 is no record of an evaluation"):
+        evaluate(agent, [{"prompt": PROMPT, "answer": "yes"}], score, records_path=path)
+    assert path.read_text() == line + "\n"
+    agent.close()
+
+
+def test_what_is_returned_has_the_keys_of_the_file(tmp_path):
+    agent = scripted_agent([plan("A<s>q</s>yes"), plan("Bno")], batch_size=4)
+    rows = [{"prompt": PROMPT, "answer": "yes"}] * 2
+    returned = evaluate(agent, rows, score, num_generations=2, records_path=tmp_path / "records.jsonl")
+    agent.close()
+    written = lines(tmp_path / "records.jsonl")
+    assert [record for question in returned for record in question["records"]] == written
+    for question in returned:
+        for name in ("score", "completion", "prediction"):
+            assert question[name + "s"] == [record[name] for record in question["records"]]
+        for name in ("correct", "truncated", "tool_calls"):
+            assert question[name] == [record[name] for record in question["records"]]
 
 
 def test_a_prompt_that_overflows_loses_nothing_else():

@@ -180,7 +180,9 @@ def test_a_ground_truth_of_any_published_shape(truth, expected):
 
 
 def test_a_ground_truth_that_does_not_tell_its_answers_is_refused():
-    with pytest.raises(ValueError, match="dict with the keys 'target', 'numbers', which do not tell .* Put the answers"):
+    with pytest.raises(
+        ValueError, match="dict with the keys 'target', 'numbers', which do not tell .* Put the answers"
+    ):
         ground_truths({"answer": [{"target": 98, "numbers": [44, 19, 35]}]})
     with pytest.raises(ValueError, match="keys 'city', which"):
         ground_truths({"answer": [["Paris", {"city": "Paris"}]]})

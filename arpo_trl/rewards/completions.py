@@ -159,7 +159,8 @@ def outside_thoughts(text: str) -> str:
     for start, end, closing, name in reversed(tags):
         if closing:
             closings.setdefault(name, []).append((start, end))
-    kept, position = [], 0
+    kept: list[str] = []
+    position = 0
     for start, end, closing, name in tags:
         own = closings.get(name, [])
         while own and own[-1][1] <= end:  # those behind us; the next one is the last of the list

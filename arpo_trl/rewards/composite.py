@@ -75,7 +75,7 @@ def make_arpo_reward(
         **kwargs: Any,
     ) -> list[float | None]:
         columns = {**kwargs, "completions": completions, "model_text": model_text}
-        abilities = [ability_name(name) for name in ability or [None] * len(completions)]
+        abilities = [ability_name(name) for name in ability or [""] * len(completions)]
         for name in sorted(set(abilities) - MATH_ABILITIES - QA_ABILITIES):
             logger.warning_once(
                 f"The ability {name!r} is neither mathematics nor questions: its rows are scored by `qa_reward`. Call it "
