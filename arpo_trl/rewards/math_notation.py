@@ -101,7 +101,7 @@ def markup(text: str) -> str:
         text = re.sub(r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset", text)
         text = re.sub(r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])", r"\\ldots", text)
         text = re.sub(r"\\(?:mathrm|textrm|textnormal|mbox|hbox)\s*\{", r"\\text{", text)
-    text = " ".join(text.split())
+    text = re.sub(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*]+)\*\*(?![\w*(])", r"\1", " ".join(text.split()))
     for _ in range(3):
         before = text
         for opening, closing in _ENVELOPES:

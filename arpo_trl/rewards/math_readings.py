@@ -7,7 +7,7 @@ settled here, as text. Pure functions on texts that `math_notation.normalise` ha
 
 import re
 
-from .math_notation import intervals
+from .math_notation import builder_sets, intervals
 
 # Words after a number that make another number of it: "5 or more" is not 5.
 _OTHER_NUMBER = set(
@@ -199,10 +199,11 @@ def same_numeral(truth: str, answer: str) -> bool | None:
 
 def choice_readings(truth: str) -> list[str]:
     """What may be answered where a cleaned truth is a choice with its value: "C: 12" is also "C" and "12"."""
-    choice = re.fullmatch(r"\(?([A-E])\s*(?::|\.|\)|\\\)|\\colon)\s*(.+)", truth)
-    if not choice or (choice[0][0] != "(" and re.match(r"\S", truth[choice.end(1) :]) is None):
-        return [truth]
-    return [truth, choice[1], choice[2].strip()] if choice[2].strip() else [truth]
+    choice = re.fullmatch(r"\(?([A-E])\s*(?:(?::|\.|\\?\)|\\colon)\s+|\)(?=[-\d]))(.+)", truth)
+    if choice:
+        return [truth, choice[1], builder_sets(choice[2])]
+    told = re.search(r"\b(?:answer|option|choice)(?: is)?:? (?:option |choice )?\(?([A-E])\)?\Z", bare(truth))
+    return [truth, told[1]] if told else [truth]
 
 
 def words_of(text: str) -> str:
@@ -230,6 +231,7 @@ def _choices(text: str) -> set[str] | None:
     return set(letters) if re.fullmatch("[A-H]{2,6}", letters) and sorted(set(letters)) == list(letters) else None
 
 
+_RELATIONS = r"[=<>]|\\(?:le|ge|leq|geq|ne|neq|in|approx|equiv|leqslant|geqslant)(?![a-z])"
 _DATE = re.compile(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})")
 _GEOMETRY = re.compile(r"\\(?:triangle|angle|overline|overrightarrow|overleftrightarrow|widehat|odot|square)(?![a-z])")
 
@@ -245,7 +247,7 @@ def readings(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     if same_text(truth, answer):
         return True
     options, offered = choice_readings(truth), choice_readings(answer)
-    if len(options) > 1 and len(offered) > 1:
+    if len(options) > 2 and len(offered) > 2:
         return options[1] == offered[1] and _compare(options[2], offered[2])
     pairs: list[tuple[str, str]] = []
     for left, right in [(left, answer) for left in options] + [(truth, right) for right in offered[1:]]:
@@ -258,6 +260,10 @@ def readings(truth: str, answer: str) -> bool | list[tuple[str, str]]:
 
 def _compare(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     """As [`readings`], for one reading of each."""
+    if "=" in answer and not re.search(_RELATIONS, truth):
+        answer = re.sub(r"\A[a-zA-Z]\s*=\s*(?=[^=]+\Z)", "", answer)
+    if "=" in truth and not re.search(_RELATIONS, answer):
+        truth = re.sub(r"\A[a-zA-Z]\s*=\s*(?=[^=]+\Z)", "", truth)
     if same_text(truth, answer):
         return True
     if is_words(truth) and not re.fullmatch(r"\\[a-z]+", answer):

@@ -64,12 +64,8 @@ def _is_contradiction(item: Any) -> bool:
         return False
     if item.has(zoo, nan):
         return True
-    sides = [
-        (equation.lhs, equation.rhs)
-        for equation in item.atoms(Eq) | ({item} if isinstance(item, Eq) else set())
-        if isinstance(equation, Eq)
-    ]
-    return any(not (a.free_symbols or b.free_symbols) and not same_number(a, b) for a, b in sides if a.is_Atom or b.is_Atom)
+    sides = [(equation.lhs, equation.rhs) for equation in item.atoms(Eq)]
+    return any(a.is_number and b.is_number and not same_number(a, b) for a, b in sides)
 
 
 def _asks_for_equation(gold: list, target: list) -> bool:
