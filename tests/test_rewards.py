@@ -65,6 +65,11 @@ def structured(*tools: str, answer: str = r"\boxed{4}", result: str = "2") -> li
         (r"\boxed{\boxed{5}}", "5"),
         (r"\boxed{}", ""),
         (r"\boxed{1}, no: \boxed{2", None),
+        (r"$\boxed 5$.", "5"),
+        (r"\boxed5", "5"),
+        (r"\boxed{1}, then \boxed -2.5.", "-2.5"),
+        (r"\boxed B", "B"),
+        (r"\boxed{4} is in the \boxed form", "4"),
         ("4", None),
     ],
 )

@@ -72,10 +72,15 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}`, braces matched; `None` where there is none or it is never closed."""
-    openings = list(re.finditer(r"\\boxed\s*\{", text))
+    r"""
+    The content of the last `\boxed{…}`, braces matched, or the number or choice of `\boxed 5`; `None` where there is none
+    or it is never closed.
+    """
+    openings = list(re.finditer(r"\\boxed(?:\s*\{|\s*(-?\d+(?:[.,/]\d+)*)|\s+([A-E])\b)", text))
     if not openings:
         return None
+    if bare := openings[-1].group(1) or openings[-1].group(2):
+        return bare
     text, depth = text[openings[-1].end() :], 1
     for brace in re.finditer(r"\\.|[{}]", text, flags=re.DOTALL):  # "\{" is a printed brace
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)

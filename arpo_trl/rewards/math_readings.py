@@ -52,10 +52,10 @@ _UNIT_NAMES = {
         "cent": "cent cents",
         "dollar": "dollar dollars usd USD",
         "euro": "euro euros eur EUR",
-        "mph": "mph",
     }.items()
     for name in names.split()
 }
+_APART = re.compile(r"(?<![\d_^])\d+\s+\d")
 _CJK = "\u3400-\u9fff\uac00-\ud7af\u3040-\u30ff"
 _WORD = rf"[A-Za-zА-Яа-яé]+(?:[-'][A-Za-z]+)*|[{_CJK}]+"
 _POWER = r"\^\s*\{?\s*-?[1-4]\s*\}?"
@@ -111,10 +111,24 @@ def _is_unit(tail: str, spaced: bool, after_number: bool) -> bool:
     )
 
 
+_POWER_WORDS = {"square": "2", "squared": "2", "sq": "2", "cubic": "3", "cu": "3"}
+_RATES = {"mph": "miles hour", "kmh": "km hour", "kph": "km hour", "fps": "feet second"}
+
+
+def _known_units(unit: str) -> list[tuple[str, str]]:
+    """Units on the list with their powers, in order: `[("km", "1"), ("h", "1")]` for "km/h" and for "kilometers per hour"."""
+    found: list[tuple[str, str]] = []
+    before = "1"
+    for word, power in re.findall(r"([A-Za-z]+)(?:\^?\s*\{?\s*(-?[1-4]))?", re.sub(r"[A-Za-z]+", lambda m: _RATES.get(m[0], m[0]), unit)):
+        if word in _UNIT_NAMES:
+            found.append((_UNIT_NAMES[word], power or before))
+        before = _POWER_WORDS.get(word, "1")
+    return found
+
+
 def units_clash(left: str, right: str) -> bool:
     """Whether two units are both known and differ, as "km" and "m" do. A word that is no known unit clashes with none."""
-    names = [[_UNIT_NAMES.get(word, word) for word in re.findall(r"[A-Za-z]+", unit)] for unit in (left, right)]
-    known = [[name for name in words if name in _UNIT_NAMES.values()] for words in names]
+    known = _known_units(left), _known_units(right)
     return bool(known[0] and known[1]) and known[0] != known[1]
 
 
@@ -219,7 +233,9 @@ def is_words(text: str) -> bool:
 
 def same_text(truth: str, answer: str) -> bool:
     """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") and choices ("B", "(b)") in any case."""
-    if truth == answer or re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer) and not re.search(r"\d\s+\d", truth):
+    if truth == answer:
+        return True
+    if re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer) and not _APART.search(truth) and not _APART.search(answer):
         return True
     if is_words(truth) or re.fullmatch("[A-E]", words_of(truth).upper()):
         return words_of(truth) == words_of(answer)
@@ -294,6 +310,8 @@ def _formulas(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     if re.fullmatch(_NUMBER, value) and not re.fullmatch(_NUMBER, other):
         told = sentence_value(other)
         other = told if told is not None else other
+    if _APART.search(value) or _APART.search(other):
+        return False  # "1 2" is no number
     ranges = intervals(truth), intervals(answer)
     if ranges[0] and ranges[1]:
         return ranges[0][0] == ranges[1][0] and [(ranges[0][1], ranges[1][1])]
