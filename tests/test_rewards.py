@@ -78,6 +78,11 @@ def structured(*tools: str, answer: str = r"\boxed{4}", result: str = "2") -> li
         (r"\boxed C.", "C"),
         (r"\boxed{5}, put into \boxed as asked", "5"),
         (r"\boxed 5(x + 1)", None),  # where it ends is not told
+        (r"$\boxed 5$.", "5"),
+        (r"\boxed5", "5"),
+        (r"\boxed{1}, then \boxed -2.5.", "-2.5"),
+        (r"\boxed B", "B"),
+        (r"\boxed{4} is in the \boxed form", "4"),
         ("4", None),
     ],
 )

@@ -101,7 +101,7 @@ def markup(text: str) -> str:
         text = re.sub(r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset", text)
         text = re.sub(r"\\(?:dots|cdots|dotsc|dotsb)(?![a-zA-Z])", r"\\ldots", text)
         text = re.sub(r"\\(?:mathrm|textrm|textnormal|mbox|hbox)\s*\{", r"\\text{", text)
-    text = " ".join(text.split())
+    text = re.sub(r"(?<![\w)\]}*])\*\*(?=[^\s*])([^*]+)\*\*(?![\w*(])", r"\1", " ".join(text.split()))
     for _ in range(3):
         before = text
         for opening, closing in _ENVELOPES:
@@ -329,7 +329,13 @@ def intervals(text: str) -> tuple[str, str] | None:
         `tuple[str, str] | None`: The variable and the set, for example `("x", "(-\infty,1)\cup(2,\infty)")` for
         `x<1 \text{ or } x>2`; `None` for anything else.
     """
-    parts = re.split(r"\s*(?:\\text\s*\{\s*(?:or|或)\s*\}|\bor\b|或|\\lor(?![a-z])|\\vee(?![a-z]))\s*", text)
+    text = re.sub(r"\\text\s*\{\s*(and|or|且|或)\s*\}", r" \1 ", text)
+    both = [_interval(part.strip()) for part in re.split(r"\band\b|且|\\land(?![a-z])|\\wedge(?![a-z])", text)]
+    if len(both) == 2 and both[0] and both[1] and both[0][0] == both[1][0]:
+        (low, high) = sorted((item[1] for item in both if item), key=lambda interval: interval.startswith(r"(-\infty"))
+        if low.endswith(r"\infty)") and high.startswith(r"(-\infty") and r"\cup" not in low + high:
+            return both[0][0], low.removesuffix(r"\infty)") + high.removeprefix(r"(-\infty,")
+    parts = re.split(r"\s*(?:\bor\b|或|\\lor(?![a-z])|\\vee(?![a-z]))\s*", text)
     found = [_interval(part.strip()) for part in parts]
     known = [item for item in found if item]
     if not known or len(known) < len(parts) or len({variable for variable, _ in known}) != 1:
@@ -371,6 +377,15 @@ def _is_bound(text: str) -> bool:
     return bool(text.strip()) and not re.search(r"[^\W\de_]|\\|[,;=]", rest)
 
 
+def degrees_of_functions(text: str) -> str:
+    r"""An angle in degrees under a function as radians: `\cos 60^\circ` is `\cos(\frac{60\pi}{180})`."""
+    return re.sub(
+        r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\d\}?)?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?\s*[)}]?",
+        r"\1(\\frac{\2\\pi}{180})",
+        text,
+    )
+
+
 def tidy(text: str) -> str:
     r"""Angle brackets as round ones, no leading plus sign, single spaces."""
     text = re.sub(r"(?:\\left\s*)?\\langle(?![a-zA-Z])(.*?)(?:\\right\s*)?\\rangle(?![a-zA-Z])", r"(\1)", text)
@@ -391,6 +406,7 @@ STEPS = (
     python,
     mixed_numbers,
     builder_sets,
+    degrees_of_functions,
     tidy,
 )
 

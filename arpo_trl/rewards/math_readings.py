@@ -7,7 +7,7 @@ settled here, as text. Pure functions on texts that `math_notation.normalise` ha
 
 import re
 
-from .math_notation import intervals
+from .math_notation import builder_sets, intervals
 
 # Words after a number that make another number of it: "5 or more" is not 5.
 _OTHER_NUMBER = set(
@@ -52,10 +52,10 @@ _UNIT_NAMES = {
         "cent": "cent cents",
         "dollar": "dollar dollars usd USD",
         "euro": "euro euros eur EUR",
-        "mph": "mph",
     }.items()
     for name in names.split()
 }
+_APART = re.compile(r"(?<![\d_^])\d+\s+\d")
 _CJK = "\u3400-\u9fff\uac00-\ud7af\u3040-\u30ff"
 _WORD = rf"[A-Za-zА-Яа-яé]+(?:[-'][A-Za-z]+)*|[{_CJK}]+"
 _POWER = r"\^\s*\{?\s*-?[1-4]\s*\}?"
@@ -111,10 +111,24 @@ def _is_unit(tail: str, spaced: bool, after_number: bool) -> bool:
     )
 
 
+_POWER_WORDS = {"square": "2", "squared": "2", "sq": "2", "cubic": "3", "cu": "3"}
+_RATES = {"mph": "miles hour", "kmh": "km hour", "kph": "km hour", "fps": "feet second"}
+
+
+def _known_units(unit: str) -> list[tuple[str, str]]:
+    """Units on the list with their powers, in order: `[("km", "1"), ("h", "1")]` for "km/h" and for "kilometers per hour"."""
+    found: list[tuple[str, str]] = []
+    before = "1"
+    for word, power in re.findall(r"([A-Za-z]+)(?:\^?\s*\{?\s*(-?[1-4]))?", re.sub(r"[A-Za-z]+", lambda m: _RATES.get(m[0], m[0]), unit)):
+        if word in _UNIT_NAMES:
+            found.append((_UNIT_NAMES[word], power or before))
+        before = _POWER_WORDS.get(word, "1")
+    return found
+
+
 def units_clash(left: str, right: str) -> bool:
     """Whether two units are both known and differ, as "km" and "m" do. A word that is no known unit clashes with none."""
-    names = [[_UNIT_NAMES.get(word, word) for word in re.findall(r"[A-Za-z]+", unit)] for unit in (left, right)]
-    known = [[name for name in words if name in _UNIT_NAMES.values()] for words in names]
+    known = _known_units(left), _known_units(right)
     return bool(known[0] and known[1]) and known[0] != known[1]
 
 
@@ -199,10 +213,11 @@ def same_numeral(truth: str, answer: str) -> bool | None:
 
 def choice_readings(truth: str) -> list[str]:
     """What may be answered where a cleaned truth is a choice with its value: "C: 12" is also "C" and "12"."""
-    choice = re.fullmatch(r"\(?([A-E])\s*(?::|\.|\)|\\\)|\\colon)\s*(.+)", truth)
-    if not choice or (choice[0][0] != "(" and re.match(r"\S", truth[choice.end(1) :]) is None):
-        return [truth]
-    return [truth, choice[1], choice[2].strip()] if choice[2].strip() else [truth]
+    choice = re.fullmatch(r"\(?([A-E])\s*(?:(?::|\.|\\?\)|\\colon)\s+|\)(?=[-\d]))(.+)", truth)
+    if choice:
+        return [truth, choice[1], builder_sets(choice[2])]
+    told = re.search(r"\b(?:answer|option|choice)(?: is)?:? (?:option |choice )?\(?([A-E])\)?\Z", bare(truth))
+    return [truth, told[1]] if told else [truth]
 
 
 def words_of(text: str) -> str:
@@ -218,7 +233,9 @@ def is_words(text: str) -> bool:
 
 def same_text(truth: str, answer: str) -> bool:
     """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") and choices ("B", "(b)") in any case."""
-    if truth == answer or re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer) and not re.search(r"\d\s+\d", truth):
+    if truth == answer:
+        return True
+    if re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer) and not _APART.search(truth) and not _APART.search(answer):
         return True
     if is_words(truth) or re.fullmatch("[A-E]", words_of(truth).upper()):
         return words_of(truth) == words_of(answer)
@@ -230,6 +247,7 @@ def _choices(text: str) -> set[str] | None:
     return set(letters) if re.fullmatch("[A-H]{2,6}", letters) and sorted(set(letters)) == list(letters) else None
 
 
+_RELATIONS = r"[=<>]|\\(?:le|ge|leq|geq|ne|neq|in|approx|equiv|leqslant|geqslant)(?![a-z])"
 _DATE = re.compile(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})")
 _GEOMETRY = re.compile(r"\\(?:triangle|angle|overline|overrightarrow|overleftrightarrow|widehat|odot|square)(?![a-z])")
 
@@ -245,7 +263,7 @@ def readings(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     if same_text(truth, answer):
         return True
     options, offered = choice_readings(truth), choice_readings(answer)
-    if len(options) > 1 and len(offered) > 1:
+    if len(options) > 2 and len(offered) > 2:
         return options[1] == offered[1] and _compare(options[2], offered[2])
     pairs: list[tuple[str, str]] = []
     for left, right in [(left, answer) for left in options] + [(truth, right) for right in offered[1:]]:
@@ -258,6 +276,10 @@ def readings(truth: str, answer: str) -> bool | list[tuple[str, str]]:
 
 def _compare(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     """As [`readings`], for one reading of each."""
+    if "=" in answer and not re.search(_RELATIONS, truth):
+        answer = re.sub(r"\A[a-zA-Z]\s*=\s*(?=[^=]+\Z)", "", answer)
+    if "=" in truth and not re.search(_RELATIONS, answer):
+        truth = re.sub(r"\A[a-zA-Z]\s*=\s*(?=[^=]+\Z)", "", truth)
     if same_text(truth, answer):
         return True
     if is_words(truth) and not re.fullmatch(r"\\[a-z]+", answer):
@@ -288,6 +310,8 @@ def _formulas(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     if re.fullmatch(_NUMBER, value) and not re.fullmatch(_NUMBER, other):
         told = sentence_value(other)
         other = told if told is not None else other
+    if _APART.search(value) or _APART.search(other):
+        return False  # "1 2" is no number
     ranges = intervals(truth), intervals(answer)
     if ranges[0] and ranges[1]:
         return ranges[0][0] == ranges[1][0] and [(ranges[0][1], ranges[1][1])]

@@ -46,14 +46,18 @@ def _parse(text: str) -> list:
 
 
 def _same_variables(*answers: list) -> list[list]:
-    """Variables of one name as one symbol: math-verify takes them for real only where it sees no lone `i` in the text."""
-    from sympy import Symbol
+    """
+    Variables of one name as one symbol: math-verify takes them for real only where it sees no lone `i` in the text. The
+    symbol `i` is the imaginary unit where the other answer has that.
+    """
+    from sympy import Basic, I, Symbol
 
-    names = [{symbol for item in items for symbol in getattr(item, "free_symbols", ())} for items in answers]
-    if not any(symbol.is_real is False for symbols in names for symbol in symbols):
+    symbols = {symbol for items in answers for item in items for symbol in getattr(item, "free_symbols", ())}
+    imaginary = any(isinstance(item, Basic) and item.has(I) for items in answers for item in items)
+    if not imaginary and not any(symbol.is_real is False for symbol in symbols):
         return list(answers)
-    real = {symbol: Symbol(symbol.name, real=True) for symbols in names for symbol in symbols}
-    return [[item if isinstance(item, str) else item.xreplace(real) for item in items] for items in answers]
+    one = {symbol: I if imaginary and symbol.name == "i" else Symbol(symbol.name, real=True) for symbol in symbols}
+    return [[item if isinstance(item, str) else item.xreplace(one) for item in items] for items in answers]
 
 
 def _is_contradiction(item: Any) -> bool:
@@ -64,12 +68,8 @@ def _is_contradiction(item: Any) -> bool:
         return False
     if item.has(zoo, nan):
         return True
-    sides = [
-        (equation.lhs, equation.rhs)
-        for equation in item.atoms(Eq) | ({item} if isinstance(item, Eq) else set())
-        if isinstance(equation, Eq)
-    ]
-    return any(not (a.free_symbols or b.free_symbols) and not same_number(a, b) for a, b in sides if a.is_Atom or b.is_Atom)
+    sides = [(equation.lhs, equation.rhs) for equation in item.atoms(Eq)]
+    return any(a.is_number and b.is_number and not same_number(a, b) for a, b in sides)
 
 
 def _asks_for_equation(gold: list, target: list) -> bool:
