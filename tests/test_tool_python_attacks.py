@@ -277,6 +277,12 @@ def test_memory_in_the_buffers_of_sockets(sandbox, roomy):
     assert "Operation not permitted" in attack(sandbox, aside)
 
 
+def test_output_of_many_processes(sandbox):
+    code = f"{IN_MANY_PROCESSES}\ndef one():\n    while True: os.write(1, bytes(1 << 16))\n"
+    for start in ["one()", "os.fork(); os.fork(); one()"]:
+        assert attack(sandbox, code + start).endswith("The code wrote too much output and was stopped.")
+
+
 def test_memory_in_pipes(sandbox):
     many = f"{IN_MANY_PROCESSES}\ndef one(): return [os.pipe() for _ in range(100)]\nin_many_processes(one)"
     assert attack(sandbox, many) in (
@@ -692,6 +698,7 @@ def test_daemonised_leftovers_die_with_the_call(sandbox):
                 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
                     signal.signal(number, signal.SIG_IGN)
                 if os.fork() == 0:
+                    kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(50)]
                     while True:
                         time.sleep(0.01)
                 os._exit(0)

@@ -28,6 +28,7 @@ import struct
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 # Exit codes of a child whose code ran to its end or raised; any other means that the code ended the process itself.
 FINISHED, RAISED = 100, 101
@@ -39,6 +40,7 @@ MAX_FILE_BYTES = 64 << 20  # one file, and /tmp as a whole
 UNPRIVILEGED_ID = 65534
 WATCH_SECONDS = 0.05  # between two looks at a call
 WATCH_MANY_SECONDS = 0.01  # if it has several processes, which can take memory faster than one
+RECHECK_SECONDS = 0.002  # if it has too much memory: a process that starts a program counts twice for a moment
 
 
 def run_cell(source: str) -> bool:
@@ -216,8 +218,7 @@ def _child(config: dict, code_fd: int, output_fd: int, report_fd: int, home: str
 # ---------------------------------------------------------------------------------------------------------------------
 # The supervisor
 
-_MEMORY_FIELDS = ("VmSize", "VmData", "VmStk", "VmPTE", "VmSwap", "RssAnon", "RssShmem")
-_BYTES_PER_FILE = 32 << 10  # a full pipe holds 64 KiB and has two ends
+_KIB_PER_FILE = 32  # a full pipe holds 64 KiB and has two ends
 
 
 def _descendants(pid: int) -> list[int]:
@@ -233,39 +234,36 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _memory_of(pid: int, base: dict[str, int] | None = None) -> dict[str, int]:
-    """What the process takes, in bytes and numbers, as far as `/proc` shows it to anyone.
+class _Use(NamedTuple):
+    """What a process takes, as far as `/proc` shows it to anyone; sizes in bytes."""
 
-    Args:
-        pid (`int`): The process.
-        base (`dict[str, int]`, *optional*): The same of the process that it is a fork of.
+    resident: int = 0  # pages that it does not share with files
+    writable: int = 0  # pages that it has mapped and may touch at any moment, between two looks
+    other: int = 0  # what the kernel keeps for it
+    files: int = 0  # how many are open; 0 before Linux 6.2
 
-    Returns:
-        `dict[str, int]`: `resident` pages that it does not share with files, `writable` ones that it has mapped and may
-        touch at any time, `files` that are open, and `bytes` that it has to answer for.
-    """
-    found = {"resident": 0, "writable": 0, "files": 0, "bytes": 0}
+    def memory(self, base: "_Use") -> int:
+        """Bytes that the process, a fork of the one that `base` describes, has or could have in the next moment."""
+        return max(self.resident, base.resident + self.writable - base.writable) + self.other
+
+
+def _use_of(pid: int) -> _Use:
+    status = {}
     try:
         with open(f"/proc/{pid}/status") as f:
-            status = {name: text.split() for name, _, text in (line.partition(":") for line in f)}
-        if "VmSize" not in status:  # it has ended and nobody has asked how
-            return found
-        found["files"] = os.stat(f"/proc/{pid}/fd").st_size  # 0 before Linux 6.2
+            for line in f:
+                name, _, text = line.partition(":")
+                status[name] = text.split()
+        files = os.stat(f"/proc/{pid}/fd").st_size
     except OSError:
-        return found
-    kib = {name: int(status[name][0]) << 10 for name in _MEMORY_FIELDS}
-    found["resident"] = kib["RssAnon"] + kib["RssShmem"] + kib["VmSwap"]
-    found["writable"] = kib["VmData"] + kib["VmStk"]
-    base = base or found
-    touchable = base["resident"] + found["writable"] - base["writable"]
-    found["bytes"] = (
-        max(found["resident"], touchable)
-        + kib["VmPTE"]
-        # The kernel keeps up to 512 bytes for a mapping, which may be a single page that cannot be written to.
-        + (kib["VmSize"] - found["writable"]) // 8
-        + (found["files"] or int(status["FDSize"][0])) * _BYTES_PER_FILE
-    )
-    return found
+        return _Use()  # it has ended
+    size, data, stack, tables, swapped, private, shared, file_table = [
+        int(status.get(name, "0")[0])
+        for name in ("VmSize", "VmData", "VmStk", "VmPTE", "VmSwap", "RssAnon", "RssShmem", "FDSize")
+    ]
+    # The kernel keeps up to 512 bytes for a mapping, which may be a single page that cannot be written to.
+    kib = tables + (size - data - stack) // 8 + (files or file_table) * _KIB_PER_FILE
+    return _Use((private + shared + swapped) << 10, (data + stack) << 10, kib << 10, files)
 
 
 def _sockets(pid: int) -> int:
@@ -279,13 +277,13 @@ def _sockets(pid: int) -> int:
 
 def _wait(pid: int, report_fd: int, config: dict) -> str:
     """Wait for the child's end, or bring it about, and say how it ended."""
-    base = _memory_of(os.getpid())  # every process of the call starts as a copy of this one, which is not charged
+    base = _use_of(os.getpid())  # every process of the call starts as a copy of this one; the first is not charged it
     deadline = time.monotonic() + config["timeout"]
     ended = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(report_fd, 0)  # wakes when nobody waits for the report any more
-    reason, watch = "", WATCH_SECONDS
+    reason, watch, too_much_before = "", WATCH_SECONDS, False
     while not reason:
         left = deadline - time.monotonic()
         events = [fd for fd, _ in poll.poll(1000 * max(0, min(left, watch)))]
@@ -293,21 +291,23 @@ def _wait(pid: int, report_fd: int, config: dict) -> str:
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             return f"signal {-code}" if code < 0 else f"exit {code}"
         processes = _descendants(pid)
-        taken = [_memory_of(process, base) for process in processes]
-        memory = sum(one["bytes"] for one in taken) - base["bytes"]
+        uses = [_use_of(process) for process in processes]
+        memory = sum(use.memory(base) for use in uses) - base.memory(base)
         if config["namespaces"]:
             memory += _sockets(pid) * config["socket_bytes"]
-        watch = WATCH_SECONDS if len(processes) == 1 else WATCH_MANY_SECONDS
+        too_much = memory > config["memory"]
+        watch = RECHECK_SECONDS if too_much else WATCH_SECONDS if len(processes) == 1 else WATCH_MANY_SECONDS
         if events:
             reason = "abandoned"
         elif left <= 0:
             reason = "timeout"
         elif len(processes) > MAX_PROCESSES:
             reason = "processes"
-        elif sum(one["files"] for one in taken) > MAX_FILES_TOGETHER:
+        elif sum(use.files for use in uses) > MAX_FILES_TOGETHER:
             reason = "files"
-        elif memory > config["memory"]:
+        elif too_much and too_much_before:
             reason = "memory"
+        too_much_before = too_much
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return reason
