@@ -124,6 +124,14 @@ def test_names_we_import():
     assert {"_tag_names", "_name", "_paper"} <= set(vars(GRPOTrainer))
 
 
+def test_how_generate_merges_its_configs():
+    from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+    assert list(inspect.signature(GenerationMixin._prepare_generation_config).parameters)[1] == "generation_config"
+    assert GenerationConfig._get_default_generation_params()["num_beams"] == 1
+    assert PreTrainedModel._is_stateful is False
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -9,7 +9,10 @@ import torch
 from transformers import GenerationConfig
 
 from arpo_trl.rollout.branching import top_k_entropy
+from arpo_trl.rollout.loop import Sample
+from arpo_trl.rollout.prefix_cache import PrefixCache
 from arpo_trl.rollout.sampler import (
+    generate_with,
     recorded_generation,
     recorded_samples,
     stop_string_criteria,
@@ -148,3 +151,34 @@ def test_the_servers_prefix_cache_is_read_from_its_counters():
     with vllm_settings(engine, 20, {}, []) as cache:
         client.metrics = lines.format("1.6e2", "50.0")
     assert cache == {"prefix_cache_queries": 60, "prefix_cache_hits": 30}
+
+
+class Engine:
+    def generate(self, **kwargs):
+        return "the class's"
+
+
+def test_what_a_library_put_on_an_engine_stands_there_again():
+    engine = Engine()
+    with generate_with(engine, lambda: "ours"):
+        assert engine.generate() == "ours"
+    assert engine.generate() == "the class's" and vars(engine) == {}
+    engine.generate = patched = lambda: "a library's"
+    with pytest.raises(KeyboardInterrupt), generate_with(engine, lambda: "ours"):
+        raise KeyboardInterrupt
+    assert engine.generate is patched
+
+
+def test_a_generate_that_calls_no_logits_processor_tells_no_entropies(model, tokenizer, monkeypatch):
+    asked = []
+
+    def replaced(input_ids, **kwargs):
+        asked.append(set(kwargs))
+        return torch.cat([input_ids, torch.tensor([[5, 6, 7]] * len(input_ids))], dim=1)
+
+    monkeypatch.setattr(model, "generate", replaced)
+    with recorded_generation(model, [2, 9], None, 6, 1.0, PrefixCache()) as (recorder, stops):
+        output = model.generate(input_ids=torch.tensor([[8, 9, 9], [8, 9, 8]]))
+    assert recorded_samples(output[:, 3:].tolist(), recorder, stops) == [Sample([5, 6], []), Sample([5, 6, 7], [])]
+    assert asked == [{"logits_processor", "stopping_criteria"}], "it need not know of a cache"
+    assert model.generate is replaced

@@ -26,7 +26,13 @@ from typing import Any
 
 ORGANIZATION = "trl-internal-testing"
 REVISION = "0" * 40
-SENTENCES = ["The sky is", "Water boils when", "A tree has", "Birds fly", "Snow falls in", "The sea is", "Fire needs"]
+# Beginnings of the lines of the Zen of Python, which one of the tests expects in this order
+SENTENCES = [
+    *("Beautiful is better than", "Explicit is", "Simple is better", "Complex", "Flat is better than"),
+    *("Sparse is better", "Readability", "Special cases aren't special", "Although practicality beats"),
+    *("Errors should never", "Unless explicitly", "In the face of ambiguity, refuse", "There should be one"),
+    *("Although that way may not", "Now is", "Although never is", "If the implementation is hard"),
+]
 
 # What the tests' tokens say, beyond single bytes: id → text, in the vocabularies of Qwen2.5 and 3, and of Qwen3.5
 # fmt: off
@@ -172,6 +178,22 @@ def text_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
     }
 
 
+def qwen_tokens(tokens: Any) -> dict[str, int]:
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    return {name: tokens.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def qwen3_5_settings(tokens: Any, **mixture: Any) -> dict[str, Any]:
+    """Settings of a `Qwen3_5Config`."""
+    text = {**SMALL, "hidden_size": 16, "vocab_size": len(tokens), "head_dim": 16, **ids_of(tokens), **mixture}
+    text["layer_types"] = ["linear_attention", "full_attention"]
+    text |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"hidden_size": 16, "depth": 2, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 16}
+    return {"text_config": text, "vision_config": vision, **qwen_tokens(tokens)}
+
+
 def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
     """Name → what makes the model and its processor."""
     import transformers as tf
@@ -180,11 +202,6 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
 
     def qwen_image_processor() -> Any:
         return tf.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=64 * 64)
-
-    def qwen_tokens(tokens: Any) -> dict[str, int]:
-        names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-        names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
-        return {name: tokens.convert_tokens_to_ids(token) for name, token in names.items()}
 
     def qwen_vl(family: str, vision: dict) -> tuple[Any, Any]:
         tokens = qwen_tokenizer("qwen2_5_vl")
@@ -200,12 +217,7 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
 
     def qwen3_5(family: str, template: str, **mixture: Any) -> tuple[Any, Any]:
         tokens = qwen_tokenizer(template)
-        settings = {**text, "vocab_size": len(tokens), "head_dim": 16, **ids_of(tokens), **mixture}
-        settings["layer_types"] = ["linear_attention", "full_attention"]
-        settings |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
-        settings |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
-        vision = {"hidden_size": 16, "depth": 2, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 16}
-        config = getattr(tf, f"{family}Config")(text_config=settings, vision_config=vision, **qwen_tokens(tokens))
+        config = getattr(tf, f"{family}Config")(**qwen3_5_settings(tokens, **mixture))
         images = tf.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
         processor = tf.Qwen3VLProcessor(images, tokens, tf.Qwen3VLVideoProcessor(), chat_template=tokens.chat_template)
         return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
@@ -221,7 +233,7 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         )
         config = tf.Gemma3Config(
             text_config={**text, "vocab_size": len(tokens), "head_dim": 8, **ids_of(tokens)},
-            vision_config={**text, "image_size": 28, "patch_size": 7},
+            vision_config={**text, "image_size": 28, "patch_size": 7, "vision_use_head": False},
             mm_tokens_per_image=4,
             boi_token_index=tokens.convert_tokens_to_ids("<start_of_image>"),
             eoi_token_index=tokens.convert_tokens_to_ids("<end_of_image>"),
