@@ -40,7 +40,7 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike, save_only_model: bool
         for path in (root.iterdir() if root.is_dir() else ())
         if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     }
-    faults = {}
+    faults: dict[str, str] = {}
     for step in sorted(found, reverse=True):
         fault = find_fault(found[step], save_only_model)
         if fault is None:

@@ -33,7 +33,7 @@ def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     rows the same, so that a function may change them in place. And what it returns is one number or `None` a row, or else
     an error that names the function and the row.
 
-    Of n rows on which one raises, that takes 2 + 2·log2(n) calls; in the worst case, about n.
+    Of n rows on which one raises, that takes 2 + 2·log2(n) calls; always fewer than 2·n + 2.
 
     Args:
         function (`Callable`): Reward function, sync or async.
@@ -97,8 +97,8 @@ class _Search:
         bad = [part for part, failed in zip(self.parts, raised, strict=True) if failed]
         self.found += [part[0] for part in bad if len(part) == 1]
         rest = [part for part in bad if len(part) > 1]
-        # Where most parts raise, halving goes through nearly all of them at every size
-        many = len(self.parts) >= 4 and 2 * len(bad) > len(self.parts)
+        # Where all parts raise, halving would go through all of them at every size
+        many = len(bad) == len(self.parts) >= 4
         self.parts = [[row] for part in rest for row in part] if many else self._divided(rest)
 
     @staticmethod

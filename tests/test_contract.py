@@ -26,6 +26,8 @@ OVERRIDDEN = {
     "_get_tool_suffix_ids": ["self", "tool_messages"],
     "_prepare_inputs": ["self", "generation_batch"],
     "log": ["self", "logs", "start_time"],
+    "train": ["self", "resume_from_checkpoint"],
+    "evaluate": ["self"],
     "_get_per_token_logps_and_entropies": [
         *("self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy"),
         "compute_aux_loss",
@@ -52,9 +54,18 @@ SAID = {
         'output["old_per_token_logps"] = old_per_token_logps',
         'output["ref_per_token_logps"] = ref_per_token_logps',
         "inp[key] = values[i]",
+        '"completion_mask": completion_mask',
+        '"num_items_in_batch": num_items_in_batch',
+        'output["tool_mask"] = tool_mask',
         "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
     ],
-    "log": ['self._logs["prompt"]', 'self._logs["completion"]', '**self._logs["extra"],'],
+    "log": [
+        'self._logs["prompt"]',
+        'self._logs["completion"]',
+        '**self._logs["extra"],',
+        # what raises after that is of the table
+        "super().log(logs, start_time) self._metrics[mode].clear() if self.accelerator.is_main_process",
+    ],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
     "_calculate_rewards": ["zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names"],
     "_compute_loss": ["if advantages.dim() == 1:", "compute_aux_loss=self.aux_loss_enabled"],

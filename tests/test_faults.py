@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl import ARPOConfig, ARPOTrainer, reward_guard
 from arpo_trl.reward_guard import UNSCORED, guarded
 from arpo_trl.rollout.loop import Sample
 
@@ -282,7 +283,7 @@ def test_a_reward_function_that_fails_once_is_called_again(caplog):
         return [1.0] * len(completions)
 
     assert scores(flaky) == [1.0] * 4
-    assert calls == [4, 1, 1, 1, 1, 4] and "no row alone makes it raise" in caplog.text
+    assert calls == [4, 2, 2, 4] and "no row alone makes it raise" in caplog.text
 
     def never_together(completions, **kwargs):
         if len(completions) > 1:
@@ -292,6 +293,103 @@ def test_a_reward_function_that_fails_once_is_called_again(caplog):
     with pytest.raises(ConnectionError) as caught:
         scores(never_together)
     assert caught.value.__notes__ == ["Raised by the reward function 'judge' for rows 0, 1, 2, 3 together."]
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, asynchronous], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "bad, most",
+    [
+        ([63], 14),
+        ([0], 14),
+        ([5, 6], 20),
+        ([0, 21, 42], 32),
+        (range(0, 64, 2), 72),
+        (range(64), 71),
+        (range(20, 64), 62),
+    ],
+    ids=str,
+)
+def test_few_calls_find_the_rows_that_raise(wrap, bad, most):
+    """One bad row of 64: all, two halves at each of six sizes, and the 63 others. Many bad rows: about one call a row."""
+    calls = []
+
+    def judge(completions, **kwargs):
+        calls.append(len(completions))
+        return raises_at(*bad)(completions)
+
+    try:
+        found = scores(wrap(judge), 64)
+    except ZeroDivisionError:
+        found = [UNSCORED] * 64
+    assert found == [UNSCORED if row in bad else 1.0 for row in range(64)]
+    assert len(calls) <= most
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, asynchronous], ids=["sync", "async"])
+def test_what_a_reward_function_changes_in_place_is_seen_by_nobody(wrap):
+    """Two rows share a message, as a fork and its parent do; the function changes it, then raises on the second row."""
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "echo", "arguments": {"text": "x"}}}]}
+    columns = {
+        "prompts": [[{"role": "user", "content": "q"}]] * 2,
+        "completions": [[message], [message, {"role": "assistant", "content": "bad"}]],
+        "completion_ids": [[1, 2]] * 2,
+        "tool_calls": [[{"name": "echo", "arguments": {"text": "x"}}]] * 2,
+        "environments": [object(), object()],
+        "notes": ["plain"] * 2,
+    }
+    before = json.dumps({name: value for name, value in columns.items() if name != "environments"})
+
+    def judge(prompts, completions, completion_ids, tool_calls, environments, **kwargs):
+        assert set(environments) <= set(columns["environments"]), "an environment is not copied"
+        for prompt, completion, ids, calls in zip(prompts, completions, completion_ids, tool_calls, strict=True):
+            prompt.append("seen")
+            ids.clear()
+            assert calls[0].pop("arguments") == {"text": "x"}
+            assert completion[0]["tool_calls"][0]["function"].pop("arguments") == {"text": "x"}
+        if any(len(completion) == 2 for completion in completions):
+            raise ValueError("bad")
+        return [1.0] * len(completions)
+
+    assert scores(wrap(judge), 2, **columns) == [1.0, UNSCORED]
+    columns.pop("environments")
+    assert json.dumps(columns) == before
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+def test_an_error_that_cannot_be_written_costs_a_row_and_not_the_run(caplog):
+    def judge(completions, **kwargs):
+        if "1" in completions:
+            raise Unspeakable
+        return [1.0] * len(completions)
+
+    assert scores(judge) == [1.0, UNSCORED, 1.0, 1.0]
+    assert "raised Unspeakable on 4 rows; row 1 has no score" in caplog.text
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, asynchronous], ids=["sync", "async"])
+def test_a_reward_function_that_hangs_is_named(wrap, caplog, monkeypatch):
+    monkeypatch.setattr(reward_guard, "SLOW_SECONDS", 0.01)
+    told = threading.Event()
+    monkeypatch.setattr(reward_guard.logger, "warning", lambda message: (messages.append(message), told.set()))
+    messages = []
+
+    def judge(completions, **kwargs):
+        assert told.wait(60), "nothing says that training waits"
+        return [1.0] * len(completions)
+
+    assert scores(wrap(judge)) == [1.0] * 4
+    (message,) = messages
+    assert "'judge' has not returned for 0.01 s" in message
+    told.clear()
+    monkeypatch.setattr(reward_guard, "SLOW_SECONDS", 60.0)
+    assert scores(lambda completions, **kwargs: [1.0] * 4) == [1.0] * 4
+    assert not told.is_set()
 
 
 @pytest.mark.parametrize(
@@ -321,6 +419,10 @@ def reward_run(tokenizer, folder, *functions, **changes):
     """One step on one group of four, as the trainer runs it; the records, and the trainer."""
     args = settings(folder, per_device_train_batch_size=M, max_steps=1, **changes)
     trainer = puppet(tokenizer, args, [called("x")[0]], list(functions))
+    calculate = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda inputs, *rest: calculate(
+        [{**columns, "place": row} for row, columns in enumerate(inputs)], *rest
+    )
     trainer.train()
     lines = (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], trainer
@@ -328,12 +430,9 @@ def reward_run(tokenizer, folder, *functions, **changes):
 
 def judge_of(scores, raises=()):
     """A reward function that knows a row by its place, also when it is called for that row alone."""
-    places = {}
 
-    def judge(completions, **kwargs):
-        if len(completions) == M:
-            places.update({id(completion): row for row, completion in enumerate(completions)})
-        rows = [places[id(completion)] for completion in completions]
+    def judge(completions, place, **kwargs):
+        rows = place
         if set(rows) & set(raises):
             raise KeyError("answer")
         return [scores[row] for row in rows]

@@ -13,14 +13,19 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_faults import puppet
+from test_faults import settings as puppet_settings
 from test_trainer_options import build
+from transformers import TrainerCallback
+from trl.trainer.utils import print_prompt_completions_sample
 
 from arpo_trl import trainer as trainer_module
-from arpo_trl.rollout.metrics import completion_columns
+from arpo_trl.rollout.metrics import completion_columns, table_row
 from arpo_trl.rollout.tree import CallOfRow, Group, Trajectory
 from arpo_trl.tools import ToolCall
 from arpo_trl.viewer import picture
 
+CALL = '<tool_call>\n{"name": "add", "arguments": %s}\n</tool_call><|im_end|>'
 SCRIPT = str(Path(__file__).with_name("logging_script.py"))
 
 
@@ -134,7 +139,85 @@ def test_a_reward_functions_own_column_and_a_full_disk_end_no_run(agent_dirs, to
     assert set(table["calls"]) == {"mine"} and {"kind", "fork_depth"} <= set(table.columns)
 
 
+def messages(arguments, content="3"):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": content}]
+
+
+ODD = [
+    *({"a": value} for value in (1, "one", [1], {"b": None}, 123456789012345678901, 1e999, None, True, {})),
+    *("{}", "half {", [1, 2], 7, None, ""),
+]
+
+
+def test_a_table_takes_calls_of_any_type(tmp_path):
+    """The rows of one table, as pandas and pyarrow write it and as rich prints it."""
+    rows = [table_row(messages(arguments)) for arguments in ODD]
+    rows += [table_row(messages({}, content)) for content in (None, [{"type": "text", "text": "x"}], 1.5)]
+    rows += [table_row([{"role": "assistant", "tool_calls": [call]}]) for call in (None, "add", {"function": "add"})]
+    rows += [table_row([{"role": "assistant", "tool_calls": calls}]) for calls in (None, "add", {})]
+    pd.DataFrame({"completion": rows}).to_parquet(tmp_path / "table.parquet")
+    read = pd.read_parquet(tmp_path / "table.parquet")["completion"]
+    arguments = [json.loads(row[0]["tool_calls"][0]["function"]["arguments"]) for row in read[: len(ODD)]]
+    assert arguments[:2] == [{"a": 1}, {"a": "one"}] and arguments[4] == {"a": 123456789012345678901}
+    assert arguments[9:] == [{}, {"arguments": "half {"}, {"arguments": [1, 2]}, {"arguments": 7}] + [
+        {"arguments": None},
+        {"arguments": ""},
+    ]
+    texts = [[message for message in row if isinstance(message.get("tool_calls"), list)] for row in rows]
+    print_prompt_completions_sample(["q"] * len(texts), texts, {"r": [0.0] * len(texts)}, [0.0] * len(texts), 0)
+    assert [table_row(row) for row in rows] == rows, "a row that is logged twice stays as it is"
+    image = [{"role": "user", "content": [{"type": "image", "image": object()}]}]
+    assert table_row(image) is image and table_row("text") == "text"
+
+
+def test_calls_of_different_types_end_no_run_and_their_table_is_written(tokenizer, tmp_path):
+    texts = [CALL % arguments for arguments in ('{"a": "one"}', '{"a": 123456789012345678901}', "[1, 2]")]
+    args = puppet_settings(tmp_path, per_device_train_batch_size=12, max_steps=1, log_completions=True)
+    puppet(tokenizer, args, texts, lambda completions, **kwargs: [0.0] * len(completions)).train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    written = {message["tool_calls"][0]["function"]["arguments"] for row in table["completion"] for message in row[:1]}
+    assert {json.dumps({"a": "one"}), json.dumps({"a": 123456789012345678901})} <= written
+
+
+def test_a_table_that_cannot_be_written_ends_no_run(agent_dirs, tokenizer, tmp_path, caplog):
+    def graded(completions, log_extra, **kwargs):
+        log_extra("note", [1, "one"] * (len(completions) // 2))
+        return [float(len(str(completion))) for completion in completions]
+
+    settings = {"max_steps": 1, "max_completion_length": 60, "log_completions": True}
+    trainer = build(agent_dirs, tokenizer, tmp_path, reward_funcs=graded, **settings)
+    trainer.train()
+    assert "A table of completions could not be written (Arrow" in caplog.text
+    assert any("reward" in log for log in trainer.state.log_history), "the metrics were logged"
+
+
+def test_a_backend_that_refuses_metrics_still_ends_the_run(agent_dirs, tokenizer, tmp_path):
+    class Refuse(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            raise ConnectionError("no such project")
+
+    settings = {"max_steps": 1, "max_completion_length": 60, "log_completions": True}
+    trainer = build(agent_dirs, tokenizer, tmp_path, callbacks=[Refuse()], **settings)
+    with pytest.raises(ConnectionError):
+        trainer.train()
+
+
 # ------------------------------------------------------------------------------------------------- pictures of trees
+
+
+@pytest.mark.parametrize("failing", ["arpo_trl.viewer.picture.draw_tree", "arpo_trl.trainer.report_image"])
+def test_a_tree_that_cannot_be_drawn_or_uploaded_ends_no_run(
+    agent_dirs, tokenizer, tmp_path, monkeypatch, caplog, failing
+):
+    def fail(*args):
+        raise RuntimeError(f"{failing} is broken")
+
+    monkeypatch.setattr(failing, fail)
+    trainer = build(agent_dirs, tokenizer, tmp_path, max_steps=1, max_completion_length=60, log_tree_steps=1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert f"A tree could not be written or logged (RuntimeError('{failing} is broken'))" in caplog.text
 
 
 def test_a_tree_each_two_steps_goes_to_disk_and_to_every_backend(events, logged):

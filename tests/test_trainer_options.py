@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pandas
@@ -226,6 +227,36 @@ def test_truncated_completions_bear_no_loss_where_they_are_masked(agent_dirs, to
     assert sum(tokens) == sum(sum(row["tool_mask"]) for row in rows if not masked or row not in cut)
 
 
+def test_rows_that_ran_into_the_call_limit_are_masked_too(agent_dirs, tokenizer, tmp_path):
+    """Under the chat template the last token of such a row ends its turn, so that token does not tell."""
+    trainer = build(
+        agent_dirs,
+        tokenizer,
+        tmp_path,
+        mask_truncated_completions=True,
+        max_tool_calling_iterations=1,
+        per_device_eval_batch_size=8,
+        max_steps=1,
+    )
+    seen, score = [], trainer._generate_and_score_completions
+
+    def spy(inputs):
+        seen.append(score(inputs))
+        return seen[-1]
+
+    trainer._generate_and_score_completions = spy
+    trainer.train()
+    rows = records(tmp_path)
+    cut = [row for row in rows if row["truncated"]]
+    assert any(row["completion_ids"][-1] == tokenizer.eos_token_id for row in cut) and len(cut) < len(rows)
+    (output,) = seen
+    for row, completion_mask, tool_mask in zip(rows, output["completion_mask"], output["tool_mask"], strict=True):
+        length = len(row["completion_ids"])
+        assert completion_mask[:length].tolist() == [0 if row["truncated"] else 1] * length
+        assert tool_mask[:length].tolist() == ([0] * length if row["truncated"] else row["tool_mask"])
+    assert output["num_items_in_batch"] == sum(sum(row["tool_mask"]) for row in rows if not row["truncated"])
+
+
 def test_forks_happen_in_these_tests(agent_dirs, tokenizer, tmp_path):
     build(agent_dirs, tokenizer, tmp_path, branch_rule="random", branch_probability=1.0).train()
     kinds = [record["kind"] for record in records(tmp_path)]
@@ -251,6 +282,45 @@ def test_evaluation_never_branches(agent_dirs, tokenizer, tmp_path):
     for log in evals:
         assert log["eval_arpo/initial"] == 2 and log["eval_arpo/forks"] == log["eval_arpo/supplements"] == 0
     assert {record["step"] for record in records(tmp_path)} == {0, 1}, "only training rollouts are recorded"
+
+
+def test_evaluation_leaves_training_as_it_is(agent_dirs, tokenizer, tmp_path):
+    """Also where a run is resumed between two rollouts that have an evaluation between them."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "branch_probability": 0.5, "branch_rule": "random"}
+    settings |= {"seed": 3, "max_steps": 3, "learning_rate": 1e-5}
+    evaluating = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_dataset": Dataset.from_list(ROWS[:4]),
+        "num_generations_eval": 2,
+        "per_device_eval_batch_size": 4,
+    }
+    runs = {}
+    for name, extra in (("alone", {}), ("evaluated", evaluating), ("resumed", evaluating)):
+        runs[name] = build(agent_dirs, tokenizer, tmp_path / name, **settings, **extra)
+        if name == "resumed":
+            shutil.copytree(tmp_path / "evaluated" / "checkpoint-1", tmp_path / name / "checkpoint-1")
+        runs[name].train(resume_from_checkpoint=name == "resumed")
+    assert sum("eval_reward" in log for log in runs["evaluated"].state.log_history) == 3
+    alone = records(tmp_path / "alone")
+    assert any(row["kind"] == "fork" for row in alone if row["step"] >= 1)
+    for name, first in (("evaluated", 0), ("resumed", 1)):
+        for left, right in zip([row for row in alone if row["step"] >= first], records(tmp_path / name), strict=True):
+            for field in ("kind", "parent", "fork_token", "completion_ids"):
+                assert left[field] == right[field], (name, field)
+        weights = (run.model.parameters() for run in (runs["alone"], runs[name]))
+        assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
+
+
+def test_an_evaluation_of_its_own_draws_anew(agent_dirs, tokenizer, tmp_path):
+    trainer = build(agent_dirs, tokenizer, tmp_path, per_device_eval_batch_size=4)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(len(drawn))
+        trainer.evaluate(Dataset.from_list(ROWS[:1]))
+        drawn.append(torch.get_rng_state())
+    torch.manual_seed(1)
+    assert not torch.equal(drawn[-1], torch.get_rng_state())
 
 
 def test_async_tools(agent_dirs, tokenizer, tmp_path):

@@ -1,7 +1,11 @@
 """The rollout viewer: reading records, making the page, and the page itself in headless Chromium."""
 
+import base64
+import copy
+import gzip
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -103,6 +107,102 @@ def test_a_file_of_something_else_is_an_error(tmp_path):
     write(tmp_path, "step-000000.jsonl", [record(), {"row": 1, "prompt_index": 0}])
     with pytest.raises(ValueError, match=r"step-000000.jsonl line 2 is no rollout record: it lacks kind, parent"):
         render(tmp_path)
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def blocks(page):
+    """What the page unpacks, as a browser reads it: its JSON has no NaN and no infinity."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    packed = re.findall(r'<script type="text/plain" id="[^"]+">([^<]*)</script>', page)
+    return [json.loads(gzip.decompress(base64.b64decode(block)), parse_constant=refuse) for block in packed]
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('{"arguments": ' + "[" * 100_000, "it cannot be read"),
+        ('{"arguments": ' + "9" * 5000 + "}", "it cannot be read"),
+        ("[1, 2]", "it is no object"),
+        ("null", "it is no object"),
+        (json.dumps(record(row="1")), "row is not a whole number of 0 or more"),
+        (json.dumps(record(row=True)), "row is not a whole number"),
+        (json.dumps(record(kind=["fork"])), "kind is not one of initial, fork, supplement"),
+        (json.dumps(record(row=1, kind="fork", parent=1, fork_token=0)), "parent of a fork is not an earlier row"),
+        (json.dumps(record(row=1, kind="fork", parent=2, fork_token=0)), "parent of a fork is not an earlier row"),
+        (json.dumps(record(row=1, kind="fork", parent=0, fork_token=11)), "fork_token of a fork is not a place"),
+        (json.dumps(record(prompt_ids=[1, -2])), "prompt_ids is not a list of whole numbers"),
+        (json.dumps(record(completion_ids=[1.5] * 10)), "completion_ids is not a list of whole numbers"),
+        (json.dumps(record(segments=[(0, 11)])), r"segments\[0\] is not a stretch of completion_ids"),
+        (json.dumps(record(segments=[(4, 8), (2, 10)])), r"segments\[1\] is not a stretch of completion_ids"),
+        (json.dumps(record(calls=[{"name": "x"}])), r"tool_calls\[0\] lacks arguments, result"),
+        (json.dumps(record(calls=[call(name=None)])), r"tool_calls\[0\].name is not a string"),
+        (json.dumps(record(rewards=[1.0])), "rewards is not an object of numbers"),
+        (json.dumps(record(rewards={"right": "1"})), "rewards is not an object of numbers"),
+        (json.dumps(record(advantage="1")), "advantage is not a number"),
+        (json.dumps(record(advantage=10**400)), "advantage is not a number"),
+        (json.dumps(record(shared_advantages=[{}])), "shared_advantages is not a list of objects"),
+        (json.dumps(record(calls=[call(arguments=nested(400))])), "nested less than 200 levels deep"),
+        (json.dumps(record(question=1, answer="x")), "question is not a string"),
+    ],
+)
+def test_a_record_of_something_else_is_one_sentence(tmp_path, text, complaint):
+    write(tmp_path, "step-000000.jsonl", [record()], tail=text + "\n")
+    with pytest.raises(ValueError, match=f"step-000000.jsonl line 2 is no rollout record: .*{complaint}") as caught:
+        render(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_a_browser_cannot_read_are_no_number(tmp_path):
+    text = json.dumps(record(advantage=math.nan, calls=[call(arguments={"a": math.inf, "b": [-math.inf]})]))
+    write(tmp_path, "step-000000.jsonl", [], tail=text.replace("0.5", "1e999") + "\n")
+    _, (group,) = blocks(render(tmp_path))
+    (row,) = group["rows"]
+    assert row["advantage"] is None and row["parts"][0]["entropy"] is None
+    assert row["parts"][-1]["calls"][0]["arguments"] == {"a": None, "b": [None]}
+
+
+def test_answers_of_any_type_are_shown_as_text(tmp_path):
+    row = record(question="q", answer=[1, {"a": 2}, "x"], prediction={"y": [3]})
+    write(tmp_path, "step-000000.jsonl", [row, record(question="q", row=1)])
+    _, (group,) = blocks(render(tmp_path))
+    assert group["answer"] == ["1", '{"a": 2}', "x"] and group["rows"][0]["prediction"] == '{"y": [3]}'
+
+
+def test_any_change_of_a_record_is_a_page_or_one_sentence(tmp_path):
+    generator = random.Random(0)
+    odd = [None, True, -1, 0, 3, 10**30, 1.5, 1e300, math.nan, math.inf, "", "x", "\ud800", [], {}, [[]], {"a": [1]}]
+    write_run(tmp_path, steps=1, groups=1, rows=4)
+    path = tmp_path / "rollouts" / "step-000000.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    pages = 0
+    for _ in range(1500):
+        changed = copy.deepcopy(rows)
+        place = generator.choice(changed)
+        while True:
+            key = generator.choice(list(place) if isinstance(place, dict) else range(len(place)))
+            if not place[key] or not isinstance(place[key], dict | list) or generator.random() < 0.3:
+                break
+            place = place[key]
+        if generator.random() < 0.1:
+            del place[key]
+        else:
+            place[key] = generator.choice(odd)
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        try:
+            blocks(render(tmp_path))
+            pages += 1
+        except ValueError as error:
+            assert "is no rollout record: " in str(error) and "\n" not in str(error)
+    assert 100 < pages < 1400
 
 
 def test_parts_of_a_group_on_several_processes_are_joined():
