@@ -133,17 +133,30 @@ def test_the_charset_of_the_header_is_used():
     100.100.100.200 0.0.0.0 0.1.2.3 224.0.0.1 239.1.1.1 240.0.0.1 255.255.255.255 192.0.2.1 198.18.0.1 192.0.0.192
     168.63.129.16 ::1 :: fe80::1 fe80::1%eth0 fc00::1 fd00:ec2::254 fec0::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1
     ::ffff:a9fe:a9fe ::127.0.0.1 64:ff9b::7f00:1 64:ff9b::a9fe:a9fe 64:ff9b:1::1 2002:7f00:1:: 2001:0:7f00:1::1
-    2001:db8::1 3fff::1 100::1 ::ffff:0:127.0.0.1""".split(),
+    2001:db8::1 3fff::1 100::1 ::ffff:0:127.0.0.1 192.88.99.1 192.31.196.1 192.52.193.1 192.175.48.1 203.0.113.7
+    198.51.100.7 2001:1::1 2001:10::1 2001:20::1 2001:30::1 2620:4f:8000::1 5f00::1 4000::1 ::8.8.8.8 100:0:0:1::1
+    2606:4700::5efe:10.0.0.1 2606:4700::200:5efe:127.0.0.1 64:ff9b::c058:6301""".split(),
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
 
 
 @pytest.mark.parametrize(
-    "address", "8.8.8.8 93.184.216.34 172.32.0.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808".split()
+    "address",
+    "8.8.8.8 93.184.216.34 172.32.0.1 192.0.1.1 192.88.98.1 2606:4700::1111 ::ffff:8.8.8.8 64:ff9b::808:808".split(),
 )
 def test_addresses_that_are_public(address):
     assert is_public(address)
+
+
+def test_a_public_address_of_this_machine_is_refused(monkeypatch):
+    """Loopback in the part of an address that an interface has beside the private ones."""
+    monkeypatch.setattr(fetching, "is_special", lambda ip: False)
+    assert is_public("8.8.8.8") and not is_public("127.0.0.1") and not is_public("127.8.8.8")
+    with Loopback({"*": html()}) as server:
+        with pytest.raises(PermissionError, match="is this machine"):
+            Browser().browse(server.url)
+    assert server.connections == 0
 
 
 @pytest.mark.parametrize(

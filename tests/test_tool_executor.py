@@ -462,6 +462,29 @@ def test_what_is_transient():
     assert retry_after(ValueError()) == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7),
+        ("Fri, 01 Jan 99999 00:00:00 GMT", 0),
+        ("Fri, 01 Jan 9999 00:00:00 -2359", None),
+        ("Fri, 31 Dec 9999 23:59:59 -2359", None),
+        ("1e999", float("inf")),
+        ("9" * 5000, float("inf")),
+        ("nan", 0),
+        ("-5", 0),
+        ("soon", 0),
+        ("", 0),
+        (b"7", 7),
+        (object(), 0),
+    ],
+)
+def test_a_wish_to_wait_is_read_whatever_it_holds(value, seconds):
+    error = urllib.error.HTTPError("http://x", 503, "", {"Retry-After": value}, None)
+    for asked in (retry_after(error), retry_after(TransientToolError("busy", retry_after=value))):
+        assert asked >= 0 if seconds is None else asked == seconds
+
+
 # --- hanging tools ---------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import ToolFailure
 from .function_worker import as_content
+from .retries import failure_of
 
 
 class GivenUp(BaseException):
@@ -27,7 +29,8 @@ class Attempt:
     """One run of a tool.
 
     Args:
-        ended (`asyncio.Future`): Resolves to `(result, error)` when the run has really ended, given up or not.
+        ended (`asyncio.Future`):
+            Resolves to `(result, failure)` when the run has really ended, given up or not; one of them is `None`.
         give_up (`Callable[[], None]`): Asks the run to end. Does not wait.
         thread (`threading.Thread`, *optional*): The thread that it occupies.
         loop (`LoopThread`, *optional*): The event loop that it shares.
@@ -103,19 +106,14 @@ def _raise_given_up(thread: threading.Thread) -> None:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(GivenUp))
 
 
-def _reporter(
-    control: asyncio.AbstractEventLoop, ended: asyncio.Future
-) -> Callable[[Any, BaseException | None], None]:
-    def resolve(result: Any, error: Exception | None) -> None:
+def _reporter(control: asyncio.AbstractEventLoop, ended: asyncio.Future) -> Callable[[Any, ToolFailure | None], None]:
+    def resolve(result: Any, failure: ToolFailure | None) -> None:
         if not ended.done():
-            ended.set_result((result, error))
+            ended.set_result((result, failure))
 
-    def report(result: Any, error: BaseException | None) -> None:
-        # SystemExit and the like must end the call, not the run
-        if error is not None and not isinstance(error, Exception):
-            error = RuntimeError(f"{type(error).__name__}: {error}")
+    def report(result: Any, failure: ToolFailure | None) -> None:
         try:
-            control.call_soon_threadsafe(resolve, result, error)
+            control.call_soon_threadsafe(resolve, result, failure)
         except RuntimeError:
             pass  # the executor was closed in the meantime
 
@@ -132,14 +130,14 @@ def on_loop(host: LoopThread, function: Callable, arguments: dict[str, Any]) -> 
         try:
             report(as_content(await function(**arguments)), None)
         except BaseException as e:
-            report(None, e)
+            report(None, failure_of(e))
             if isinstance(e, asyncio.CancelledError):
                 raise
 
     def start() -> None:
         tasks.append(asyncio.get_running_loop().create_task(body()))
         # A task that is cancelled before its first step never enters its body
-        tasks[0].add_done_callback(lambda task: report(None, asyncio.CancelledError()))
+        tasks[0].add_done_callback(lambda task: report(None, failure_of(asyncio.CancelledError())))
 
     def give_up() -> None:
         try:
@@ -161,16 +159,16 @@ def in_thread(work: Callable[[], Any], give_up: Callable[[], None] | None = None
 
     def target() -> None:
         nonlocal running
-        outcome: tuple[Any, BaseException | None]
+        outcome: tuple[Any, ToolFailure | None]
         try:
             try:
                 outcome = (work(), None)
             except BaseException as e:
-                outcome = (None, e)
+                outcome = (None, failure_of(e))
             with lock:
                 running = False
         except GivenUp as e:
-            outcome = (None, e)  # it came after the answer; at most one is ever raised
+            outcome = (None, failure_of(e))  # it came after the answer; at most one is ever raised
         report(*outcome)
 
     def interrupt() -> None:

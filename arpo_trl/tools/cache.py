@@ -16,6 +16,12 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# Seconds that a look-up and a store wait for the file. A call waits for its look-up; nobody waits for a store
+_LOOK_UP_PATIENCE = 1.0
+_STORE_PATIENCE = 10.0
+# Seconds that a file which failed is passed over
+_PAUSE = 60.0
+
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
     namespace TEXT NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL, result TEXT NOT NULL, created REAL NOT NULL,
@@ -28,8 +34,8 @@ class ToolCache:
     """Answers of tools by name and arguments.
 
     Safe under threads, several writing processes and a kill in mid-write: SQLite in WAL mode, one transaction an
-    answer. A cache that fails while in use (a full disk, a damaged page) is an answer not remembered, never an error of
-    the tool.
+    answer. A cache that fails while in use (a full disk, a damaged page, a lock that somebody holds) is an answer not
+    remembered, never an error of the tool. It is then passed over for a minute.
 
     Args:
         path (`str` or `os.PathLike`):
@@ -46,6 +52,7 @@ class ToolCache:
         self._pid: int | None = None
         self._lock = threading.Lock()
         self._warned = False
+        self._passed_over_until = float("-inf")
         if self.path.is_dir():
             raise ValueError(f"`cache` must be a file, but {os.fspath(path)!r} is a folder. Name a file inside it.")
         if self.path.is_file() and self.path.stat().st_size:
@@ -62,7 +69,11 @@ class ToolCache:
         if key is None:
             return None
         row = self._execute(
-            "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?", self.namespace, tool, key
+            _LOOK_UP_PATIENCE,
+            "SELECT result FROM answers WHERE namespace = ? AND tool = ? AND arguments = ?",
+            self.namespace,
+            tool,
+            key,
         )
         return None if row is None else _loads(row[0])
 
@@ -71,11 +82,17 @@ class ToolCache:
         key, text = _dumps(arguments), _dumps(result)
         if key is not None and text is not None:
             self._execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", self.namespace, tool, key, text, time.time()
+                _STORE_PATIENCE,
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+                self.namespace,
+                tool,
+                key,
+                text,
+                time.time(),
             )
 
     def __len__(self) -> int:
-        row = self._execute("SELECT COUNT(*) FROM answers WHERE namespace = ?", self.namespace)
+        row = self._execute(_STORE_PATIENCE, "SELECT COUNT(*) FROM answers WHERE namespace = ?", self.namespace)
         return 0 if row is None else row[0]
 
     def close(self) -> None:
@@ -85,23 +102,30 @@ class ToolCache:
                 self._connection.close()
             self._connection = None
 
-    def _execute(self, statement: str, *parameters: Any) -> tuple | None:
+    def _execute(self, patience: float, statement: str, *parameters: Any) -> tuple | None:
         """Run one statement in a transaction of its own and return its first row; `None` also where the file fails."""
-        with self._lock:
-            try:
-                # A connection must not be carried over a fork, so each process opens its own
-                if self._connection is None or self._pid != os.getpid():
-                    self._connection, self._pid = _connect(self.path), os.getpid()
-                with self._connection:
-                    return self._connection.execute(statement, parameters).fetchone()
-            except (sqlite3.Error, OSError) as e:
-                if not self._warned:
-                    logger.warning("The tool cache %s fails and is passed over: %s", self.path, e)
-                    self._warned = True
+        if not self._lock.acquire(timeout=patience):
+            return None
+        try:
+            if time.monotonic() < self._passed_over_until:
                 return None
+            # A connection must not be carried over a fork, so each process opens its own
+            if self._connection is None or self._pid != os.getpid():
+                self._connection, self._pid = _connect(self.path, patience), os.getpid()
+            self._connection.execute(f"PRAGMA busy_timeout = {1000 * patience:.0f}")
+            with self._connection:
+                return self._connection.execute(statement, parameters).fetchone()
+        except (sqlite3.Error, OSError) as e:
+            self._passed_over_until = time.monotonic() + _PAUSE
+            if not self._warned:
+                logger.warning("The tool cache %s fails and is passed over for %g s: %s", self.path, _PAUSE, e)
+                self._warned = True
+            return None
+        finally:
+            self._lock.release()
 
 
-def _connect(path: Path, patience: float = 10.0) -> sqlite3.Connection:
+def _connect(path: Path, patience: float) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(path, timeout=patience, check_same_thread=False)
     deadline = time.monotonic() + patience

@@ -17,3 +17,31 @@ class TransientToolError(RuntimeError):
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
+
+
+class ToolFailure(Exception):
+    """What the executor knows of an exception of a tool, as plain data.
+
+    The exception itself stays where the tool ran: its methods are the tool's code, which may raise or hang.
+
+    Args:
+        name (`str`): Name of its class.
+        text (`str`): Its message; empty if there is none.
+        transient (`bool`): Whether the same call may succeed a little later.
+        retry_after (`float`): Seconds that the server asks to wait, 0 if it asks nothing.
+    """
+
+    def __init__(self, name: str, text: str, transient: bool = False, retry_after: float = 0.0):
+        super().__init__(text or name)
+        self.name = name
+        self.text = text
+        self.transient = transient
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return self.text or self.name
+
+    @property
+    def line(self) -> str:
+        """Name and message, as the last line of a traceback shows them."""
+        return f"{self.name}: {self.text}" if self.text else self.name

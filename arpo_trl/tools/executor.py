@@ -12,27 +12,32 @@ the run. `tool(..., process=True)` has no such calls.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
 from .arguments import bound_arguments
 from .attempts import Attempt, LoopThread, in_thread, on_loop
+from .cache import ToolCache
 from .function_worker import Worker, as_content
 from .options import ToolOptions, is_async, tool_options
-from .retries import retrying
+from .places import Places
+from .retries import failure_of, retrying
 
 logger = logging.getLogger(__name__)
 
 # Seconds that a call which was given up has to end before it counts as one that cannot be stopped
 _GRACE = 1.0
+# Seconds that answers have to reach their caches when the executor is closed
+_LONGEST_STORING = 15.0
 
 # What tells tools apart: the name they are called by, module, qualified name
 _Home = tuple[str, str | None, str | None]
@@ -164,12 +169,15 @@ class _Life:
         self.control = LoopThread("arpo-tools")
         self.tool_loop: LoopThread | None = None
         self.threads = asyncio.Semaphore(max_workers)
-        self.places: dict[_Home, _Places] = {}
+        self.places: dict[_Home, Places] = {}
         self.attempts: set[Attempt] = set()
         self.workers: set[Worker] = set()
         self.idle_workers: dict[_Home, list[Worker]] = defaultdict(list)
         self.in_flight: dict[tuple, asyncio.Task] = {}
         self.background: set[asyncio.Task] = set()
+        # One thread, since a cache writes one answer at a time
+        self.storing = ThreadPoolExecutor(1, thread_name_prefix="arpo-cache")
+        self.stores: set[Future] = set()
 
     def end(self) -> None:
         self.closing = True
@@ -187,6 +195,8 @@ class _Life:
                 attempt.thread.join(max(0.0, deadline - time.monotonic()))
         for worker in list(self.workers):
             worker.close()
+        self.storing.shutdown(wait=False)
+        wait(list(self.stores), timeout=_LONGEST_STORING)
 
     async def execute_in_order(
         self, calls: list[tuple[ToolCall, Callable | None]], futures: "list[Future[ToolCall]]", available: list[str]
@@ -218,8 +228,9 @@ class _Life:
             call.error = "the executor was closed before the call had ended"
             call.result = str({"error": call.error})
         except Exception as e:
-            call.error = f"{type(e).__name__}: {e}"
-            call.result = str({"error": str(e)})
+            failure = failure_of(e)
+            call.error = failure.line
+            call.result = str({"error": str(failure)})
         if limit is not None and isinstance(call.result, str):
             call.result = cut(call.result, limit, self.count_tokens)
 
@@ -228,25 +239,45 @@ class _Life:
         if options.cache is None:
             return await self.make(call, function, options)
         cache, arguments = options.cache, bound_arguments(function, call.arguments)
-        loop = asyncio.get_running_loop()
 
         async def look_up_or_make() -> tuple[str | list, bool]:
-            result = await loop.run_in_executor(None, cache.get, call.name, arguments)
+            result = await asyncio.get_running_loop().run_in_executor(None, cache.get, call.name, arguments)
             if result is not None:
                 return result, True
-            result = await self.make(call, function, options)
-            await loop.run_in_executor(None, cache.set, call.name, arguments, result)
-            return result, False
+            return await self.make(call, function, options), False
 
         key = (cache.path, cache.namespace, call.name, repr(sorted(arguments.items())))
         task = self.in_flight.get(key)
         joined = task is not None
         if task is None:
             task = self.in_flight[key] = asyncio.ensure_future(look_up_or_make())
-            task.add_done_callback(lambda _: self.in_flight.pop(key))
+            task.add_done_callback(lambda task: self.remember(key, task, cache, call.name, arguments))
         result, remembered = await asyncio.shield(task)
         call.cached = joined or remembered
         return result
+
+    def remember(self, key: tuple, made: asyncio.Task, cache: ToolCache, name: str, arguments: dict[str, Any]) -> None:
+        """Store an answer that was made, once the call has it: a slow or failing cache delays nobody.
+
+        Until it is stored, equal calls are answered by the task that made it.
+        """
+        forget = functools.partial(self.in_flight.pop, key, None)
+        if made.cancelled() or made.exception() is not None or made.result()[1]:
+            forget()
+            return
+        try:
+            storing = self.storing.submit(cache.set, name, arguments, made.result()[0])
+        except RuntimeError:  # the interpreter is about to end
+            forget()
+            return
+        self.stores.add(storing)
+
+        def stored(storing: Future) -> None:
+            self.stores.discard(storing)
+            with contextlib.suppress(RuntimeError):  # the executor was closed in the meantime
+                self.control.loop.call_soon_threadsafe(forget)
+
+        storing.add_done_callback(stored)
 
     async def make(self, call: ToolCall, function: Callable, options: ToolOptions) -> str | list:
         """Run the tool, again after a transient failure if its options say so."""
@@ -281,19 +312,19 @@ class _Life:
                     task.add_done_callback(self.background.discard)
         if not running.ended.done():
             raise TimeoutError(f"Tool {call.name} gave no answer within {timeout:g} s.")
-        result, error = running.ended.result()
-        if error is not None:
-            raise error
+        result, failure = running.ended.result()
+        if failure is not None:
+            raise failure
         return result
 
-    def places_of(self, name: str, function: Callable, options: ToolOptions) -> "_Places":
+    def places_of(self, name: str, function: Callable, options: ToolOptions) -> Places:
         if options.max_concurrency is not None:
             limit: float = options.max_concurrency
         elif options.process:
             limit = os.cpu_count() or 1
         else:
             limit = float("inf") if is_async(function) else self.max_workers
-        return _Places(name, limit, min(limit, self.max_workers))
+        return Places(name, limit, min(limit, self.max_workers))
 
     async def start(self, home: _Home, function: Callable, arguments: dict[str, Any], options: ToolOptions) -> Attempt:
         if is_async(function):
@@ -304,9 +335,9 @@ class _Life:
             return self.keep(in_thread(lambda: as_content(function(**arguments))))
         # Not on the clock of the call: a new process has to import the tool's module
         borrowing = self.keep(in_thread(lambda: self.borrow_worker(home, function)))
-        worker, error = await asyncio.shield(borrowing.ended)
-        if error is not None:
-            raise error
+        worker, failure = await asyncio.shield(borrowing.ended)
+        if failure is not None:
+            raise failure
         return self.keep(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
 
     def keep(self, attempt: Attempt) -> Attempt:
@@ -344,7 +375,7 @@ class _Life:
             else:
                 self.drop_worker(worker)
 
-    async def see_off(self, attempt: Attempt, places: "_Places") -> None:
+    async def see_off(self, attempt: Attempt, places: Places) -> None:
         """Keep the place of a call that was given up until it has really ended."""
         await asyncio.wait({attempt.ended}, timeout=_GRACE)
         if not attempt.ended.done():
@@ -359,56 +390,6 @@ class _Life:
             await asyncio.wait({attempt.ended})
             places.stuck -= 1
         places.leave()
-
-
-class _Places:
-    """Places for the calls of one tool that run at the same time.
-
-    Args:
-        name (`str`): The tool.
-        limit (`float`): Number of places.
-        most_stuck (`float`): Calls that were given up but live on, from which on the tool is not called any more.
-    """
-
-    def __init__(self, name: str, limit: float, most_stuck: float):
-        self.name = name
-        self.limit = limit
-        self.most_stuck = most_stuck
-        self.taken = 0
-        self.stuck = 0
-        self._waiting: deque[asyncio.Future] = deque()
-
-    async def enter(self) -> None:
-        while self.stuck >= self.most_stuck or self.taken >= self.limit:
-            if self.stuck >= self.most_stuck:
-                raise RuntimeError(
-                    f"Tool {self.name} is not called: {self.stuck} earlier calls of it hang and cannot be stopped."
-                )
-            self._waiting.append(asyncio.get_running_loop().create_future())
-            await self._waiting[-1]
-        self.taken += 1
-
-    def leave(self) -> None:
-        self.taken -= 1
-        self._wake(1)
-
-    def more_stuck(self) -> None:
-        self.stuck += 1
-        if self.stuck == 1:
-            logger.warning(
-                "Tool %s hangs and cannot be stopped. Give what it waits for a time-out of its own, or run it in worker "
-                "processes: tool(..., process=True).",
-                self.name,
-            )
-        if self.stuck >= self.most_stuck:
-            self._wake(len(self._waiting))
-
-    def _wake(self, count: int) -> None:
-        while count and self._waiting:
-            waiter = self._waiting.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                count -= 1
 
 
 def cut(text: str, max_tokens: int, count_tokens: Callable[[str], int]) -> str:

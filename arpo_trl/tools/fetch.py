@@ -2,9 +2,10 @@
 
 The address is written by a model, perhaps at the wish of a page it read, so it is treated as hostile:
 
-- http and https only, and no address of a private network, of this machine, or of a cloud's metadata service. A name is
-  resolved once, every address it has is checked, and the connection is made to a checked address: a name that resolves
-  differently the second time gains nothing. Each redirect is checked like the first address.
+- http and https only, and no address of a private network, of this machine (a public one too, if one of its interfaces
+  has it), or of a cloud's metadata service. A name is resolved once, every address it has is checked, and the
+  connection is made to a checked address: a name that resolves differently the second time gains nothing. Each redirect
+  is checked like the first address.
 - One deadline covers connecting, handshake, headers, body and redirects, also against a server that sends a byte now
   and then. The page is cut at a size, which is counted after decompression.
 
@@ -35,19 +36,48 @@ _USER_AGENT = "Mozilla/5.0 (compatible; arpo-trl)"
 _MOST_REDIRECTS = 5
 HTML = ("text/html", "application/xhtml+xml")
 _PLAIN = ("application/json", "application/xml")
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# what `ipaddress` takes for public, in some Python version or in all
-_NOT_PUBLIC = [
-    ipaddress.ip_network(network)
+# IANA's special-purpose address registries, whole, so that no Python version decides; and what clouds use besides.
+# https://www.iana.org/assignments/iana-ipv4-special-registry, https://www.iana.org/assignments/iana-ipv6-special-registry
+_NOT_PUBLIC_V4 = [
+    ipaddress.IPv4Network(network)
     for network in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # shared by the customers of a provider; a cloud's metadata
+        "127.0.0.0/8",  # loopback
         "168.63.129.16/32",  # a service inside one cloud
-        "192.0.0.0/24",  # protocol assignments; another cloud's metadata
-        "64:ff9b:1::/48",  # translation to private IPv4
-        "2002::/16",  # 6to4: carries any IPv4 address
-        "3fff::/20",  # documentation
-        "fec0::/10",  # site-local
+        "169.254.0.0/16",  # link-local; metadata of most clouds
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocol assignments; a cloud's metadata
+        "192.0.2.0/24",  # documentation
+        "192.31.196.0/24",  # AS112
+        "192.52.193.0/24",  # multicast tunnels
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",  # private
+        "192.175.48.0/24",  # AS112
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
     )
 ]
+# Of IPv6 only 2000::/3 is given out; the rest is loopback, private, link-local, multicast or reserved
+_GIVEN_OUT_V6 = ipaddress.IPv6Network("2000::/3")
+_NOT_PUBLIC_V6 = [
+    ipaddress.IPv6Network(network)
+    for network in (
+        "2001::/23",  # protocol assignments, with Teredo, which carries any IPv4 address
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4: carries any IPv4 address
+        "2620:4f:8000::/48",  # AS112
+        "3fff::/20",  # documentation
+    )
+]
+# Their last 32 bits are an IPv4 address that the system or a translator connects to instead
+_MAPPED_V4 = [ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96")]
+# ISATAP: an interface identifier, behind any prefix, that carries an IPv4 address
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 class Page(NamedTuple):
@@ -213,7 +243,7 @@ def resolve(host: str, port: int, allow_private: bool = False) -> list[tuple]:
             raise TransientToolError(f"{host} could not be looked up: {error.strerror}.") from error
         raise RuntimeError(f"There is no host {host}: {error.strerror}.") from error
     if not allow_private and not all(is_public(str(address[4][0])) for address in addresses):
-        raise PermissionError(f"{host} is in a private network, which may not be browsed.")
+        raise PermissionError(f"{host} is in a private network or is this machine, which may not be browsed.")
     return addresses
 
 
@@ -276,24 +306,39 @@ def _may_pass(error: Exception) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet.
+    """Whether an IP address belongs to the public internet, and to another machine than this.
 
     Args:
         address (`str`): IPv4 or IPv6 address.
 
     Returns:
         `bool`: `False` for loopback, private, shared, link-local, multicast, reserved and metadata addresses, also where
-        an IPv6 address carries such an IPv4 address.
+        an IPv6 address carries such an IPv4 address, and for the addresses of this machine's own interfaces.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return is_public(str(ip.ipv4_mapped))
-        if ip in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-    if any(ip in network for network in _NOT_PUBLIC):
-        return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    return not is_special(ip) and not is_own(ip)
+
+
+def is_special(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is set aside for something else than the public internet."""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return any(ip in network for network in _NOT_PUBLIC_V4)
+    carried = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if any(ip in network for network in _MAPPED_V4):
+        return is_special(carried) or is_own(carried)
+    if ip not in _GIVEN_OUT_V6 or any(ip in network for network in _NOT_PUBLIC_V6):
+        return True
+    return int(ip) >> 32 & 0xFFFFFFFF in _ISATAP and (is_special(carried) or is_own(carried))
+
+
+def is_own(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of this machine's: the system would talk to it from that address itself."""
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    # No packet is sent: connecting a datagram socket only chooses a route
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((str(ip), 9))
+        return ipaddress.ip_address(probe.getsockname()[0].partition("%")[0]) == ip
+    return False
 
 
 def read_body(response: http.client.HTTPResponse, max_bytes: int, compressed: bool) -> tuple[bytes, bool]:

@@ -3,22 +3,108 @@
 The file is also the program of that process: it runs by path, needs the standard library alone, and imports nothing but
 the tool's own module, so that a worker starts in tens of milliseconds. Unlike `multiprocessing` it does not run the
 main script again.
+
+Requests and answers pass through a socket that the tool could write to as well, by mistake or from a forked child. So
+each message carries a secret of its worker, its number, its length and a digest of its content. A worker that sends
+anything else is ended and replaced, since no later answer of it could be trusted.
+
+What a tool has started ends with its worker: the processes of its group, and on Linux also those that left the group
+but kept the environment. What it does not do: find a process that left the group and cleared its environment.
 """
 
+import contextlib
+import hashlib
 import importlib
 import os
 import pickle
+import secrets
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 _START_SECONDS = 120.0
+# Environment variable that holds the worker's secret, inherited by what the tool starts
+_MARK = "ARPO_TRL_TOOL_WORKER"
+# Secret, number of the message, length and digest of its content
+_HEADER = struct.Struct("!16sQQ16s")
+
+
+class ForeignMessage(Exception):
+    """What was received is not the message that the protocol expects."""
+
+
+def _send(connection: socket.socket, secret: bytes, number: int, content: bytes) -> None:
+    digest = hashlib.blake2b(content, digest_size=16).digest()
+    connection.sendall(_HEADER.pack(secret, number, len(content), digest) + content)
+
+
+def _receive(connection: socket.socket, secret: bytes, number: int) -> bytes:
+    """Return the content of message `number`.
+
+    Raises:
+        `EOFError`: If the other side has ended.
+        `ForeignMessage`: If something else was sent.
+    """
+    received_secret, received_number, length, digest = _HEADER.unpack(_receive_exactly(connection, _HEADER.size))
+    if (received_secret, received_number) != (secret, number):
+        raise ForeignMessage
+    content = _receive_exactly(connection, length)
+    if hashlib.blake2b(content, digest_size=16).digest() != digest:
+        raise ForeignMessage
+    return content
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    content = bytearray()
+    while len(content) < size:
+        piece = connection.recv(min(size - len(content), 1 << 20))
+        if not piece:
+            raise EOFError
+        content += piece
+    return bytes(content)
+
+
+def _kill_marked(secret: bytes) -> None:
+    """Kill all processes but this one whose environment holds `secret`. Does nothing where there is no `/proc`."""
+    mark = f"{_MARK}={secret.hex()}".encode()
+    killed: set[int] = {os.getpid()}
+    found = hasattr(os, "pidfd_open") and os.path.isdir("/proc")
+    while found:  # again, since a process may have started another before it was killed
+        found = False
+        for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - killed:
+            # A process that has ended, or belongs to somebody else
+            with contextlib.suppress(OSError):
+                if not _is_marked(pid, mark):
+                    continue
+                descriptor = os.pidfd_open(pid)
+                try:
+                    if _is_marked(pid, mark):  # the number may have gone to another process in between
+                        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                finally:
+                    os.close(descriptor)
+                killed.add(pid)
+                found = True
+
+
+def _is_marked(pid: int, mark: bytes) -> bool:
+    while True:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            environment = file.read()
+        if environment:
+            return mark in environment.split(b"\0")
+        # A process that is being replaced by another program has memory and, for a moment, no environment
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state, *fields = file.read().rpartition(b")")[2].split()
+        if state in b"ZX" or int(fields[19]) == 0 or int(fields[47]) != 0:  # vsize, env_end
+            return False
+        time.sleep(0.001)
 
 
 def importable_name(function: Callable) -> tuple[str, str]:
@@ -47,7 +133,9 @@ class Worker:
         self._name = importable_name(function)
         self._lock = threading.Lock()
         self._killed = False
-        ours, theirs = socket.socketpair()
+        self._secret = secrets.token_bytes(16)
+        self._number = 0
+        self._connection, theirs = socket.socketpair()
         with theirs:
             # A session of its own, so that a kill takes what the tool has started and Ctrl-C leaves it to us
             self._process = subprocess.Popen(
@@ -55,8 +143,8 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env={**os.environ, _MARK: self._secret.hex()},
             )
-        self._connection = Connection(ours.detach())
 
     def start(self) -> None:
         """Wait until the process has imported the function.
@@ -65,10 +153,14 @@ class Worker:
             `RuntimeError`: If it cannot.
         """
         try:
-            self._connection.send((sys.path, *self._name))
-            if not self._connection.poll(_START_SECONDS):
-                raise RuntimeError(f"the worker process did not start within {_START_SECONDS:g} s")
-            error = self._connection.recv()
+            self._connection.settimeout(_START_SECONDS)
+            _send(self._connection, self._secret, 0, pickle.dumps((sys.path, *self._name)))
+            error = pickle.loads(_receive(self._connection, self._secret, 0))
+            self._connection.settimeout(None)
+        except TimeoutError as e:
+            raise RuntimeError(f"the worker process did not start within {_START_SECONDS:g} s") from e
+        except ForeignMessage as e:
+            raise RuntimeError("the tool's module wrote to the socket of its worker process") from e
         except (EOFError, OSError) as e:
             raise RuntimeError("the worker process ended while it started") from e
         if error is not None:
@@ -76,34 +168,52 @@ class Worker:
 
     def call(self, arguments: dict[str, Any]) -> str | list:
         """Run the tool and return its answer; raises what the tool raises."""
+        content = pickle.dumps(arguments)
+        self._number += 1
         try:
-            self._connection.send(arguments)
-            result, error = self._connection.recv()
+            _send(self._connection, self._secret, self._number, content)
+            answer = _receive(self._connection, self._secret, self._number)
+        except ForeignMessage:
+            self.close()
+            raise RuntimeError(
+                "the tool wrote to the socket of its worker process; its answer is lost, and the process was ended"
+            ) from None
         except (EOFError, OSError):
             self.close()
             raise RuntimeError(f"the worker process died with exit status {self._process.returncode}") from None
+        result, error = pickle.loads(answer)
         if error is not None:
             raise error
         return result
 
     @property
     def alive(self) -> bool:
+        """Whether the process can take a call: it runs, and has sent nothing that nobody asked for."""
         with self._lock:
-            return not self._killed and self._process.poll() is None
+            if self._killed:
+                return False
+            poller = select.poll()
+            poller.register(self._connection, select.POLLIN)
+            return not poller.poll(0)
 
     def kill(self) -> None:
-        """Kill the process and what it started; a `call` that waits for it ends."""
+        """Kill the process and its group; a `call` that waits for it ends."""
         with self._lock:
             self._killed = True
             if self._process.returncode is None:  # not reaped, so the number is still its own
-                os.killpg(self._process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+            # A process that the tool has started may hold the other end open
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Kill the process and leave nothing of it behind."""
+        """Kill the process and what it started, and leave nothing of it behind."""
         self.kill()
+        _kill_marked(self._secret)
         with self._lock:
             self._process.wait()
-        self._connection.close()
+            self._connection.close()
 
 
 def as_content(result: Any) -> str | list:
@@ -139,50 +249,76 @@ def whole_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def error_text(error: BaseException) -> tuple[str, str]:
+    """Return the class name and the message of an exception, whatever its own methods do.
+
+    The message is empty where there is none. An exception that is not an `Exception`, such as `SystemExit`, is told as
+    a `RuntimeError`: it ends a call and nothing else.
+    """
+    name = type.__dict__["__name__"].__get__(type(error))
+    try:
+        text = whole_text(str.__str__(str(error)))
+    except BaseException:
+        text = "its message cannot be shown"
+    if isinstance(error, Exception):
+        return name, text if text.strip() else ""
+    return "RuntimeError", f"{name}: {text}" if text.strip() else name
+
+
 def _portable(error: BaseException) -> Exception:
     """Return `error` if it arrives whole on the other side of a pipe, else its text."""
+    name, text = error_text(error)
     try:
         if isinstance(error, Exception) and isinstance(pickle.loads(pickle.dumps(error)), type(error)):
             return error
-    except Exception:
+    except BaseException:
         pass
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    if not isinstance(error, Exception):
+        return RuntimeError(text)
+    return RuntimeError(f"{name}: {text}" if text else name)
 
 
-def _end_with_parent(descriptor: int) -> None:
+def _end_with_parent(descriptor: int, secret: bytes) -> None:
     poller = select.poll()
     poller.register(descriptor, 0)  # no event but the hang-up, which is always told
     poller.poll()
+    _kill_marked(secret)
     os.killpg(0, signal.SIGKILL)
 
 
 def _serve(descriptor: int) -> None:
-    connection = Connection(descriptor)
-    threading.Thread(target=_end_with_parent, args=(descriptor,), daemon=True).start()
-    sys.path[:], module, name = connection.recv()
+    secret = bytes.fromhex(os.environ[_MARK])
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    # A child that the tool forks answers nobody
+    os.register_at_fork(after_in_child=connection.close)
+    pid, end = os.getpid(), os.fstat(descriptor)
+    threading.Thread(target=_end_with_parent, args=(descriptor, secret), daemon=True).start()
+    sys.path[:], module, name = pickle.loads(_receive(connection, secret, 0))
     try:
         function: Any = importlib.import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
     except BaseException as e:
-        connection.send(f"{type(e).__name__}: {e}")
+        _send(connection, secret, 0, pickle.dumps(": ".join(filter(None, error_text(e)))))
         return
-    connection.send(None)
+    _send(connection, secret, 0, pickle.dumps(None))
+    number = 0
     while True:
-        arguments = connection.recv()
-        answer: tuple[str | list | None, Exception | None]
+        number += 1
+        arguments = pickle.loads(_receive(connection, secret, number))
         try:
-            answer = (as_content(function(**arguments)), None)
+            answer = pickle.dumps((as_content(function(**arguments)), None))
         except BaseException as e:
-            answer = (None, _portable(e))
-        try:
-            connection.send(answer)
-        except (pickle.PicklingError, TypeError, AttributeError) as e:  # content blocks that cannot be sent
-            connection.send((None, _portable(e)))
+            answer = pickle.dumps((None, _portable(e)))
+        # A forked child that returned, or a tool that put something else in the place of the socket
+        if os.getpid() != pid or not os.path.samestat(os.fstat(descriptor), end):
+            os._exit(1)
+        _send(connection, secret, number, answer)
 
 
 if __name__ == "__main__":
     try:
         _serve(int(sys.argv[1]))
-    except (EOFError, OSError):
+    except (EOFError, OSError, ForeignMessage):
         pass

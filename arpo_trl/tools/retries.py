@@ -6,11 +6,14 @@ a tool can say it itself with [`TransientToolError`].
 """
 
 import email.utils
+import math
 import time
+from typing import Any
 
 import tenacity
 
-from .errors import TransientToolError
+from .errors import ToolFailure, TransientToolError
+from .function_worker import error_text
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 
@@ -41,6 +44,8 @@ def status_of(error: BaseException) -> int | None:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether the same call may succeed a little later."""
+    if isinstance(error, ToolFailure):
+        return error.transient
     if isinstance(error, TransientToolError):
         return True
     status = status_of(error)
@@ -56,22 +61,41 @@ def is_transient(error: BaseException) -> bool:
 
 def retry_after(error: BaseException) -> float:
     """Return the seconds that the server asks to wait, 0 if it asks nothing. Both forms of the header are read."""
+    if isinstance(error, ToolFailure):
+        return error.retry_after
     if isinstance(error, TransientToolError):
-        return error.retry_after or 0.0
+        return _seconds(error.retry_after)
     for owner in (getattr(error, "response", None), error):
         get = getattr(getattr(owner, "headers", None), "get", None)
         if get is None:
             continue
-        value = get("Retry-After") or get("retry-after") or ""
-        try:
-            return max(0.0, float(value))
-        except ValueError:
-            pass
-        try:
-            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-        except ValueError:
-            continue
+        value = get("Retry-After") or get("retry-after")
+        if value:
+            return _seconds(value)
     return 0.0
+
+
+def _seconds(value: Any) -> float:
+    """Return seconds from now that a number or a date asks for; 0 for what is neither, or has passed."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (AttributeError, TypeError, ValueError, OverflowError):  # such as a year beyond 9999
+            return 0.0
+    return 0.0 if math.isnan(seconds) else max(0.0, seconds)
+
+
+def failure_of(error: BaseException) -> ToolFailure:
+    """Return what there is to know of an exception; never raises, whatever the exception's own methods do."""
+    if isinstance(error, ToolFailure):
+        return error
+    name, text = error_text(error)
+    try:
+        return ToolFailure(name, text, isinstance(error, Exception) and is_transient(error), retry_after(error))
+    except BaseException:
+        return ToolFailure(name, text)
 
 
 def retrying(retries: int, longest_wait: float = 60.0) -> tenacity.AsyncRetrying:
