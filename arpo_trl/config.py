@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from .protocols import protocol_class
-from .rollout.branching import EXPANSION_RULES
+from .rollout.entropy import EXPANSION_RULES
 
 BRANCH_RULES = ("bernoulli", "threshold", "random", *EXPANSION_RULES)
 ATTRIBUTIONS = ("soft", "hard", "tree")

@@ -25,20 +25,28 @@ from trl.trainer.utils import (
 from .advantages import Span, hard_advantages, tree_advantages
 from .checkpoints import newest_whole_checkpoint
 from .config import ARPOConfig
-from .environments import close_environments, environment_tools, fork_environment
-from .prefix_sharing import rows_may_change_micro_batch, shared_prefix_logps, shares_prefixes
-from .prefix_tree import sibling_order
+from .execution.executor import ToolCall, ToolExecutor
+from .execution.names import distinct_tools
 from .protocols import check_chat_template, mark_checkpoint, protocol_class, warn_of_another_protocol
 from .random_state import kept_random_state
 from .reporting import report_image
-from .reward_guard import error_text, guarded
-from .rollout.branching import EXPANSION_RULES
-from .rollout.generation_settings import (
+from .rewards.guard import error_text, guarded
+from .rollout.engines.generation_settings import (
     context_length,
     refuse_unfit_settings,
     tell_settings,
     without_unfit_settings,
 )
+from .rollout.engines.prefix_cache import PrefixCache
+from .rollout.engines.sampler import (
+    recorded_generation,
+    recorded_samples,
+    stop_string_criteria,
+    top_k_samples,
+    vllm_settings,
+)
+from .rollout.entropy import EXPANSION_RULES
+from .rollout.environments import close_environments, environment_tools, fork_environment
 from .rollout.loop import (
     Branching,
     Limits,
@@ -58,13 +66,11 @@ from .rollout.metrics import (
     table_row,
     table_text,
 )
-from .rollout.prefix_cache import PrefixCache
 from .rollout.record import call_records, rollout_records, write_records
-from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria, top_k_samples, vllm_settings
 from .rollout.stock import stock_trajectory
 from .rollout.tree import Group, Trajectory
-from .tools.executor import ToolCall, ToolExecutor
-from .tools.names import distinct_tools
+from .scoring.prefix_tree import sibling_order
+from .scoring.shared_prefix import rows_may_change_micro_batch, shared_prefix_logps, shares_prefixes
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict

@@ -31,8 +31,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from arpo_trl.prefix_sharing import shared_prefix_logps
-from arpo_trl.prefix_tree import Cost, pack, sibling_order
+from arpo_trl.scoring.prefix_tree import Cost, pack, sibling_order
+from arpo_trl.scoring.shared_prefix import shared_prefix_logps
 
 VOCABULARY = 1030
 REFERENCE = 4  # micro-batch of the row-by-row side that others are held against

@@ -45,7 +45,7 @@ from transformers import (  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from arpo_trl import ARPOConfig, ARPOTrainer  # noqa: E402
-from arpo_trl.rollout.prefix_cache import PrefixCache  # noqa: E402
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache  # noqa: E402
 
 ROUNDS = 3
 RESULT = "It is " + "what it is and " * 25

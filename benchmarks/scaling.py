@@ -24,8 +24,8 @@ import torch
 from prefix_sharing import PROMPT, VOCABULARY, build_model, grow, peak_resident_mib, step
 from transformers import GenerationConfig
 
-from arpo_trl.prefix_tree import Cost, pack, shared_prefixes
-from arpo_trl.rollout.prefix_cache import PrefixCache
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache
+from arpo_trl.scoring.prefix_tree import Cost, pack, shared_prefixes
 
 DISTINCT = Cost(token=1, pair=0, call=0)
 BASE = {"rows": 16, "chain": 2, "rounds": 2, "segment": 64}

@@ -9,7 +9,7 @@ import math
 import random
 from pathlib import Path
 
-from arpo_trl.rollout.branching import allocate_forks, entropy_gap, fork_probability, wants_fork
+from arpo_trl.rollout.entropy import allocate_forks, entropy_gap, fork_probability, wants_fork
 
 FIGURE = Path(__file__).parent / "rollout.svg"
 

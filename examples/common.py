@@ -13,8 +13,8 @@ from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.data import load_rl
+from arpo_trl.data.files import read_rows, to_dataset
 from arpo_trl.evaluation import Agent
-from arpo_trl.files import read_rows, to_dataset
 
 
 @dataclass
@@ -52,7 +52,7 @@ def _build_tool(name: str, args: ToolArguments) -> Callable:
     if name == "search":
         return _build_search(args.search_corpus, args.search_top_k)
     if name == "browse":
-        from arpo_trl.tools.browse import Browser
+        from arpo_trl.tools.web.browse import Browser
 
         return Browser().browse
     return import_by_path(name, "tools")
@@ -62,15 +62,15 @@ def _build_search(corpus: str | None, top_k: int) -> Callable:
     if corpus is None:
         raise ValueError("`--tools search` needs `--search_corpus`: a file of passages, an index, or an address.")
     if corpus.startswith(("http://", "https://")):
-        from arpo_trl.tools.http_search import RetrieveClient
+        from arpo_trl.tools.search.http import RetrieveClient
 
         return RetrieveClient(corpus, top_k=top_k).search
     if corpus == "serper":
-        from arpo_trl.tools.http_search import SerperSearch
+        from arpo_trl.tools.search.http import SerperSearch
 
         return SerperSearch(top_k=top_k).search
     if corpus.endswith(".json"):
-        from arpo_trl.tools.replay_search import ReplaySearch
+        from arpo_trl.tools.search.replay import ReplaySearch
 
         return ReplaySearch.from_json(corpus).search
     from arpo_trl.tools.search import BM25Search

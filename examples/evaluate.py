@@ -34,8 +34,8 @@ from common import SamplingArguments, build_rewards, load_agent, load_questions
 from transformers import AutoTokenizer
 from trl import TrlParser
 
-from arpo_trl.benchmarks import find_source, get_benchmark, load_benchmark, scorers, system_prompt
 from arpo_trl.evaluation import evaluate, summarize
+from arpo_trl.evaluation.benchmarks import find_source, get_benchmark, load_benchmark, scorers, system_prompt
 from arpo_trl.protocols import checkpoint_protocol
 from arpo_trl.rewards import make_judge_reward
 
@@ -51,7 +51,7 @@ class EvaluationArguments(SamplingArguments):
     """Arguments of the script."""
 
     benchmarks: list[str] = field(
-        default_factory=list, metadata={"help": "Names from arpo_trl.benchmarks, or name=file, name=hub id."}
+        default_factory=list, metadata={"help": "Names from arpo_trl.evaluation.benchmarks, or name=file, name=hub id."}
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of local benchmark files."})
     system_prompt: str | None = field(

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer, prefix_sharing
 from arpo_trl import trainer as trainer_module
-from arpo_trl.prefix_sharing import rows_may_change_micro_batch
+from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 from arpo_trl.trainer import _reorder
 
 NUM_IMAGES = [1, 2, 0, 1]  # of four rows, which two micro-batches hold

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 
 from arpo_trl import benchmarks
-from arpo_trl.benchmarks import BENCHMARKS, decrypt_row, find_source, load_benchmark, scorers, system_prompt
+from arpo_trl.evaluation.benchmarks import BENCHMARKS, decrypt_row, find_source, load_benchmark, scorers, system_prompt
 
 
 def encrypt(text: str, key: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from arpo_trl.rollout.branching import (
+from arpo_trl.rollout.entropy import (
     allocate_forks,
     entropy_gap,
     expansion_weight,

@@ -10,7 +10,6 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from arpo_trl.benchmarks import load_benchmark
 from arpo_trl.data import (
     CHAT_SYSTEM_PROMPT,
     TOOL_SCHEMAS,
@@ -27,7 +26,8 @@ from arpo_trl.data import (
     trace_messages,
     unread_truths,
 )
-from arpo_trl.files import read_rows, to_dataset
+from arpo_trl.data.files import read_rows, to_dataset
+from arpo_trl.evaluation.benchmarks import load_benchmark
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

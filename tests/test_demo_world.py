@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from arpo_trl.data import tags_sft_features
+from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import TagsProtocol
 from arpo_trl.rewards.format import tags_format_error
-from arpo_trl.tools.executor import ToolCall
 from arpo_trl.tools.search import BM25Search
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

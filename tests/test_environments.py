@@ -9,9 +9,9 @@ from datasets import Dataset
 from test_faults import Unspeakable
 from test_trainer_options import build, records
 
-from arpo_trl.environments import close_environments, environment_tools, fork_environment
+from arpo_trl.execution.names import distinct_tools
+from arpo_trl.rollout.environments import close_environments, environment_tools, fork_environment
 from arpo_trl.tools import ToolExecutor
-from arpo_trl.tools.names import distinct_tools
 
 FORKS = {"branch_rule": "random", "branch_probability": 1.0, "max_completion_length": 80, "learning_rate": 0.0}
 

@@ -225,7 +225,7 @@ def test_corrected_truths_and_other_functions_are_scored_again_without_being_sam
 def test_a_score_is_known_again_in_another_process(tmp_path):
     """A hash that depended on an address or on the order of a set would score everything again at each start."""
     script = (
-        "from arpo_trl.evaluation_records import scoring_hashes\n"
+        "from arpo_trl.evaluation.records import scoring_hashes\n"
         "from arpo_trl.rewards import arpo_reward, make_judge_reward, math_reward\n"
         "judges = [make_judge_reward('http://localhost/v1', name, api_key=name) for name in 'ab']\n"
         "own = lambda completions, **columns: [text in {'yes', 'aye', 'si'} for text in completions]\n"

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer, reward_guard
-from arpo_trl.reward_guard import UNSCORED, guarded
+from arpo_trl.rewards.guard import UNSCORED, guarded
 from arpo_trl.rollout.loop import Sample
 
 M, N = 4, 2

@@ -24,7 +24,7 @@ from transformers import (
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.evaluation import Agent
 from arpo_trl.rollout import generation_settings, prefix_cache
-from arpo_trl.rollout.generation_settings import (
+from arpo_trl.rollout.engines.generation_settings import (
     NO_LIMIT,
     context_length,
     followed_settings,
@@ -33,7 +33,7 @@ from arpo_trl.rollout.generation_settings import (
     unfit_settings,
     without_unfit_settings,
 )
-from arpo_trl.rollout.prefix_cache import cache_obstacle
+from arpo_trl.rollout.engines.prefix_cache import cache_obstacle
 
 # With these the cache steps aside
 ANEW = {

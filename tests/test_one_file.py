@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.advantages import hard_advantages
+from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
-from arpo_trl.tools.executor import ToolCall
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from arpo_trl.rollout import prefix_cache
-from arpo_trl.rollout.prefix_cache import PrefixCache, cache_obstacle, longest_prefixes, shared_stems
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache, cache_obstacle, longest_prefixes, shared_stems
 
 SHAPE = {
     "vocab_size": 50,

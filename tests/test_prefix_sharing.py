@@ -26,8 +26,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import prefix_sharing
-from arpo_trl.prefix_sharing import MODEL_TYPES, forward_cost, shared_prefix_logps
-from arpo_trl.prefix_tree import Cost, pack, shared_prefixes, sibling_order
+from arpo_trl.scoring.prefix_tree import Cost, pack, shared_prefixes, sibling_order
+from arpo_trl.scoring.shared_prefix import MODEL_TYPES, forward_cost, shared_prefix_logps
 
 SHAPE = {
     "vocab_size": 40,

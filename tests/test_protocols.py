@@ -16,6 +16,7 @@ from trl.chat_template_utils import add_response_schema
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.evaluation import Agent
+from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import (
     TOOL_PROTOCOLS,
     ChatTemplateProtocol,
@@ -28,7 +29,6 @@ from arpo_trl.protocols import (
     mark_checkpoint,
     protocol_class,
 )
-from arpo_trl.tools.executor import ToolCall
 
 
 def search(query: str) -> str:

@@ -41,7 +41,7 @@ def test_two_steps_on_published_prompts(tokenizer, tmp_path):
     from arpo_trl.data import load_rl
     from arpo_trl.rewards import arpo_reward
     from arpo_trl.tools.python import PythonSandbox
-    from arpo_trl.tools.replay_search import ReplaySearch
+    from arpo_trl.tools.search.replay import ReplaySearch
 
     train = load_rl(DATA / "arpo_rl_reasoning_10k.parquet", protocol="tags")
     train = train.shuffle(seed=0).select(range(50))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from arpo_trl.advantages import hard_advantages
 from arpo_trl.config import BRANCH_RULES
+from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
 from arpo_trl.rollout.record import call_records, rollout_records
-from arpo_trl.tools.executor import ToolCall
 
 END, CALL = 1, 2  # tokens; all others are text
 

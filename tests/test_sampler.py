@@ -8,10 +8,8 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-from arpo_trl.rollout.branching import top_k_entropy
-from arpo_trl.rollout.loop import Sample
-from arpo_trl.rollout.prefix_cache import PrefixCache
-from arpo_trl.rollout.sampler import (
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache
+from arpo_trl.rollout.engines.sampler import (
     generate_with,
     recorded_generation,
     recorded_samples,
@@ -19,6 +17,8 @@ from arpo_trl.rollout.sampler import (
     top_k_samples,
     vllm_settings,
 )
+from arpo_trl.rollout.entropy import top_k_entropy
+from arpo_trl.rollout.loop import Sample
 
 
 @pytest.fixture(scope="module")

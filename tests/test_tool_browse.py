@@ -12,10 +12,10 @@ import pytest
 from loopback import Loopback, http
 from transformers.utils import get_json_schema
 
+from arpo_trl.execution.errors import TransientToolError
 from arpo_trl.tools import fetch as fetching
-from arpo_trl.tools.browse import Browser, decode
-from arpo_trl.tools.errors import TransientToolError
-from arpo_trl.tools.fetch import is_public, split_url
+from arpo_trl.tools.web.browse import Browser, decode
+from arpo_trl.tools.web.fetch import is_public, split_url
 
 ARTICLE = """<!doctype html><html><head><title>Vesk</title><script>var hidden = 1;</script></head><body>
 <nav><a href="/">Home</a><a href="/x">Shop</a></nav>

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
+from arpo_trl.execution.cache import ToolCache
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
-from arpo_trl.tools.cache import ToolCache
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def path(tmp_path):
 
 
 def in_process(code, *arguments, **options):
-    code = "import sys\nfrom arpo_trl.tools.cache import ToolCache\n" + code
+    code = "import sys\nfrom arpo_trl.execution.cache import ToolCache\n" + code
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, **options)
 
 

@@ -18,10 +18,10 @@ import pytest
 import tool_samples
 from transformers.utils import get_json_schema
 
+from arpo_trl.execution.errors import TransientToolError
+from arpo_trl.execution.executor import cut
+from arpo_trl.execution.retries import is_transient, retry_after
 from arpo_trl.tools import ToolCall, ToolExecutor, tool, tool_options
-from arpo_trl.tools.errors import TransientToolError
-from arpo_trl.tools.executor import cut
-from arpo_trl.tools.retries import is_transient, retry_after
 
 
 @pytest.fixture

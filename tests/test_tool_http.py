@@ -16,13 +16,13 @@ from loopback import Loopback
 from loopback import http as answer_http
 from transformers.utils import get_json_schema
 
+from arpo_trl.execution.errors import TransientToolError
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
-from arpo_trl.tools.dense_search import DenseSearch
-from arpo_trl.tools.errors import TransientToolError
-from arpo_trl.tools.http_search import RetrieveClient, SerperSearch
-from arpo_trl.tools.passages import NO_RESULTS
 from arpo_trl.tools.search import BM25Search
-from arpo_trl.tools.search_server import answer, serve
+from arpo_trl.tools.search.dense import DenseSearch
+from arpo_trl.tools.search.http import RetrieveClient, SerperSearch
+from arpo_trl.tools.search.passages import NO_RESULTS
+from arpo_trl.tools.search.server import answer, serve
 
 PASSAGES = ["Mira Dolen was born in Vesk.", "Vesk lies on the river Orn.", "Talmar is known for its cheese."]
 CLIENTS = ["retrieve", "serper"]
@@ -334,7 +334,7 @@ def test_the_command_serves_an_index(tmp_path, kind):
         path = tmp_path / "index"
         BM25Search(PASSAGES).save(path)
     process = subprocess.Popen(
-        [sys.executable, "-m", "arpo_trl.tools.search_server", "--index", str(path), "--port", "0"],
+        [sys.executable, "-m", "arpo_trl.tools.search.server", "--index", str(path), "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -351,7 +351,7 @@ def test_the_command_serves_an_index(tmp_path, kind):
 
 def test_the_command_names_what_is_wrong(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "arpo_trl.tools.search_server", "--index", str(tmp_path)],
+        [sys.executable, "-m", "arpo_trl.tools.search.server", "--index", str(tmp_path)],
         capture_output=True,
         text=True,
     )

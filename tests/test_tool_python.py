@@ -18,9 +18,9 @@ import pytest
 from loopback import Loopback, http
 from transformers.utils import get_json_schema
 
-from arpo_trl.tools.errors import TransientToolError
-from arpo_trl.tools.http_python import RemoteSandbox
+from arpo_trl.execution.errors import TransientToolError
 from arpo_trl.tools.python import PythonError, PythonSandbox
+from arpo_trl.tools.python.remote import RemoteSandbox
 
 
 def make_sandbox(**options):
@@ -498,7 +498,7 @@ def test_remote_retry_after_is_passed_on():
 
 
 def test_remote_that_never_answers(monkeypatch):
-    monkeypatch.setattr("arpo_trl.tools.http_python._QUEUE_SECONDS", 0.2)
+    monkeypatch.setattr("arpo_trl.tools.python.remote._QUEUE_SECONDS", 0.2)
     server = Loopback({})
     server.answers["*"] = server.hang
     with server, pytest.raises(TransientToolError):

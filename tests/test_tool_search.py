@@ -14,10 +14,10 @@ import pytest
 from datasets import Dataset
 from transformers.utils import get_json_schema
 
-from arpo_trl.tools.dense_search import DenseSearch, HybridSearch, reciprocal_rank_fusion
-from arpo_trl.tools.passages import NO_RESULTS, format_passages, read_dataset, read_jsonl, to_array
-from arpo_trl.tools.replay_search import ReplaySearch
 from arpo_trl.tools.search import BM25Search
+from arpo_trl.tools.search.dense import DenseSearch, HybridSearch, reciprocal_rank_fusion
+from arpo_trl.tools.search.passages import NO_RESULTS, format_passages, read_dataset, read_jsonl, to_array
+from arpo_trl.tools.search.replay import ReplaySearch
 
 PASSAGES = [
     "Mira Dolen was born in Vesk.",

@@ -6,9 +6,9 @@ import random
 import pytest
 from loopback import Loopback, http
 
-from arpo_trl.tools.http_python import RemoteSandbox
+from arpo_trl.source_code import source_code, trimmed, unindented
 from arpo_trl.tools.python import PythonSandbox
-from arpo_trl.tools.source import source_code, trimmed, unindented
+from arpo_trl.tools.python.remote import RemoteSandbox
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tools.executor import ToolCall
-from ..tools.function_worker import whole_text
+from ..execution.executor import ToolCall
+from ..execution.function_worker import whole_text
 
 Tools = Mapping[str, Callable]
 

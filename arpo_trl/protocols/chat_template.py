@@ -15,8 +15,8 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
+from ..execution.executor import ToolCall
 from ..rollout.tree import copied
-from ..tools.executor import ToolCall
 from .base import ToolProtocol, Tools, Turn, defuse, text_of, writable
 
 # From TRL 1.16 on, a template whose arguments are plain text has them typed by the tools' schemas

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tools.executor import ToolCall
-from ..tools.source import unindented
+from ..execution.executor import ToolCall
+from ..source_code import unindented
 from .base import ToolProtocol, Tools, Turn, encode_plain, text_of, writable
 
 

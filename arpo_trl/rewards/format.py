@@ -11,15 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .completions import (
-    assistant_texts,
-    closing_text,
-    extract_boxed,
-    mean,
-    model_texts,
-    result_spans,
-    strip_end,
-)
+from .completions import assistant_texts, closing_text, extract_boxed, mean, model_texts, result_spans, strip_end
 
 TOOL_TAGS = ("search", "python")
 

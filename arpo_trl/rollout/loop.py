@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, NamedTuple
 
+from ..execution.executor import ToolCall
+from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
-from ..tools.executor import ToolCall
-from ..tools.options import tool_options
-from .branching import (
+from .entropy import (
     EXPANSION_RULES,
     allocate_forks,
     entropy_gap,

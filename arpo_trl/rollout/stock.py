@@ -6,7 +6,7 @@ What is not here: entropies, times and errors of calls, which TRL does not tell.
 from collections.abc import Sequence
 from typing import Any
 
-from ..tools.executor import ToolCall
+from ..execution.executor import ToolCall
 from .tree import CallOfRow, Segment, Trajectory
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ..tools.executor import ToolCall
+from ..execution.executor import ToolCall
 
 
 def own_tokens(completion_ids: list[int], tool_mask: list[int]) -> list[int]:

@@ -1,10 +1,10 @@
-"""Tools of an agent and what runs them.
-
-`options.py` says how a tool is run (`tool`), `executor.py` runs it, `cache.py` remembers its answers, `adapters.py` takes
-tools from elsewhere (MCP, smolagents). The tools themselves live in modules of their own, imported by their full names.
+"""
+What a model can call: a Python interpreter (`python/`), search (`search/`), web pages (`web/`), and tools from elsewhere
+(`adapters.py`: MCP, smolagents). What runs a call lives in `arpo_trl.execution`; how a tool of one's own is run is said with
+[`tool`].
 """
 
-from .executor import ToolCall, ToolExecutor
-from .options import ToolOptions, tool, tool_options
+from ..execution.executor import ToolCall, ToolExecutor
+from ..execution.options import ToolOptions, tool, tool_options
 
 __all__ = ["ToolCall", "ToolExecutor", "ToolOptions", "tool", "tool_options"]

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from .attempts import LoopThread
-from .options import is_async
+from ..execution.attempts import LoopThread
+from ..execution.options import is_async
 
 _CONNECTION_CLOSED = -32000  # of the protocol
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from ..execution.executor import ToolCall
 from ..rollout.metrics import rollout_metrics, rollout_sums, slowest_calls
 from ..rollout.tree import CallOfRow, Group, Segment, Trajectory
-from ..tools.executor import ToolCall
 from .checks import find_fault
 
 Row = dict[str, Any]

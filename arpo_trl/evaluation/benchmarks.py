@@ -1,7 +1,7 @@
 r"""The 13 benchmarks of the ARPO paper as questions to evaluate on: one table says how each is read and scored.
 
 ```python
-from arpo_trl.benchmarks import load_benchmark
+from arpo_trl.evaluation.benchmarks import load_benchmark
 
 rows = load_benchmark("gsm8k", "data/gsm8k/test.jsonl", system_prompt="…")   # or without a path: from the Hub
 ```
@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 from datasets import Audio, Dataset, Image, load_dataset
 
-from .data import CHAT_SYSTEM_PROMPT
-from .files import SUFFIXES, Row, read_rows
-from .rewards import exact_match_reward, extract_boxed, math_reward, token_f1_reward
-from .rewards.completions import accepted_answers
+from ..data.files import SUFFIXES, Row, read_rows
+from ..data.loading import CHAT_SYSTEM_PROMPT
+from ..rewards import exact_match_reward, extract_boxed, math_reward, token_f1_reward
+from ..rewards.completions import accepted_answers
 
 
 def _from_columns(*names: str) -> Callable[[Row], list[str]]:

@@ -2,22 +2,22 @@
 `/run_code`.
 
 ```python
-from arpo_trl.tools.http_python import RemoteSandbox
+from arpo_trl.tools.python.remote import RemoteSandbox
 
 trainer = ARPOTrainer(..., tools=[RemoteSandbox("http://sandbox:8080").python])
 ```
 
 What this module does NOT do: isolate anything, which is the server's part; or repeat a request, which is the
 executor's (`tool(remote.python, retries=3)`). Failures of the server that may pass by themselves raise
-[`~arpo_trl.tools.errors.TransientToolError`], those of the code [`~arpo_trl.tools.python.PythonError`].
+[`~arpo_trl.execution.errors.TransientToolError`], those of the code [`~arpo_trl.tools.python.PythonError`].
 """
 
 import inspect
 
-from . import python_worker
-from .errors import TransientToolError
-from .http_search import _JSONClient
-from .python import NO_OUTPUT, PythonError, code_to_run, cut_output
+from ...execution.errors import TransientToolError
+from ..search.http import _JSONClient
+from . import worker as python_worker
+from .sandbox import NO_OUTPUT, PythonError, code_to_run, cut_output
 
 _QUEUE_SECONDS = 30  # that a call may wait for its turn on the server
 _LEAST_MEMORY_MB = 64

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
 
+from .bm25 import BM25Search, words
 from .passages import NO_RESULTS
-from .search import BM25Search, words
 
 
 class ReplaySearch:

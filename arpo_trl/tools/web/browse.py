@@ -1,13 +1,13 @@
 """Read web pages as text.
 
 ```python
-from arpo_trl.tools.browse import Browser
+from arpo_trl.tools.web.browse import Browser
 
 browser = Browser()
 trainer = ARPOTrainer(..., tools=[browser.browse])
 ```
 
-Addresses are treated as hostile; see [`~arpo_trl.tools.fetch`] for what is refused.
+Addresses are treated as hostile; see [`~arpo_trl.tools.web.fetch`] for what is refused.
 
 What this module does NOT do: run JavaScript, read PDF or images, or interrupt the extraction of a page, which takes
 seconds at the worst of what was tried with two megabytes.

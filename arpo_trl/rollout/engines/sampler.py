@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .branching import top_k_entropy
-from .loop import Sample
+from ..entropy import top_k_entropy
+from ..loop import Sample
 from .prefix_cache import PrefixCache
 
 logger = logging.get_logger(__name__)

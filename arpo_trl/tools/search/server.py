@@ -1,7 +1,7 @@
 """Offer a local index to other machines over the `/retrieve` protocol.
 
 ```bash
-python -m arpo_trl.tools.search_server --index corpus.jsonl --port 8000
+python -m arpo_trl.tools.search.server --index corpus.jsonl --port 8000
 ```
 
 `--index` is a directory that `BM25Search.save` wrote (memory-mapped, up in seconds), or a JSON Lines or parquet file
@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from .search import BM25Search, PassageSearch
+from .bm25 import BM25Search, PassageSearch
 
 # bytes of a request; a thousand long queries are less
 _LONGEST_REQUEST = 2**20
@@ -144,7 +144,7 @@ def open_index(path: str, text_column: str = "contents", top_k: int = 3) -> BM25
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m arpo_trl.tools.search_server", description=__doc__.splitlines()[0]
+        prog="python -m arpo_trl.tools.search.server", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--index", required=True, help="directory of a saved index, or a .jsonl or .parquet file")
     parser.add_argument("--text-column", default="contents", help="key or column that holds the text of a passage")

@@ -25,11 +25,11 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..protocols import encode_onward, encode_plain
+from ..rewards.completions import accepted_answers, result_spans
+from ..rewards.composite import is_math
+from ..source_code import trimmed, unindented
 from .files import convert_rows, holds_several, read_rows, to_dataset
-from .protocols import encode_onward, encode_plain
-from .rewards.completions import accepted_answers, result_spans
-from .rewards.composite import is_math
-from .tools.source import trimmed, unindented
 
 ToolProtocolName = Literal["tags", "chat_template"]
 
@@ -396,7 +396,7 @@ def unread_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, s
         `list[tuple[int, str, str, str]]`: Row index, repaired ground truth, what becomes of it (`"accepted as text"`:
         only the same text scores 1), and why.
     """
-    from .rewards.mathematics import clean_answer, math_reward, shared_verifier
+    from ..rewards.mathematics import clean_answer, math_reward, shared_verifier
 
     truths = _math_truths(rows)
     answers = [answer for _, answer in truths]
@@ -422,7 +422,7 @@ def _math_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[Any, str]]:
 
 
 def _why_unread(answer: str) -> str:
-    from .rewards.mathematics import choice_readings
+    from ..rewards.mathematics import choice_readings
 
     if not answer:
         return "empty at the source"

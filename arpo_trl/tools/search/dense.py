@@ -14,7 +14,7 @@ trainer = ARPOTrainer(..., tools=[index.search])
 
 What this module does NOT do: approximate search. Every query is compared with every passage, one matrix-vector
 product (4 bytes x passages x dimensions read per query); beyond a few million passages run a vector database behind
-[`~arpo_trl.tools.http_search.RetrieveClient`].
+[`~arpo_trl.tools.search.http.RetrieveClient`].
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 
+from .bm25 import BM25Search, PassageSearch, top_positions
 from .passages import iterate, load_passages
-from .search import BM25Search, PassageSearch, top_positions
 
 Encoder = Callable[[list[str]], np.ndarray]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .reward_guard import error_text
-from .tools.executor import ToolCall, ToolExecutor
-from .tools.names import distinct_tools
+from ..execution.executor import ToolCall, ToolExecutor
+from ..execution.names import distinct_tools
+from ..rewards.guard import error_text
 
 logger = logging.get_logger(__name__)
 

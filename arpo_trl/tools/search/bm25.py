@@ -10,8 +10,8 @@ index.save("index")  # and in another process, memory-mapped:
 index = BM25Search.load("index")
 ```
 
-[`BM25Search`] matches words; [`~arpo_trl.tools.dense_search.DenseSearch`] compares embeddings;
-[`~arpo_trl.tools.dense_search.HybridSearch`] joins the two. All offer the same tool, `search`.
+[`BM25Search`] matches words; [`~arpo_trl.tools.search.dense.DenseSearch`] compares embeddings;
+[`~arpo_trl.tools.search.dense.HybridSearch`] joins the two. All offer the same tool, `search`.
 
 What this module does NOT do: stem words, cut text without spaces into words (Chinese, Japanese, Thai: use a dense
 search), correct spelling, or change an index once it is built.

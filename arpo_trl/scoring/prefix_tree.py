@@ -112,7 +112,7 @@ def sibling_order(
 
     The loss of a step is that of the same rows, so losses that average over rows or over all tokens of the step are
     unchanged. Losses that average over the tokens of each micro-batch are not: rows that share a prefix are alike, so
-    [`~arpo_trl.prefix_sharing.rows_may_change_micro_batch`] decides first.
+    [`~arpo_trl.scoring.shared_prefix.rows_may_change_micro_batch`] decides first.
 
     Args:
         rows (`Sequence[np.ndarray]`): Token ids (prompt and completion, no padding) of each row of a shuffled

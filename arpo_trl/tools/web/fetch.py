@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-from .errors import TransientToolError
-from .retries import is_transient, retry_after
+from ...execution.errors import TransientToolError
+from ...execution.retries import is_transient, retry_after
 
 _USER_AGENT = "Mozilla/5.0 (compatible; arpo-trl)"
 _MOST_REDIRECTS = 5

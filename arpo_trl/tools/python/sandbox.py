@@ -1,6 +1,6 @@
 """The Python tool: runs code that a model wrote, which is to be treated as hostile.
 
-[`PythonSandbox`] runs it on this machine; [`~arpo_trl.tools.http_python.RemoteSandbox`] has another machine run it.
+[`PythonSandbox`] runs it on this machine; [`~arpo_trl.tools.python.remote.RemoteSandbox`] has another machine run it.
 
 ```python
 from arpo_trl.tools.python import PythonSandbox
@@ -46,9 +46,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from . import python_worker, system_calls
-from .errors import TransientToolError
-from .source import source_code
+from ...execution.errors import TransientToolError
+from ...source_code import source_code
+from . import system_calls
+from . import worker as python_worker
 
 NO_OUTPUT = "(no output)"  # an answer like any other: the code ran, so it is not run again
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
 
-from .rollout.tree import copied
+from ..rollout.tree import copied
 
 logger = logging.get_logger(__name__)
 

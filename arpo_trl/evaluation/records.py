@@ -16,8 +16,8 @@ from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
-from . import __version__
-from .rewards.judge import last_user_text
+from .. import __version__
+from ..rewards.judge import last_user_text
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
 

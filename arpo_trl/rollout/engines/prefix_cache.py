@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
 from transformers.utils import logging
 
-from ..prefix_tree import shared_prefixes
+from ...scoring.prefix_tree import shared_prefixes
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
 The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits. The engine is
 transformers or vLLM.
 
-What is not here: published benchmarks (see [`arpo_trl.benchmarks`]), several processes, and entropies on vLLM.
+What is not here: published benchmarks (see [`arpo_trl.evaluation.benchmarks`]), several processes, and entropies on vLLM.
 """
 
 import math
@@ -22,17 +22,17 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
-from .evaluation_records import question_text, resume, sampling_settings, scoring_hashes, write_records
-from .protocols import protocol_class, tool_chat_template, warn_of_another_protocol
-from .rewards.completions import final_answers
-from .rollout.generation_settings import context_length, tell_settings, without_unfit_settings
-from .rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
-from .rollout.prefix_cache import PrefixCache
-from .rollout.record import rollout_records
-from .rollout.sampler import recorded_generation, recorded_samples, stop_string_criteria
-from .rollout.tree import Group, Trajectory, copied, own_tokens
-from .tools.executor import ToolCall, ToolExecutor
-from .tools.names import distinct_tools
+from ..execution.executor import ToolCall, ToolExecutor
+from ..execution.names import distinct_tools
+from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
+from ..rewards.completions import final_answers
+from ..rollout.engines.generation_settings import context_length, tell_settings, without_unfit_settings
+from ..rollout.engines.prefix_cache import PrefixCache
+from ..rollout.engines.sampler import recorded_generation, recorded_samples, stop_string_criteria
+from ..rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, refuse_calls_over_limit, run_waves
+from ..rollout.record import rollout_records
+from ..rollout.tree import Group, Trajectory, copied, own_tokens
+from .records import question_text, resume, sampling_settings, scoring_hashes, write_records
 
 
 class Agent:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet
 from datasets import Dataset
 
-from .rewards.completions import ANSWER_COLUMNS, accepted_answers
+from ..rewards.completions import ANSWER_COLUMNS, accepted_answers
 
 Row = dict[str, Any]
 

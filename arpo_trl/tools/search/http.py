@@ -1,19 +1,19 @@
 """Search over HTTP: a retrieval server of your own, or the web.
 
 ```python
-from arpo_trl.tools.http_search import RetrieveClient, SerperSearch
+from arpo_trl.tools.search.http import RetrieveClient, SerperSearch
 
-local = RetrieveClient("http://127.0.0.1:8000/retrieve")  # as served by Search-R1, verl, arpo_trl.tools.search_server
+local = RetrieveClient("http://127.0.0.1:8000/retrieve")  # as served by Search-R1, verl, arpo_trl.tools.search.server
 web = SerperSearch()  # key from the environment variable SERPER_API_KEY
 trainer = ARPOTrainer(..., tools=[local.search])
 ```
 
 What may pass by itself (rate limits, server errors, lost connections, time-outs, half an answer) raises
-[`~arpo_trl.tools.errors.TransientToolError`]; anything else a `RuntimeError`. Neither is ever returned as a result.
+[`~arpo_trl.execution.errors.TransientToolError`]; anything else a `RuntimeError`. Neither is ever returned as a result.
 
 What this module does NOT do: repeat a request or remember an answer, which is the executor's part
 (`tool(web.search, retries=3, cache="cache.sqlite")`); or defend against the server it is pointed at, as
-[`~arpo_trl.tools.browse.Browser`] does.
+[`~arpo_trl.tools.web.browse.Browser`] does.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any
 
 import httpx2
 
-from .errors import TransientToolError
+from ...execution.errors import TransientToolError
+from ...execution.retries import is_transient, retry_after
 from .passages import NO_RESULTS, format_passages
-from .retries import is_transient, retry_after
 
 # bytes; a search result is some kilobytes
 _LONGEST_ANSWER = 10 * 2**20
