@@ -1,10 +1,12 @@
-"""Who gets which advantage: hard and tree attribution over a tree of rows. Pure; soft attribution needs no code, since
-GRPO's per-row advantage on every token of the row already averages over the rows that share it (ARPO, section 3.2,
-https://huggingface.co/papers/2507.19849).
+"""Who gets which advantage: attribution over a tree of rows, as pure functions.
+
+An attribution of one's own is a function like [`hard_advantages`], named in the config as `"my_module:my_attribution"`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from .named import named
 
 
 class Span(NamedTuple):
@@ -15,6 +17,28 @@ class Span(NamedTuple):
     advantage: float
 
 
+Attribution: TypeAlias = Callable[
+    [Sequence[float], Sequence[int | None], Sequence[int | None], Sequence[int]], list[list[Span]]
+]
+"""Arguments and returns are those of [`hard_advantages`]."""
+
+
+def soft_advantages(
+    advantages: Sequence[float],
+    parents: Sequence[int | None],
+    fork_tokens: Sequence[int | None],
+    lengths: Sequence[int],
+) -> list[list[Span]]:
+    """
+    Give each token its row's advantage (ARPO, section 3.2, https://huggingface.co/papers/2507.19849).
+
+    Rows that share a token have it each, with the same importance ratio, so the update averages over them.
+
+    Args and returns are those of [`hard_advantages`].
+    """
+    return [[Span(0, length, advantage)] for advantage, length in zip(advantages, lengths, strict=True)]
+
+
 def hard_advantages(
     advantages: Sequence[float],
     parents: Sequence[int | None],
@@ -22,7 +46,8 @@ def hard_advantages(
     lengths: Sequence[int],
 ) -> list[list[Span]]:
     """
-    Give each token the mean advantage of the rows that share it; a row's own tokens keep the row's advantage.
+    Give each token the mean advantage of the rows that share it; a row's own tokens keep the row's advantage (ARPO,
+    section 3.2, https://huggingface.co/papers/2507.19849).
 
     Args:
         advantages (`Sequence[float]`): Group-normalised advantage of each row.
@@ -95,3 +120,45 @@ def tree_advantages(
         ]
         for spans in hard_advantages(advantages, parents, fork_tokens, lengths)
     ]
+
+
+ATTRIBUTIONS: Mapping[str, Attribution] = {
+    "soft": soft_advantages,
+    "hard": hard_advantages,
+    "tree": tree_advantages,
+}
+"""The attributions of this package, by the names that `ARPOConfig.advantage_attribution` takes."""
+
+
+def attribution(name: str) -> Attribution:
+    """
+    The function that `advantage_attribution` names.
+
+    Raises:
+        ValueError: There is none, or it cannot be called.
+    """
+    found = named(
+        name, ATTRIBUTIONS, "advantage_attribution", "a function of your own as 'my_module:my_attribution'"
+    )
+    if not callable(found):
+        raise ValueError(
+            f"`advantage_attribution` is {name!r}, which is no function; make it one like "
+            "`arpo_trl.advantages.hard_advantages`."
+        )
+    return found
+
+
+def check_spans(spans: Sequence[Sequence[Span]], lengths: Sequence[int], name: str) -> None:
+    """
+    Hold what an attribution returned to its promise: spans that cover each row from its first token to its last.
+
+    Raises:
+        ValueError: They do not.
+    """
+    for row, (own, length) in enumerate(zip(spans, lengths, strict=True)):
+        bounds = [0, *(bound for span in own for bound in (span.start, span.end)), length]
+        if any(end != start for end, start in zip(bounds[::2], bounds[1::2], strict=True)):
+            raise ValueError(
+                f"`advantage_attribution` is {name!r}, whose spans {[(span.start, span.end) for span in own]} do not cover "
+                f"the {length} tokens of row {row}; return spans that follow each other from 0 to {length}."
+            )

@@ -2,11 +2,10 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from .advantages import attribution
 from .protocols import protocol_class
-from .rollout.entropy import EXPANSION_RULES
+from .rollout.rules import rule_class
 
-BRANCH_RULES = ("bernoulli", "threshold", "random", *EXPANSION_RULES)
-ATTRIBUTIONS = ("soft", "hard", "tree")
 ROLLOUT_SCHEDULES = ("waves", "eager")
 
 
@@ -42,6 +41,7 @@ class ARPOConfig(GRPOConfig):
             tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer tool
             calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws these
             nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β, τ and Z.
+            `"my_module:MyRule"`: a subclass of [`~arpo_trl.rollout.rules.BranchRule`] of your own.
         expansion_rounds (`int`, *optional*, defaults to `2`):
             Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the rows
             of the first.
@@ -52,6 +52,7 @@ class ARPOConfig(GRPOConfig):
             `"soft"`: every token of a row has the row's advantage. `"hard"`: a token shared by several rows has the
             mean of their advantages. `"tree"`: as hard, less half of what it was before the fork that led to the token,
             so that a branch is also compared with its siblings ([TreeRL](https://huggingface.co/papers/2506.11902)).
+            `"my_module:my_attribution"`: a function of your own like [`~arpo_trl.advantages.hard_advantages`].
 
         > Parameters that control tools
 
@@ -136,8 +137,8 @@ class ARPOConfig(GRPOConfig):
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
             "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, in "
-            "proportion to the entropy per tool call; 'random_expansion' anywhere at random.",
-            "choices": list(BRANCH_RULES),
+            "proportion to the entropy per tool call; 'random_expansion' anywhere at random. Or a class of your own: "
+            "'my_module:MyRule'."
         },
     )
     expansion_rounds: int = field(
@@ -150,8 +151,8 @@ class ARPOConfig(GRPOConfig):
         default="soft",
         metadata={
             "help": "'soft': every token of a row has the row's advantage. 'hard': a token shared by several rows has "
-            "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there.",
-            "choices": list(ATTRIBUTIONS),
+            "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there. Or a "
+            "function of your own: 'my_module:my_attribution'."
         },
     )
 
@@ -242,12 +243,10 @@ class ARPOConfig(GRPOConfig):
                 f"`tool_timeout` is {self.tool_timeout}; set it to seconds above 0, or None to wait for ever."
             )
         protocol_class(self.tool_protocol)
-        for name, choices in (
-            ("branch_rule", BRANCH_RULES),
-            ("advantage_attribution", ATTRIBUTIONS),
-            ("rollout_schedule", ROLLOUT_SCHEDULES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)!r}; set it to one of {', '.join(map(repr, choices))}."
-                )
+        rule_class(self.branch_rule)
+        attribution(self.advantage_attribution)
+        if self.rollout_schedule not in ROLLOUT_SCHEDULES:
+            raise ValueError(
+                f"`rollout_schedule` is {self.rollout_schedule!r}; set it to one of "
+                f"{', '.join(map(repr, ROLLOUT_SCHEDULES))}."
+            )

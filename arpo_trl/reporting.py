@@ -1,13 +1,140 @@
-"""Send a picture to where the metrics go.
+"""What a trainer tells of its rollouts: metrics, records, pictures of trees and the table of completions.
+
+A disk that is full or a backend that cannot be reached costs a warning, and not the run.
 
 What it does not do: backends other than TensorBoard, trackio and Weights & Biases get no picture; the file is all there is.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
+from transformers.utils import logging
+
+from .advantages import Span
+from .execution.errors import error_line
+from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.record import rollout_records, write_records
+from .rollout.table import completion_columns, table_row, table_text
+from .rollout.tree import Group
+
+logger = logging.get_logger(__name__)
+
+
+class Reporter:
+    """
+    Args:
+        trainer ([`ARPOTrainer`]): Whose rollouts are told.
+        tool_names (`Sequence[str]`): Names of its tools.
+    """
+
+    def __init__(self, trainer: Any, tool_names: Sequence[str]):
+        self._trainer = trainer
+        self._tool_names = tool_names
+        self._rewards = torch.empty(0, 0)  # (B, functions), of this process's latest rollout
+        # The step whose record file may get more lines, and its groups so far
+        self._recorded: tuple[int | None, int] = (None, 0)
+        self._records_failed = False
+        self._next_tree = 0  # the step from which on the next tree is drawn
+
+    def rewards(self, rewards_per_func: torch.Tensor, groups: Sequence[Group]) -> None:
+        """Take the rewards of this process's rows, of shape (B, functions), and show the rows in the table."""
+        self._rewards = rewards_per_func
+        if self._trainer.log_completions:
+            for column, values in completion_columns(groups).items():
+                # A reward function's column of that name stays
+                self._trainer._pending_extra_logs.setdefault(column, values)
+
+    def metrics(self, groups: Sequence[Group], lookups: Mapping[str, int]) -> None:
+        """Add the metrics of a rollout, over all processes, to those that the trainer logs."""
+        names = sum_names(self._tool_names)
+        sums = rollout_sums(groups)
+        sums.update(lookups)
+        # As numbers of Python: sums of tokens need float64, which not every device has
+        own = [float(sums[name]) for name in names], slowest_calls(groups, self._tool_names)
+        all_sums, all_slowest = zip(*gather_object([own]), strict=True)
+        totals = {name: sum(values) for name, *values in zip(names, *all_sums, strict=True)}
+        slowest = [max(seconds) for seconds in zip(*all_slowest, strict=True)]
+        mode = "train" if self._trainer.model.training else "eval"
+        for name, value in rollout_metrics(totals, slowest, self._tool_names).items():
+            self._trainer._metrics[mode][name].append(value)
+
+    def rollout(
+        self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
+    ) -> None:
+        """Write the records of a training rollout, and draw a tree, where the config asks for it."""
+        if self._trainer.args.log_rollouts:
+            self._record(groups, advantages, spans)
+        if self._trainer.args.log_tree_steps and self._trainer.state.global_step >= self._next_tree:
+            self._draw_tree(groups, advantages, spans)
+
+    def _rewards_by_name(self) -> dict[str, list[float | None]]:
+        return {
+            name: [None if math.isnan(value) else value for value in self._rewards[:, index].tolist()]
+            for index, name in enumerate(self._trainer.reward_func_names)
+        }
+
+    def _record(
+        self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
+    ) -> None:
+        trainer = self._trainer
+        step = trainer.state.global_step
+        groups_before = self._recorded[1] if self._recorded[0] == step else 0
+        try:
+            records = rollout_records(
+                step, groups, self._rewards_by_name(), advantages, spans, first_group=groups_before
+            )
+            if self._recorded[0] is None and trainer.is_world_process_zero():
+                trainer._tokenizer.save_pretrained(trainer.args.output_dir)  # the viewer decodes with it
+            write_records(
+                trainer.args.output_dir,
+                records,
+                step,
+                trainer.accelerator.process_index,
+                trainer.accelerator.num_processes,
+                append=groups_before > 0,
+            )
+            self._recorded = (step, groups_before + len(groups))
+        except Exception as error:  # an OSError, what `tokenizers` raises in its place, or of a value that is no JSON
+            if not self._records_failed:
+                reason = error_line(error)
+                logger.warning(f"Rollout records could not be written ({reason}); training goes on without them.")
+            self._records_failed = True
+
+    def _draw_tree(
+        self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
+    ) -> None:
+        """Draw the main process's first group, to a file and to where the metrics go."""
+        trainer = self._trainer
+        step, every = trainer.state.global_step, trainer.args.log_tree_steps
+        self._next_tree = step - step % every + every
+        if not trainer.is_world_process_zero():
+            return
+        path = Path(trainer.args.output_dir) / "trees" / f"step-{step:06d}.png"
+        try:
+            from .viewer.picture import draw_tree
+
+            picture = draw_tree(rollout_records(step, groups[:1], self._rewards_by_name(), advantages, spans))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture)
+            report_image("train/arpo/tree", path, step, trainer.args.report_to, trainer.callback_handler.callbacks)
+        except Exception as error:  # of the disk, of matplotlib, or of a backend that cannot be reached
+            reason = error_line(error)
+            logger.warning_once(f"A tree could not be written or logged ({reason}); training goes on without it.")
+
+    def prepare_table(self) -> None:
+        """Make the rows of the table of completions ones that every backend takes."""
+        for column in ("prompt", "completion"):
+            rows = self._trainer._logs[column]  # a deque
+            # A table of Weights & Biases refuses messages with different fields, as a call and its result have
+            shown = [table_text(row) if "wandb" in self._trainer.args.report_to else table_row(row) for row in rows]
+            rows.clear()
+            rows.extend(shown)
 
 
 def report_image(

@@ -1,4 +1,6 @@
-"""Errors that tools and their executor share."""
+"""Errors that tools and their executor share, and any error as text."""
+
+from .function_worker import error_text
 
 
 class TransientToolError(RuntimeError):
@@ -45,3 +47,8 @@ class ToolFailure(Exception):
     def line(self) -> str:
         """Name and message, as the last line of a traceback shows them."""
         return f"{self.name}: {self.text}" if self.text else self.name
+
+
+def error_line(error: BaseException) -> str:
+    """Class and message of any exception, as the last line of a traceback shows them, whatever its own methods do."""
+    return ToolFailure(*error_text(error)).line

@@ -7,9 +7,9 @@ third is a subclass of [`ToolProtocol`] (`base.py`), which `tool_protocol="my_mo
 What is not here: images in tool results; the model reads that there was one.
 """
 
-import importlib
 import inspect
 
+from ..named import named
 from .base import ToolProtocol, Tools, Turn, defuse, encode_onward, encode_plain
 from .chat_template import ChatTemplateProtocol, check_chat_template, tool_chat_template
 from .checkpoint import checkpoint_protocol, mark_checkpoint, warn_of_another_protocol
@@ -47,22 +47,7 @@ def protocol_class(name: str) -> type[ToolProtocol]:
     Raises:
         ValueError: There is no such protocol, or the class is none.
     """
-    if isinstance(name, str) and name in TOOL_PROTOCOLS:
-        found: object = TOOL_PROTOCOLS[name]
-    else:
-        module, _, attribute = str(name).partition(":")
-        if not module or not attribute:
-            raise ValueError(
-                f"`tool_protocol` is {name!r}; set it to one of {', '.join(map(repr, TOOL_PROTOCOLS))}, or to a class "
-                "of your own as 'my_module:MyProtocol'."
-            )
-        try:
-            found = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            raise ValueError(
-                f"`tool_protocol` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Name a class "
-                "as 'my_module:MyProtocol', with the folder of the module on PYTHONPATH."
-            ) from error
+    found = named(name, TOOL_PROTOCOLS, "tool_protocol", "a class of your own as 'my_module:MyProtocol'")
     if not isinstance(found, type) or not issubclass(found, ToolProtocol):
         raise ValueError(
             f"`tool_protocol` is {name!r}, which is no tool protocol: make it a subclass of "

@@ -16,7 +16,7 @@ from trl.chat_template_utils import (
 )
 
 from ..execution.executor import ToolCall
-from ..rollout.tree import copied
+from ..plain_data import copied
 from .base import ToolProtocol, Tools, Turn, defuse, text_of, writable
 
 # From TRL 1.16 on, a template whose arguments are plain text has them typed by the tools' schemas

@@ -15,7 +15,8 @@ from typing import Any
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
 
-from ..rollout.tree import copied
+from ..execution.errors import error_line
+from ..plain_data import copied
 
 logger = logging.get_logger(__name__)
 
@@ -106,14 +107,6 @@ class _Search:
         return [half for part in parts for half in (part[: len(part) // 2], part[len(part) // 2 :])]
 
 
-def error_text(error: BaseException) -> str:
-    """The error as Python writes it, or its class alone where its own text raises."""
-    try:
-        return repr(error)
-    except Exception:
-        return type(error).__name__
-
-
 @contextmanager
 def _told_if_slow(name: str) -> Iterator[None]:
     timer = threading.Timer(
@@ -159,7 +152,7 @@ def _kept(rows: list[int], found: list[int], error: Exception, name: str) -> lis
     failed = ", ".join(map(str, sorted(found)))
     without = f"row {failed} has no score" if found else "no row alone makes it raise"
     logger.warning(
-        f"The reward function '{name}' raised {error_text(error)} on {len(rows)} rows; {without}.", exc_info=error
+        f"The reward function '{name}' raised {error_line(error)} on {len(rows)} rows; {without}.", exc_info=error
     )
     return [row for row in rows if row not in found]
 

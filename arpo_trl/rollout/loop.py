@@ -9,64 +9,37 @@ nothing of models, tokenizers or TRL: it is handed functions that sample, parse 
 What is not here: images in tool results.
 """
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
-from .entropy import (
-    EXPANSION_RULES,
-    allocate_forks,
-    entropy_gap,
-    expansion_weight,
-    fork_probability,
-    initial_share,
-    mean_entropy,
-    share_rows,
-    wants_fork,
-)
+from .engines.base import Sample
+from .entropy import entropy_gap, mean_entropy
+from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
-
-
-class Sample(NamedTuple):
-    """What an engine sampled after one context.
-
-    Args:
-        ids (`list[int]`): Sampled tokens, the end-of-turn token included.
-        entropies (`list[float]`): Entropy in nats of the distributions that the first `entropy_window` of them (at
-            least) were sampled from.
-        logprobs (`list[float]`, *optional*): Log-probability of each token; `None` where the engine gives none.
-    """
-
-    ids: list[int]
-    entropies: list[float]
-    logprobs: list[float] | None = None
 
 
 @dataclass
 class Branching:
-    """The branching parameters of [`ARPOConfig`], and the size of the vocabulary."""
+    """
+    How a rollout branches.
 
+    Args:
+        rule ([`BranchRule`]): When it forks.
+        entropy_window (`int`): Tokens at the start of a segment over which its entropy is read, k.
+        vocab_size (`int`): V.
+    """
+
+    rule: BranchRule
+    entropy_window: int
     vocab_size: int
-    branch_factor: int = 1
-    entropy_window: int = 20
-    branch_probability: float = 0.5
-    entropy_weight: float = 0.2
-    branch_threshold: float = 0.5
-    branch_rule: str = "bernoulli"
-    expansion_rounds: int = 2
-
-    @property
-    def expands(self) -> bool:
-        """Whether a group forks once all its rows have ended, rather than as they go."""
-        return self.branch_rule in EXPANSION_RULES
 
 
 @dataclass
@@ -117,9 +90,11 @@ class RolloutHooks:
             to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for a
-            tool, with a rule of expansion those that have ended and may be forked from.
+            tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
+        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"`, `"tools"` (calls started,
+            results appended) or `"wait"` (for tools).
     """
 
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
@@ -129,6 +104,7 @@ class RolloutHooks:
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
+    timed: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()
 
 
 @dataclass
@@ -178,38 +154,28 @@ def run_waves(
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager or branching.expands:
-            later = [step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending]
-            if branching.expands:
-                busy = {trajectory.row for trajectory in waiting} | {step.trajectory.row for step in pending}
-                later += [
-                    row.prompt_ids + row.completion_ids[: row.starts[-1].tokens]  # no fork leaves behind that
-                    for group in groups
-                    if group.budget
-                    for row in group.trajectories
-                    if row.row not in busy and row.starts
-                ]
-            hooks.keep(later)
+        if eager or branching.rule.expands:
+            hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
-        samples = hooks.sample(contexts, budgets)
+        with hooks.timed("sample"):
+            samples = hooks.sample(contexts, budgets)
 
-        steps = []
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
-        for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
-            left = max(limits.completion - len(trajectory.completion_ids), 0)
-            sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
-            turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
-            steps.append(_Step(trajectory, sample, _read(trajectory, sample, branching), turn))
-            steps_of[id(group_of[trajectory.row])].append(steps[-1])
+        with hooks.timed("parse"):
+            for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
+                left = max(limits.completion - len(trajectory.completion_ids), 0)
+                sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
+                turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
+                step = _Step(trajectory, sample, _read(trajectory, sample, branching), turn)
+                steps_of[id(group_of[trajectory.row])].append(step)
+        steps = [step for group in groups for step in steps_of[id(group)]]
 
-        forks = []
-        for group in groups:
-            forks += _decide(group, steps_of[id(group)], branching, hooks, rng)
-
-        for step in steps:
-            _append(step)
-            step.futures = _call(step, limits, hooks)
+        forks = [fork for group in groups for fork in _decide(group, steps_of[id(group)], branching.rule, hooks, rng)]
+        with hooks.timed("tools"):
+            for step in steps:
+                _append(step)
+                step.futures = _call(step, limits, hooks)
         wave = Wave(
             wave.index + 1,
             active=len(steps),
@@ -220,22 +186,44 @@ def run_waves(
 
         waiting, pending = forks, pending + steps
         while True:
-            answered, pending = _split_answered(pending) if eager else (pending, [])
-            waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
+            if not eager:
+                with hooks.timed("wait"):
+                    wait([future for step in pending for future in step.futures])
+            answered, pending = _split_answered(pending)
+            with hooks.timed("tools"):
+                waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
             if not limits.cut_afterwards:
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
             for group in groups:
                 if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching, rng)
+                    waiting += _fill(group, prompts, branching.rule, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
-            running = [future for step in pending for future in step.futures if not future.done()]
-            wait(running, return_when=FIRST_COMPLETED)
+            with hooks.timed("wait"):
+                running = [future for step in pending for future in step.futures if not future.done()]
+                wait(running, return_when=FIRST_COMPLETED)
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _needed_later(
+    groups: Sequence[Group], waiting: Sequence[Trajectory], pending: Sequence[_Step], rule: BranchRule
+) -> list[list[int]]:
+    """Contexts that are not in the next call of the engine but in a later one."""
+    later = [step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending]
+    if rule.expands:
+        busy = {trajectory.row for trajectory in waiting} | {step.trajectory.row for step in pending}
+        later += [
+            row.prompt_ids + row.completion_ids[: row.starts[-1].tokens]  # no fork leaves behind that
+            for group in groups
+            if group.budget
+            for row in group.trajectories
+            if row.row not in busy and row.starts
+        ]
+    return later
 
 
 def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
@@ -274,27 +262,27 @@ def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segme
 
 
 def _decide(
-    group: Group, steps: Sequence[_Step], branching: Branching, hooks: RolloutHooks, rng: random.Random
+    group: Group, steps: Sequence[_Step], rule: BranchRule, hooks: RolloutHooks, rng: random.Random
 ) -> list[Trajectory]:
     """Decide on every tool result that a trajectory of `group` passed in this wave, and make the forks."""
-    if group.num_initial == len(group.rows) or branching.expands:  # nothing branches (GRPO), or not yet
+    if group.num_initial == len(group.rows):  # nothing branches: GRPO
         return []
-    asking = []
+    asking, wanted = [], []
     for step in steps:
-        if step.segment.entropy_gap is None or step.trajectory.resamples:
+        segment = step.segment
+        if segment.entropy_gap is None or step.trajectory.resamples:
             continue
-        probability = branching.branch_probability
-        if branching.branch_rule != "random":
-            probability = fork_probability(step.segment.entropy_gap, probability, branching.entropy_weight)
-        step.segment.branch_probability = probability
-        step.segment.forks = 0
-        if wants_fork(branching.branch_rule, probability, branching.branch_threshold, rng):
+        segment.branch_probability = rule.probability(segment)
+        if segment.branch_probability is None:
+            continue
+        segment.forks = 0
+        if forks := rule.forks(segment.branch_probability, rng):
             asking.append(step)
+            wanted.append(forks)
 
-    # The control ignores entropy here too: all gaps tie, and ties are broken at random.
-    gaps = [0.0 if branching.branch_rule == "random" else step.segment.entropy_gap or 0.0 for step in asking]
+    priorities = [rule.priority(step.segment) for step in asking]
     forks = []
-    for step, count in zip(asking, allocate_forks(gaps, branching.branch_factor, group.budget, rng), strict=True):
+    for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
         made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
         own = [fork for fork in made if fork is not None]
         step.segment.forks = len(own)
@@ -302,56 +290,24 @@ def _decide(
     return forks
 
 
-def _fill(group: Group, prompts: Sequence[list[int]], branching: Branching, rng: random.Random) -> list[Trajectory]:
-    """More rows for a group of which none is unfinished: from the prompt or, with a rule of expansion, from its tree."""
-    if not branching.expands:
-        return [_start(group, prompts, "supplement") for _ in range(group.budget)]
-    rows = math.ceil(group.budget / max(branching.expansion_rounds - group.rounds, 1))
+def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
+    """More rows for a group of which none is unfinished, from where the rule says."""
+    nodes = rule.expand(group, rng)
+    if not 1 <= len(nodes) <= group.budget:
+        raise ValueError(
+            f"`branch_rule`: `{type(rule).__name__}.expand` returned {len(nodes)} nodes for a group that lacks "
+            f"{group.budget} rows; return at least one and at most as many."
+        )
     group.rounds += 1
-    nodes = _nodes(group)
-    if branching.branch_rule == "random_expansion":
-        drawn = Counter(rng.choices(range(len(nodes)), k=rows))
-        granted = [drawn[node] for node in range(len(nodes))]
-    else:
-        weights = []
-        for sampled in nodes.values():
-            entropies = [entropy for entropy, _ in sampled if entropy is not None]  # an engine may not tell
-            weights.append(expansion_weight(fmean(entropies or [0.0]), fmean(calls for _, calls in sampled)))
-        granted = share_rows(weights, [len(sampled) for sampled in nodes.values()], rows, rng)
     started = []
-    for (row, index), count in zip(nodes, granted, strict=True):
-        if index == 0:
-            started += [_start(group, prompts, "supplement") for _ in range(count)]
+    for node in nodes:
+        if node.segment == 0:
+            started.append(_start(group, prompts, "supplement"))
             continue
-        parent = group.trajectories[row - group.rows.start]
-        parent.segments[index].forks = (parent.segments[index].forks or 0) + count
-        started += [_fork(group, parent, parent.starts[index]) for _ in range(count)]
+        parent = group.trajectories[node.row]
+        parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
+        started.append(_fork(group, parent, parent.starts[node.segment]))
     return started
-
-
-def _nodes(group: Group) -> dict[tuple[int, int], list[tuple[float | None, int]]]:
-    """
-    Where a finished group can be expanded, and what came of each segment that was sampled there.
-
-    Returns:
-        `dict[tuple[int, int], list[tuple[float | None, int]]]`: the segment's entropy and the calls that its row went on
-        to make, by row and index of the segment that was sampled there first. The prompt is index 0 of the group's first
-        row.
-    """
-    prompt = group.rows.start, 0
-    nodes: dict[tuple[int, int], list[tuple[float | None, int]]] = {prompt: []}
-    for trajectory in group.trajectories:
-        for index, (segment, place) in enumerate(zip(trajectory.segments, trajectory.starts, strict=True)):
-            if segment.start < (trajectory.fork_token or 0):
-                continue  # the parent's
-            node = trajectory.row, index
-            if index == 0:
-                node = prompt
-            elif trajectory.parent is not None and segment.start == trajectory.fork_token:
-                node = trajectory.parent, index
-            nodes.setdefault(node, []).append((segment.entropy, len(trajectory.calls) - place.calls))
-    nodes[prompt] = nodes[prompt] or [(None, 0)]  # no row has sampled anything
-    return nodes
 
 
 def _append(step: _Step) -> None:
@@ -424,23 +380,3 @@ def _has_room(trajectory: Trajectory, limits: Limits) -> bool:
         return True
     trajectory.truncated = True
     return False
-
-
-def group_parts(first: int, count: int, group_size: int, num_initial: int) -> list[Group]:
-    """
-    The groups, or parts of groups, that a process holds.
-
-    Args:
-        first (`int`): Place of the process's first row among the rows of all processes.
-        count (`int`): Rows of the process.
-        group_size (`int`): M.
-        num_initial (`int`): N; each part gets its share, at least 1.
-    """
-    groups, row = [], first
-    while row < first + count:
-        start = row % group_size
-        stop = min(group_size, start + first + count - row)
-        share = min(initial_share(start, stop, group_size, num_initial), stop - start)
-        groups.append(Group(range(row - first, row - first + stop - start), share, group_size, first_row=start))
-        row += stop - start
-    return groups

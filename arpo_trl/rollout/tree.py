@@ -11,15 +11,6 @@ def own_tokens(completion_ids: list[int], tool_mask: list[int]) -> list[int]:
     return [token for token, own in zip(completion_ids, tool_mask, strict=True) if own]
 
 
-def copied(value: Any) -> Any:
-    """`value` with all its lists and dicts copied; what else is in it (text, images, environments) stays the same."""
-    if type(value) is list:
-        return [copied(item) if isinstance(item, list | dict) else item for item in value]
-    if type(value) is dict:
-        return {key: copied(item) for key, item in value.items()}
-    return value
-
-
 @dataclass
 class Segment:
     """
@@ -161,3 +152,32 @@ class Group:
     @property
     def next_row(self) -> int:
         return self.rows.start + len(self.trajectories)
+
+
+def initial_share(start: int, stop: int, group_size: int, num_initial: int) -> int:
+    """
+    Initial trajectories of the part [start, stop) of a group that one process holds: its share of N, at least 1.
+
+    The shares of all parts add up to N unless a part would be left without any.
+    """
+    return max(1, stop * num_initial // group_size - start * num_initial // group_size)
+
+
+def group_parts(first: int, count: int, group_size: int, num_initial: int) -> list[Group]:
+    """
+    The groups, or parts of groups, that a process holds.
+
+    Args:
+        first (`int`): Place of the process's first row among the rows of all processes.
+        count (`int`): Rows of the process.
+        group_size (`int`): M.
+        num_initial (`int`): N; each part gets its share, at least 1.
+    """
+    groups, row = [], first
+    while row < first + count:
+        start = row % group_size
+        stop = min(group_size, start + first + count - row)
+        share = min(initial_share(start, stop, group_size, num_initial), stop - start)
+        groups.append(Group(range(row - first, row - first + stop - start), share, group_size, first_row=start))
+        row += stop - start
+    return groups

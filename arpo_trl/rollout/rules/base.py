@@ -6,6 +6,7 @@ What is not here: how an entropy is measured (`engines/`), how a fork is made an
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -81,3 +82,25 @@ class BranchRule:
             these rows have ended, until none is missing.
         """
         return [PROMPT] * group.budget
+
+
+def allocate_forks(priorities: Sequence[float], wanted: Sequence[int], budget: int, rng: random.Random) -> list[int]:
+    """
+    Share a group's remaining rows among the segments of one wave that asked for forks.
+
+    The largest priority goes first, ties are broken at random.
+
+    Args:
+        priorities (`Sequence[float]`): Priority of each asking segment.
+        wanted (`Sequence[int]`): Forks that each of them asks for.
+        budget (`int`): Rows that the group has left.
+        rng (`random.Random`): Breaks ties.
+
+    Returns:
+        `list[int]`: number of forks that each segment gets, in the order of `priorities`.
+    """
+    granted = [0] * len(priorities)
+    for index in sorted(range(len(priorities)), key=lambda i: (-priorities[i], rng.random())):
+        granted[index] = min(wanted[index], budget)
+        budget -= granted[index]
+    return granted

@@ -1,0 +1,114 @@
+"""What cannot work is refused here, with the argument's name, its value and the remedy, before a model loads if possible."""
+
+from typing import Any
+
+from transformers.utils import is_matplotlib_available
+
+from .config import ARPOConfig
+from .protocols import ToolProtocol, check_chat_template, protocol_class
+from .rollout.engines.generation_settings import refuse_unfit_settings
+from .rollout.rules import BranchRule
+from .rollout.tree import group_parts
+
+
+def check_config(args: object) -> None:
+    """Refuse a config of another class."""
+    if not isinstance(args, ARPOConfig):
+        raise TypeError(
+            f"`args` must be an `ARPOConfig`, got a `{type(args).__name__}`. Construct ARPOConfig(...) instead."
+        )
+
+
+def check_arguments(
+    args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
+) -> None:
+    """Refuse what cannot work, before a model is loaded."""
+    if args.log_tree_steps and not is_matplotlib_available():
+        raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
+    protocol = protocol_class(args.tool_protocol)
+    if environment_factory is not None and not protocol.structured:
+        raise ValueError(
+            f"`environment_factory` needs `tool_protocol='chat_template'`: {args.tool_protocol!r} has no place for the "
+            "tools of an environment. Set it, or pass the tools as `tools`."
+        )
+    reserved = protocol.reserved_names & {tool.__name__ for tool in tools}
+    if reserved:
+        raise ValueError(
+            f"`tools` holds a tool named {sorted(reserved)[0]!r}, which is a tag of the protocol itself. Rename it."
+        )
+    if args.num_initial_generations == args.num_generations:
+        return
+    off = f"or set `num_initial_generations={args.num_generations}`, which turns branching off"
+    if rollout_func is not None:
+        raise ValueError(
+            f"`rollout_func` generates all completions itself, so that nothing can branch: leave it out, {off}."
+        )
+    if not tools and environment_factory is None:
+        raise ValueError(f"Rollouts branch after tool results, but there are no tools: pass `tools`, {off}.")
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
+            f"`use_vllm`), {off}."
+        )
+    if environment_factory is not None and rule.expands:
+        raise ValueError(
+            f"`branch_rule={args.branch_rule!r}` forks from rows that have ended, and what `environment_factory` makes "
+            f"cannot be taken back to an earlier tool result: choose another rule, {off}."
+        )
+    rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
+    for process in range(args.world_size):
+        for part in group_parts(process * rows, rows, args.num_generations, args.num_initial_generations):
+            if len(part.rows) == part.num_initial:
+                raise ValueError(
+                    f"`per_device_train_batch_size` × `steps_per_generation` is {rows} rows a process, which leaves "
+                    f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
+                    f"for a fork: raise either, {off}."
+                )
+
+
+def check_columns(dataset: Any, argument: str) -> None:
+    """Refuse columns whose names are those of what reward functions are told of a rollout."""
+    if isinstance(dataset, dict):
+        for part in dataset.values():
+            check_columns(part, argument)
+    elif dataset is not None:
+        taken = {"tool_calls", "model_text"} & set(dataset.column_names or next(iter(dataset), ()))
+        if taken:
+            name = min(taken)
+            raise ValueError(
+                f"`{argument}` has a column {name!r}, the name under which reward functions get what the rollout did. "
+                f"Rename it: `dataset.rename_column({name!r}, 'expected_{name}')`."
+            )
+
+
+def check_generation(args: ARPOConfig) -> None:
+    """Refuse settings of `generate` that no rollout can have."""
+    if not args.use_vllm and isinstance(args.generation_kwargs, dict):
+        refuse_unfit_settings(args.generation_kwargs)
+
+
+def check_images(trainer: Any, protocol: type[ToolProtocol], branches: bool) -> None:
+    """Refuse to branch with a vision-language model, whose tools may return images."""
+    if not protocol.structured or branches:
+        raise ValueError(
+            f"`model` ({type(trainer.model).__name__}) is a vision-language model, whose rollouts with tools do not "
+            f"branch: use a text model, or set `num_initial_generations={trainer.num_generations}` and "
+            "`tool_protocol='chat_template'`, which is GRPO."
+        )
+
+
+def explain_template_error(trainer: Any, protocol: type[ToolProtocol], tools: list, environment_factory: object) -> None:
+    """Say what to do where TRL has refused a chat template that knows no tools; otherwise nothing."""
+    speaks = protocol.structured and (tools or environment_factory is not None)
+    if speaks and hasattr(trainer, "_tokenizer") and not trainer._is_vlm:
+        check_chat_template(trainer._tokenizer)
+
+
+def check_logprobs(args: ARPOConfig, max_logprobs: int) -> None:
+    """Refuse a K that the engine refuses, whose own message comes with the first rollout."""
+    if max_logprobs != -1 and args.vllm_entropy_top_k > max_logprobs:
+        raise ValueError(
+            f"`vllm_entropy_top_k` is {args.vllm_entropy_top_k}, but a colocated vLLM engine tells no more than "
+            f"{max_logprobs} tokens a position: set it to {max_logprobs} or less, or use `vllm_mode='server'` with "
+            "`--max-logprobs -1`."
+        )

@@ -1,0 +1,32 @@
+"""What a setting names: an entry of one of our tables, or `"my_module:MyClass"`, something of the user's own."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+
+def named(name: Any, table: Mapping[str, Any], setting: str, own: str) -> Any:
+    """
+    Look the value of a setting up.
+
+    Args:
+        name (`Any`): A key of `table`, or `"module:attribute"`.
+        table (`Mapping[str, Any]`): What this package offers, by name.
+        setting (`str`): Name of the argument, for errors.
+        own (`str`): What else it may be, for errors: `"a class of your own as 'my_module:MyRule'"`.
+
+    Raises:
+        ValueError: `name` is neither, or cannot be imported.
+    """
+    if isinstance(name, str) and name in table:
+        return table[name]
+    module, _, attribute = str(name).partition(":")
+    if not module or not attribute:
+        raise ValueError(f"`{setting}` is {name!r}; set it to one of {', '.join(map(repr, table))}, or to {own}.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ValueError(
+            f"`{setting}` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Put the folder of the "
+            f"module on PYTHONPATH, and name {own}."
+        ) from error

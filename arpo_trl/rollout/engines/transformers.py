@@ -1,0 +1,222 @@
+"""Segments sampled with transformers' `generate`.
+
+Entropies are recorded inside generation, so that memory is B × k floats and never B × T × V logits.
+
+What is not here: transformers' continuous batching, which offers no hook to read entropies.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.utils import logging
+
+from .base import Engine, Sample
+from .generation_settings import context_length, without_unfit_settings
+from .prefix_cache import PrefixCache
+from .replaced import generate_with
+
+logger = logging.get_logger(__name__)
+
+
+class EntropyRecorder(LogitsProcessor):
+    """
+    Records the entropy of the sampling distribution over the first tokens of a segment and changes nothing.
+
+    `generate` runs it before its temperature and top-k/top-p warpers, so it divides by the temperature itself and sees
+    the whole vocabulary.
+
+    Args:
+        window (`int`): Tokens to record, k.
+        temperature (`float`): Sampling temperature.
+    """
+
+    def __init__(self, window: int, temperature: float):
+        self.window = window
+        self.temperature = temperature
+        self._columns: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if len(self._columns) < self.window:
+            logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+            # A token that another processor forbids has log-probability −inf and adds nothing
+            self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
+        return scores
+
+    def entropies(self, rows: int) -> list[list[float]]:
+        """
+        Entropies in nats, one list for each of the `rows`, at most `window` long (tokens after a row's end included). A
+        `generate` that calls no logits processor tells none: its lists are empty.
+        """
+        return torch.stack(self._columns, dim=1).tolist() if self._columns else [[] for _ in range(rows)]
+
+
+class RowStops(StoppingCriteria):
+    """
+    Ends each row at its own limit or stop string, and remembers where.
+
+    Args:
+        limits (`Sequence[int]`): Tokens that each row may sample.
+        stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a row ends.
+    """
+
+    def __init__(self, limits: Sequence[int], stop_strings: StopStringCriteria | None = None):
+        self.limits = [max(limit, 1) for limit in limits]  # `generate` samples at least one token
+        self.stop_strings = stop_strings
+        self.lengths = torch.tensor(self.limits)
+        self._limits: torch.Tensor | None = None
+        self._step = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.Tensor:
+        if self._limits is None:
+            self._limits = torch.tensor(self.limits, device=input_ids.device)
+            self.lengths = self._limits.clone()
+        self._step += 1
+        done = self._limits <= self._step
+        if self.stop_strings is not None:
+            stopped = self.stop_strings(input_ids, scores)
+            self.lengths = torch.where(stopped, self.lengths.clamp(max=self._step), self.lengths)
+            done = done | stopped
+        return done
+
+
+@contextmanager
+def recorded_generation(
+    model: PreTrainedModel,
+    limits: Sequence[int],
+    stop_strings: StopStringCriteria | None,
+    window: int,
+    temperature: float,
+    cache: PrefixCache | None = None,
+) -> Iterator[tuple[EntropyRecorder, RowStops]]:
+    """
+    Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
+    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take a
+    cache, so it gets none.
+    """
+    if cache is not None and "generate" in vars(model):
+        logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
+        cache = None
+    recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
+    generate = partial(
+        model.generate,
+        logits_processor=LogitsProcessorList([recorder]),
+        stopping_criteria=StoppingCriteriaList([stops]),
+    )
+    with generate_with(model, partial(cache.generate, model, generate) if cache else generate):
+        yield recorder, stops
+
+
+def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops: RowStops) -> list[Sample]:
+    """What a recorded generation sampled; `ids` as `generate` returned them, cut after the end-of-turn token."""
+    samples = []
+    for row, length, entropies in zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), strict=True):
+        row = row[:length]
+        samples.append(Sample(row, entropies[: len(row)]))
+    return samples
+
+
+class TransformersEngine(Engine):
+    """
+    Samples with `generate`, and keeps the keys and values of a rollout while its tools run.
+
+    Args:
+        model (`Callable[[], PreTrainedModel]`): The model that `generate` runs on, without wrappers.
+        generate (`Callable[[list[list[int]]], list[list[int]]]`): Calls the model's `generate` for some contexts, and
+            returns what was sampled, cut after the end-of-turn token.
+        stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a segment ends.
+        entropy_window (`int`): Tokens to read the entropy of, k.
+        temperature (`float`): Sampling temperature.
+        keeps (`bool`): Whether to keep keys and values. Not where a forward is collective, since processes read in turns.
+        idle_token (`int`): What a process without work reads, to take part in a collective forward.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], PreTrainedModel],
+        generate: Callable[[list[list[int]]], list[list[int]]],
+        stop_strings: StopStringCriteria | None,
+        entropy_window: int,
+        temperature: float,
+        keeps: bool,
+        idle_token: int,
+    ):
+        config = model().config
+        super().__init__(context_length(config), config.get_text_config().vocab_size)
+        self._model = model
+        self._generate = generate
+        self._stop_strings = stop_strings
+        self._entropy_window = entropy_window
+        self._temperature = temperature
+        self._keeps = keeps
+        self._idle_token = idle_token
+        self._cache: PrefixCache | None = None  # of the rollout that is going on
+
+    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+        idle = not contexts
+        if idle:
+            contexts, limits = [[self._idle_token]], [1]
+        model = self._model()
+        recorded = recorded_generation(
+            model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
+        )
+        with without_unfit_settings(model), recorded as (recorder, stops):
+            ids = self._generate(list(contexts))
+        return [] if idle else recorded_samples(ids, recorder, stops)
+
+    def keep(self, contexts: Sequence[list[int]]) -> None:
+        if self._cache is not None:
+            self._cache.keep(contexts)
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        self.lookups.clear()
+        self._cache = PrefixCache() if self._keeps else None
+        try:
+            yield
+        finally:
+            if self._cache is not None:
+                self.lookups.update(self._cache.lookups)
+            self._cache = None  # its memory is the training step's now
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel, contexts: Sequence[list[int]], generation_config: GenerationConfig
+) -> list[list[int]]:
+    """
+    What `model.generate` samples after each context, cut after the first of the config's end tokens.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model.
+        contexts (`Sequence[list[int]]`): Tokens of each context.
+        generation_config ([`~transformers.GenerationConfig`]): With `pad_token_id` and a list of `eos_token_id`.
+    """
+    length = max(map(len, contexts))
+    input_ids = torch.full((len(contexts), length), generation_config.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, context in enumerate(contexts):
+        input_ids[row, length - len(context) :] = torch.tensor(context)
+        attention_mask[row, length - len(context) :] = 1
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=generation_config,
+    )
+    ends = set(generation_config.eos_token_id)
+    return [_until_end(row, ends) for row in output[:, length:].tolist()]
+
+
+def _until_end(ids: list[int], ends: set[int]) -> list[int]:
+    return next((ids[: position + 1] for position, token in enumerate(ids) if token in ends), ids)
