@@ -81,7 +81,8 @@ class ARPOTrainer(GRPOTrainer):
 
     Reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`, `error`,
     `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results). A row on
-    which one raises has no score, and the run goes on without it; one that raises on every row ends it.
+    which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one changes
+    in place is its own.
 
     What it does not do: vision-language models, `rollout_func` together with branching, transformers' continuous
     batching together with branching, stateful environments with the tags protocol or a rule of expansion. Each is refused
