@@ -97,7 +97,8 @@ class ARPOTrainer(GRPOTrainer):
 
     Reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`, `error`,
     `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results). A row on
-    which one raises has no score, and the run goes on without it; one that raises on every row ends it.
+    which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one changes
+    in place is its own.
 
     Without tools, reward functions receive what TRL gives them. A vision-language model with tools is sampled by TRL's own
     loop, which does not branch.
