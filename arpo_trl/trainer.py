@@ -528,8 +528,8 @@ class ARPOTrainer(GRPOTrainer):
     @property
     def _shares_scoring(self) -> bool:
         """
-        Whether prefixes are shared in the training step, of the model as it is trained: old log-probabilities are asked
-        of the model without its wrappers, and have to be those of the same path.
+        Whether the training step shares prefixes. The wrapped model decides: TRL asks the model without its wrappers
+        for old log-probabilities, and these have to come from the path of the new ones.
         """
         return self.args.prefix_sharing and shares_prefixes(
             self.model_wrapped, self.accelerator.device, self.aux_loss_enabled
@@ -558,8 +558,9 @@ class ARPOTrainer(GRPOTrainer):
                 compute_aux_loss,
                 **images,
             )
-        # Log-probabilities that are compared with others of the same rows, which stood in other chunks, are all packed.
-        # Without gradients they are the old ones, the reference's, or those of an evaluation.
+        # The same rows stand in other chunks when their old, reference and new log-probabilities are scored, and these
+        # are compared. So all are packed, whatever the cost. Those without gradients are old ones, the reference's, or
+        # those of an evaluation.
         buffered: dict[str, Any] = (self._buffered_inputs or [{}])[0]
         compared = not torch.is_grad_enabled() or not buffered.keys().isdisjoint(_COMPARED)
         scored = []
@@ -637,7 +638,7 @@ class ARPOTrainer(GRPOTrainer):
         names = sum_names(self._tool_names)
         sums = rollout_sums(self._groups)
         sums.update(self._lookups)
-        # As numbers of Python: sums of tokens need float64, which not every device has
+        # As Python's numbers: sums of tokens need float64, which not every device has
         own = [float(sums[name]) for name in names], slowest_calls(self._groups, self._tool_names)
         all_sums, all_slowest = zip(*gather_object([own]), strict=True)
         totals = {name: sum(values) for name, *values in zip(names, *all_sums, strict=True)}
@@ -832,8 +833,8 @@ def _check_engine(args: ARPOConfig, max_logprobs: int) -> None:
 
 def _reorder(batches: list[dict[str, Any]], order: list[int]) -> list[dict[str, Any]]:
     """
-    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row follows
-    it, as in TRL's own shuffle; what has no rows stays as it is.
+    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row
+    follows it, as in TRL's own shuffle; what has no rows stays as it is.
     """
 
     def joined(values: list) -> Any:

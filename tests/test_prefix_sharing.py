@@ -329,7 +329,7 @@ def test_packed_whatever_the_cost_where_asked_for(qwen3, monkeypatch):
 
 
 class Elsewhere:
-    """Values on another device: they can be cut by numbers and brought back, but no index of this device reads them."""
+    """Values on another device: they are cut by numbers and brought back, but no index of this device reads them."""
 
     def __init__(self, values):
         self.values = values
