@@ -268,8 +268,7 @@ def evaluate(
 
     Raises:
         ValueError: `records_path` holds other questions, prompts or settings of sampling, more completions of a
-        question
-            than `num_generations`, or lines that are no records.
+            question than `num_generations`, or lines that are no records.
     """
     rows = list(rows)
     correct = correct or score
