@@ -57,9 +57,9 @@ _UNIT_NAMES = {
 }
 _APART = re.compile(r"(?<![\d_^])\d+\s+\d")
 _CJK = "\u3400-\u9fff\uac00-\ud7af\u3040-\u30ff"
-_WORD = rf"[A-Za-zА-Яа-яé]+(?:[-'][A-Za-z]+)*|[{_CJK}]+"
+_WORD = rf"[A-Za-zА-Яа-яé]++(?:[-'][A-Za-z]++)*+|[{_CJK}]++"  # possessive, or a run of letters could be split in 2^n ways
 _POWER = r"\^\s*\{?\s*-?[1-4]\s*\}?"
-_UNIT_TAIL = re.compile(rf"(?P<gap>[\s~]*)(?P<tail>(?:{_WORD}|(?<=[A-Za-z]){_POWER}|[\s~./()-]|\\cdot(?![a-z]))+)\Z")
+_UNIT_TAIL = re.compile(rf"(?P<gap>[\s~]*)(?P<tail>(?:{_WORD}|(?<=[A-Za-z]){_POWER}|[\s~./()-]|\\cdot(?![a-z]))++)\Z")
 _NUMBER = r"-?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _FORMULA_END = re.compile(r"(?:[\d})\]!%]|\\pi|\\circ)\s*\Z")
 
