@@ -346,10 +346,10 @@ def unread_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, s
         `list[tuple[int, str, str, str]]`: Row index, repaired ground truth, what becomes of it (`"accepted as text"`:
         only the same text scores 1), and why.
     """
-    from .rewards.mathematics import clean_answer, math_reward, shared_verifier
+    from .rewards.mathematics import choice_readings, clean_answer, math_reward, shared_verifier
 
     converted = [convert_rl_row(row) for row in rows if row["ability"] == "math"]
-    cleaned = [clean_answer(row["answer"]) for row in converted]
+    cleaned = [choice_readings(clean_answer(row["answer"]))[-1] for row in converted]  # a choice by its value
     verdicts = shared_verifier().compare([(text, text) for text in cleaned])
     completions = [rf"<think></think><answer>\boxed{{{row['answer']}}}</answer>" for row in converted]
     rewards = math_reward(completions, answer=[row["answer"] for row in converted])

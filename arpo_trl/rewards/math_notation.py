@@ -68,7 +68,9 @@ def typography(text: str) -> str:
     r"""Signs of Unicode as LaTeX, full-width signs as ASCII: `x² ≤ ½` is `x^{2} \le \frac{1}{2}`, `２４` is `24`."""
     if text.isascii():
         return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", "", text)
-    text = _FRACTION_SIGN.sub(lambda m: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    text = _FRACTION_SIGN.sub(
+        lambda m: re.sub("(.+)⁄(.+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", m[0])), text
+    )
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + m[0].translate(_RAISED) + "}", text)
     text = re.sub("[₀-₉₊₋₍₎ₙ]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", text)
     text = text.translate(_TYPOGRAPHY)
@@ -320,7 +322,9 @@ _OPERATORS = {"<": "<", r"\lt": "<", ">": ">", r"\gt": ">"} | {
     for sign in (r"\leqslant", r"\geqslant", r"\leq", r"\geq", r"\le", r"\ge", "<=", ">=")
 }
 _VARIABLE = r"[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|varphi|phi|omega)"
-_BUILDER = re.compile(rf"\\\{{\s*({_VARIABLE})\s*(?:\\in\s*\\mathbb\s*\{{R\}})?\s*(?:\\mid|\||:|\\vert|\\,\|\\,)(.+)\\\}}")
+_BUILDER = re.compile(
+    rf"\\\{{\s*({_VARIABLE})\s*(?:\\in\s*\\mathbb\s*\{{R\}})?\s*(?:\\mid|\||:|\\vert|\\,\|\\,)(.+)\\\}}"
+)
 
 
 def builder_sets(text: str) -> str:
