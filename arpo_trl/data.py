@@ -396,11 +396,12 @@ def unread_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, s
         `list[tuple[int, str, str, str]]`: Row index, repaired ground truth, what becomes of it (`"accepted as text"`:
         only the same text scores 1), and why.
     """
-    from .rewards.mathematics import clean_answer, math_reward, shared_verifier
+    from .rewards.mathematics import choice_readings, clean_answer, math_reward, shared_verifier
 
     truths = _math_truths(rows)
     answers = [answer for _, answer in truths]
-    verdicts = shared_verifier().compare([(text, text) for text in map(clean_answer, answers)])
+    cleaned = [choice_readings(clean_answer(answer))[-1] for answer in answers]  # a choice by its value
+    verdicts = shared_verifier().compare([(text, text) for text in cleaned])
     completions = [rf"<think></think><answer>\boxed{{{answer}}}</answer>" for answer in answers]
     rewards = math_reward(completions, answer=answers)
     unread = []
