@@ -77,8 +77,8 @@ class ARPOConfig(GRPOConfig):
             Whether tokens that rows share are computed once rather than once a row: in the training step where that is
             supported and pays, and in rollouts with transformers, whose keys and values are kept while tools run.
             Log-probabilities and gradients are the same up to rounding, and all log-probabilities of a batch that are
-            compared with each other are computed in one way. Rows that share a prefix are brought into one micro-batch,
-            except where the loss depends on which rows a micro-batch holds (`loss_type="bnpo"`,
+            compared with each other are computed in one way. Rows that share a prefix are brought into one
+            micro-batch, except where the loss depends on which rows a micro-batch holds (`loss_type="bnpo"`,
             `top_entropy_quantile` < 1, the entropy bonus). Set it to `False` for results that equal TRL's to the bit.
 
         > Parameters that control generation with vLLM

@@ -67,12 +67,12 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     changes two things: how a group of completions is generated, and, with `advantage_attribution="hard"`, which
     advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
 
-    Reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`, `error`,
-    `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results). A row on
-    which one raises has no score, and the run goes on without it; one that raises on every row ends it.
+    With tools, reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`,
+    `error`, `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results).
+    A row on which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one
+    changes in place is its own.
 
-    Without tools, reward functions receive what TRL gives them. A vision-language model with tools is sampled by TRL's own
-    loop, which does not branch.
+    A vision-language model with tools is sampled by TRL's own loop, which does not branch.
 
     What it does not do: vision-language models with tools together with branching or the tags protocol, `rollout_func`
     together with branching, transformers' continuous batching together with branching, stateful environments with the

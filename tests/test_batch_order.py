@@ -1,4 +1,4 @@
-"""Which rows share a micro-batch, and by which path the log-probabilities that are compared with each other are scored."""
+"""Which rows share a micro-batch, and by which path log-probabilities that are compared with each other are scored."""
 
 import copy
 import logging
@@ -20,7 +20,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import GRPOConfig, GRPOTrainer
 
-from arpo_trl import ARPOConfig, ARPOTrainer, prefix_sharing
+from arpo_trl.scoring import shared_prefix as prefix_sharing
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl import trainer as trainer_module
 from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 from arpo_trl.trainer import _reorder
@@ -38,7 +39,7 @@ def of_rows(sizes, *shape):
 
 GRIDS = [[[1, 2, 2]], [[1, 2, 4], [1, 2, 2]], [], [[1, 4, 2]]]
 TILES = [2, 3, 0, 1]
-# What TRL keeps of images, for each way in which models lay them out: the tensors, and how many lines of each a row has
+# What TRL keeps of images, for each way in which models lay them out: the tensors, and a row's number of lines in each
 LAYOUTS = {
     "patches in a grid": ({"pixel_values": of_rows([4, 12, 0, 8], 3)}, {"pixel_values": [4, 12, 0, 8]}),
     "one line an image": (
@@ -323,8 +324,8 @@ class Compared(ARPOTrainer):
 def test_one_path_scores_old_reference_and_new_log_probabilities(tokenizer, tmp_path, packed, monkeypatch, margin):
     monkeypatch.setattr(prefix_sharing, "_MARGIN", margin)
     model = tiny.build_model(tokenizer).to(torch.bfloat16)
-    # Weights never move, so that one path gives the same numbers each time. A step is one micro-batch, and so rows stay
-    # where TRL's shuffle puts them: chunks of one prompt become micro-batches of several.
+    # Weights never move, so that one path gives the same numbers each time. A step is one micro-batch, and so rows
+    # stay where TRL's shuffle puts them: chunks of one prompt become micro-batches of several.
     settings = {"learning_rate": 0.0, "num_iterations": 2, "beta": 0.1, "max_steps": 8}
     settings |= {"gradient_accumulation_steps": 1, "steps_per_generation": 4}
     trainer = train(tokenizer, tmp_path, model=model, trainer_class=Compared, **settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features, Image, Value
 
-from arpo_trl import benchmarks
+from arpo_trl.evaluation import benchmarks
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, decrypt_row, find_source, load_benchmark, scorers, system_prompt
 
 
@@ -281,6 +281,18 @@ def test_what_cannot_be_read_is_told(tmp_path):
     path.write_text('["question"]\n')
     with pytest.raises(ValueError, match="a.jsonl must hold one JSON object a row"):
         load_benchmark("gsm8k", path)
+
+
+def test_answers_of_every_shape_are_read_and_others_name_their_row(tmp_path):
+    trivia = {"value": "Paris", "aliases": ["City of Paris"], "type": "WikipediaEntity"}
+    rows = [{"question": "A?", "golden_answers": trivia}, {"question": "B?", "golden_answers": [["x"], 5.0]}]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert asked(load_benchmark("hotpotqa", path)) == [("A?", ["Paris", "City of Paris"]), ("B?", ["x", "5"])]
+    write_lines(path, [rows[0], {"question": "B?", "golden_answers": {"city": "Paris"}}])
+    with pytest.raises(
+        ValueError, match="HotpotQA, row 1 of .*a.jsonl: A ground truth is a dict with the keys 'city'"
+    ):
+        load_benchmark("hotpotqa", path)
 
 
 def test_decryption_by_hand():

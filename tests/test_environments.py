@@ -1,6 +1,7 @@
 """Environments of rows: whose methods are tools, what a fork copies, and when the copy is closed; and names of tools."""
 
 import asyncio
+import functools
 import threading
 
 import pytest
@@ -176,6 +177,8 @@ def test_a_tool_given_twice_is_one_tool_and_two_of_one_name_are_refused(agent_di
     assert distinct_tools([tiny.add, tiny.add]) == [tiny.add]
     with pytest.raises(ValueError, match="`tools` holds two tools named 'add'.*another name"):
         build(agent_dirs, tokenizer, tmp_path, tools=(tiny.add, web))
+    with pytest.raises(TypeError, match="`tools` holds functools.partial.*which has no name"):
+        build(agent_dirs, tokenizer, tmp_path, tools=(functools.partial(tiny.add, 1),))
     trainer = build(agent_dirs, tokenizer, tmp_path, tools=(tiny.add, tiny.add), max_completion_length=60)
     trainer.train()
     assert trainer.tools == [tiny.add] and len(records(tmp_path)) == 16

@@ -113,6 +113,35 @@ def test_a_line_is_a_rollout_record_and_more(tmp_path):
     assert records[0]["tool_mask"] == [int(not 9 <= i < 33) for i in range(len(records[0]["completion_ids"]))]
 
 
+def test_two_tools_of_one_name_are_refused_and_one_given_twice_is_one():
+    def other(query: str) -> str:
+        """Another tool."""
+
+    tokenizer = character_tokenizer()
+    model = ScriptedModel(tokenizer, [plan("Ano")]).eval()
+    search.__name__ = other.__name__ = "s"
+    with pytest.raises(ValueError, match="`tools` holds two tools named 's'"):
+        Agent(model, tokenizer, [search, other], tool_protocol="tags")
+    assert Agent(model, tokenizer, [search, search], tool_protocol="tags").tools == {"s": search}
+
+
+def test_what_a_score_function_changes_in_place_is_neither_recorded_nor_judged(tmp_path):
+    def careless(completions, tool_calls, completion_ids, answer, **columns):
+        for calls, ids in zip(tool_calls, completion_ids, strict=True):
+            calls.clear()
+            ids.clear()
+        completions[:] = answer
+        return [0.0] * len(completions)
+
+    agent = scripted_agent([plan("A<s>q</s>yes")])
+    rows = [{"prompt": PROMPT, "answer": "yes"}]
+    evaluate(agent, rows, careless, records_path=tmp_path / "a.jsonl", correct=score)
+    agent.close()
+    (record,) = lines(tmp_path / "a.jsonl")
+    assert [call["name"] for call in record["tool_calls"]] == ["s"] and record["completion_ids"]
+    assert record["completion"].endswith("</result>yes") and record["correct"]
+
+
 def test_a_question_may_take_several_batches(tmp_path):
     agent = scripted_agent([plan("A<s>q</s>yes"), plan("Bno")], batch_size=2)
     evaluate(agent, [{"prompt": PROMPT, "answer": "yes"}] * 2, score, num_generations=3, records_path=tmp_path / "a")

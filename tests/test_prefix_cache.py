@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from arpo_trl.rollout import prefix_cache
+from arpo_trl.rollout.engines import prefix_cache
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache, cache_obstacle, longest_prefixes, shared_stems
 
 SHAPE = {

@@ -25,7 +25,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from arpo_trl import prefix_sharing
+from arpo_trl.scoring import shared_prefix as prefix_sharing
 from arpo_trl.scoring.prefix_tree import Cost, pack, shared_prefixes, sibling_order
 from arpo_trl.scoring.shared_prefix import MODEL_TYPES, forward_cost, shared_prefix_logps
 
@@ -329,7 +329,7 @@ def test_packed_whatever_the_cost_where_asked_for(qwen3, monkeypatch):
 
 
 class Elsewhere:
-    """Values on another device: they can be cut by numbers and brought back, but no index of this device reads them."""
+    """Values on another device: they are cut by numbers and brought back, but no index of this device reads them."""
 
     def __init__(self, values):
         self.values = values

@@ -327,6 +327,7 @@ TOLD = "{'error': 'The tool returned an image, and you read text only.'}"
         ([{"type": "text", "text": "A cat:"}, IMAGE], f"A cat:\n{TOLD}"),
         ([{"type": "text", "text": "4"}, {"type": "text", "text": "2"}], "4\n2"),
         ([{"type": "text", "text": "\ud800"}], "\ufffd"),
+        ([{"type": "person"}, "4"], "{'type': 'person'}\n4"),  # out of a cache, say
     ],
 )
 def test_a_model_of_text_reads_what_a_tool_returned(chat, tags, tokenizer, result, text):

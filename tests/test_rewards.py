@@ -709,7 +709,7 @@ def test_judge_gives_none_not_a_wrong_reward_when_it_fails_for_good(tmp_path):
 
 
 def refuses(name: str, calls: list[dict]) -> "callable":
-    """An endpoint that does not take the setting `name`, as those of reasoning models do not take a temperature of 0."""
+    """An endpoint that does not take the setting `name`, as reasoning models do not take a temperature of 0."""
 
     def answer(connection: socket.socket, request) -> None:
         body = json.loads(request.body)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from transformers.utils import get_json_schema
 
-from arpo_trl.tools import ToolCall, ToolExecutor, tool
+from arpo_trl.tools import ToolCall, ToolExecutor, adapters, tool
 from arpo_trl.tools.adapters import _as_function, mcp_tools, smolagents_tool
 
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
@@ -105,7 +105,7 @@ def test_mcp_tools_take_options(tools, executor):
     assert one(executor, tools["add"], a=1).result == "1 + 10 = 11"
 
 
-def test_a_dead_mcp_server_is_an_error_and_nothing_is_left(stdio, executor):
+def test_a_dead_mcp_server_is_an_error_and_started_again_and_nothing_is_left(stdio, executor):
     executor.run([(ToolCall("sleep", {"delay": 0}), asyncio.sleep)])  # its own threads have started
     before = threading.active_count()
     with mcp_tools(stdio()) as tools:
@@ -113,8 +113,16 @@ def test_a_dead_mcp_server_is_an_error_and_nothing_is_left(stdio, executor):
         pid = int(one(executor, tools["process_id"]).result)
         assert psutil.pid_exists(pid)
         assert one(executor, tools["die"]).error == "ConnectionError: MCP tool die: Connection closed"
-        assert one(executor, tools["add"], a=1).error.startswith("ConnectionError: MCP tool add: ")
-    assert not psutil.pid_exists(pid)
+        # calls that come together after it share the new one
+        calls = executor.run([(ToolCall("process_id"), tools["process_id"]) for _ in range(8)])
+        (new,) = {int(call.result) for call in calls}
+        assert new != pid and not psutil.pid_exists(pid)
+        assert one(executor, tools["add"], a=1).result == "1 + 10 = 11"
+        psutil.Process(new).kill()
+        psutil.wait_procs([psutil.Process(new)], timeout=20) if psutil.pid_exists(new) else None
+        assert one(executor, tool(tools["add"], retries=2), a=2).result == "2 + 10 = 12"
+        last = int(one(executor, tools["process_id"]).result)
+    assert not any(psutil.pid_exists(number) for number in (pid, new, last))
     assert one(executor, tools["add"], a=1).error.startswith("ConnectionError: MCP tool add: ")
     assert threading.active_count() == before
 
@@ -167,6 +175,37 @@ def test_mcp_over_http(stdio, executor):
         server.wait()
 
 
+def test_a_transport_that_can_be_opened_again_is(stdio, executor):
+    from mcp import stdio_client
+
+    with mcp_tools(lambda: stdio_client(stdio())) as tools:
+        tools = {tool.__name__: tool for tool in tools}
+        first = one(executor, tools["process_id"]).result
+        assert one(executor, tools["die"]).error.startswith("ConnectionError")
+        assert one(executor, tools["process_id"]).result not in (first, None)
+    with mcp_tools(stdio_client(stdio())) as tools:
+        tools = {tool.__name__: tool for tool in tools}
+        for _ in range(2):
+            assert one(executor, tools["die"]).error.startswith("ConnectionError: MCP tool die: ")
+
+
+def test_tools_that_cannot_be_offered_do_not_take_the_others_away(stdio, executor, monkeypatch, caplog):
+    listed = adapters._list_tools
+
+    async def with_odd_ones(session):
+        entries = await listed(session)
+        return [*entries, entries[0], {"name": "odd", "description": "", "inputSchema": {"properties": [1]}}]
+
+    monkeypatch.setattr(adapters, "_list_tools", with_odd_ones)
+    with mcp_tools(stdio()) as tools:
+        names = [tool.__name__ for tool in tools]
+    assert len(names) == len(set(names)) == 8 and "odd" not in names
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        f"The MCP server offers tool {names[0]} twice; the second one is left out.",
+        "MCP tool odd is left out",
+    ]
+
+
 # --- schemas ---------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +240,25 @@ def test_schemas_of_all_kinds():
     }
     # the original names come back, and what was left out stays out
     assert function(class_="c", max_results=3) == {"class": "c", "max-results": 3}
+
+
+def test_parameters_that_become_the_same_name():
+    schema = {"properties": {"a_b": {"type": "integer"}, "a-b": {"type": "string"}, "a.b": {}}, "required": ["a-b"]}
+    function = _as_function("f", "F.", schema, lambda arguments: arguments)
+    assert list(parameters(function)["properties"]) == ["a_b", "a_b_", "a_b__"]
+    # what is required comes first
+    assert function(a_b="x", a_b_=1, a_b__=2) == {"a-b": "x", "a_b": 1, "a.b": 2}
+
+
+def test_arguments_that_a_schema_leaves_free():
+    schema = {"properties": {"a-b": {"type": "integer"}}, "required": ["a-b"], "additionalProperties": True}
+    function = _as_function("f", "F.", schema, lambda arguments: arguments)
+    assert function(a_b=1, x=2) == {"a-b": 1, "x": 2}
+    with pytest.raises(TypeError, match="missing a required argument: 'a_b'"):
+        function(x=2)
+    closed = _as_function("f", "F.", schema | {"additionalProperties": False}, lambda arguments: arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+        closed(a_b=1, x=2)
 
 
 def test_a_tool_without_parameters():

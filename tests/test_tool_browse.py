@@ -9,12 +9,15 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import tool_samples
 from loopback import Loopback, http
 from transformers.utils import get_json_schema
 
+from arpo_trl.tools.web import browse as browsing
+from arpo_trl.tools.web import fetch as fetching
+from arpo_trl.tools import tool
+from arpo_trl.tools.web.browse import Browser, decode, readable_text
 from arpo_trl.execution.errors import TransientToolError
-from arpo_trl.tools import fetch as fetching
-from arpo_trl.tools.web.browse import Browser, decode
 from arpo_trl.tools.web.fetch import is_public, split_url
 
 ARTICLE = """<!doctype html><html><head><title>Vesk</title><script>var hidden = 1;</script></head><body>
@@ -51,6 +54,53 @@ def test_a_page_without_a_main_part_still_gives_its_words():
 @pytest.mark.parametrize("body", ["", "<html></html>", "   ", "<html><body><script>1</script></body></html>"])
 def test_an_empty_page_says_so(body):
     assert browse(html(body)) == "The page holds no readable text."
+
+
+def test_plain_text_under_the_name_of_html_is_read():
+    assert browse(html("Talmar was founded in 1204.\nSalt &amp; cheese, 3 < 4.")) == (
+        "Talmar was founded in 1204.\nSalt & cheese, 3 < 4."
+    )
+
+
+PROSE = "<p>" + "Vesk is a town on the river Orn, and a harbour. " * 6 + "</p>"
+
+
+@pytest.mark.parametrize("paragraphs", [0, 1, 1100])  # no main part, and extraction in its thorough and its fast mode
+@pytest.mark.parametrize(
+    ("piece", "fact"),
+    [
+        (
+            "<p>She was born on <time datetime='1990-05-12'>12 May 1990</time> in Lyon.</p>",
+            "born on 12 May 1990 in Lyon",
+        ),
+        ("<p>The answer is <output>42 days</output> long.</p>", "answer is 42 days long"),
+        ("<table><tr><td>Mon</td><td><ul><li>10:00 AM<li>noon</ul> or so</td></tr></table>", "10:00 AM, noon"),
+        ("<table><tr><td>Born</td><td><dl><dt>in</dt><dd>Lyon</dd></dl></td></tr></table>", "in: Lyon"),
+        ("<figure><table><tr><td>Length</td><td>42 km</td></tr></table></figure>", "42 km"),
+        ("<p>Energy is <math><mi>E</mi><mo>=</mo><mn>42</mn></math> joule.</p>", "Energy is E=42 joule."),
+        ("<p>Half is <math><mfrac><mn>1</mn><mn>2</mn></mfrac></math>.</p>", "Half is 1/2."),
+        (
+            "<p>So <math><msqrt><msup><mi>x</mi><mrow><mi>n</mi><mo>+</mo><mn>1</mn></mrow></msup></msqrt></math>.</p>",
+            "So sqrt(x^(n+1)).",
+        ),
+        (
+            "<p>Mass: <span style='display: none'><math><semantics><mi>m</mi><annotation encoding='application/x-tex'>"
+            "m c^2</annotation></semantics></math></span> is energy.</p>",
+            "Mass: m c^2 is energy.",
+        ),
+        ("<p>With <math alttext='a_1'><mi>a</mi></math> given.</p>", "With a_1 given."),
+    ],
+)
+def test_facts_in_elements_that_extraction_throws_away(paragraphs, piece, fact):
+    prose = PROSE * paragraphs
+    body = f"<html><body><article><h1>Vesk</h1>{prose}{piece}{prose}</article></body></html>"
+    page = fetching.Page("text/html", "utf-8", body.encode(), False)
+    assert fact in " ".join(readable_text(page).split())
+
+
+def test_formulas_beyond_reason_are_read_as_text():
+    body = "<html><body><p>x" + "<math>" + "<mfrac>" * 5000 + "<mn>42</mn>"
+    assert isinstance(readable_text(fetching.Page("text/html", None, body.encode(), False)), str)
 
 
 def test_plain_text_and_json_are_returned_as_they_are():
@@ -101,6 +151,22 @@ def test_the_tool_has_a_schema():
         ("“q” €".encode("cp1252"), "iso-8859-1", "“q” €"),  # what the web calls Latin-1
         ("数学".encode("gb18030"), "gb2312x", None),  # an unknown name is passed over
         ("数学".encode("shift_jis"), "Shift_JIS", "数学"),
+        # names that on the web mean more than they say
+        ("朱镕基".encode("gbk"), "gb2312", "朱镕基"),
+        ("𠮷镕".encode("gb18030"), "GBK", "𠮷镕"),
+        ("①髙".encode("cp932"), "shift_jis", "①髙"),
+        ("①髙".encode("cp932"), "x-sjis", "①髙"),
+        ("똠방각하".encode("cp949"), "euc-kr", "똠방각하"),
+        ("똠방각하".encode("cp949"), "ks_c_5601-1987", "똠방각하"),
+        ("“ş”".encode("cp1254"), "iso-8859-9", "“ş”"),
+        ("“ş”".encode("cp1254"), "latin5", "“ş”"),
+        ("“ก”".encode("cp874"), "tis-620", "“ก”"),
+        ("啫喱".encode("big5hkscs"), "big5", "啫喱"),
+        ("日本".encode("euc_jp") + b"\xad\xa1\xfc\xe2\xff" + "語".encode("euc_jp"), "euc-jp", "日本①髙\ufffd語"),
+        ("שלום".encode("iso8859-8"), "iso-8859-8-i", "שלום"),
+        ("Ґ".encode("koi8-u"), "koi8-ru", "Ґ"),
+        ("é".encode("utf-16-le"), "utf-16", "é"),
+        (b'<meta charset="gb2312">' + "镕".encode("gbk"), None, '<meta charset="gb2312">镕'),
         (b'<meta charset="koi8-r">' + "вода".encode("koi8-r"), None, '<meta charset="koi8-r">вода'),
         ('<meta charset="utf-16">é'.encode(), None, '<meta charset="utf-16">é'),
         (b"\xef\xbb\xbf" + "é".encode(), "latin-1", "é"),  # the mark wins
@@ -152,7 +218,7 @@ def test_addresses_that_are_public(address):
 def test_a_public_address_of_this_machine_is_refused(monkeypatch):
     """Loopback in the part of an address that an interface has beside the private ones."""
     monkeypatch.setattr(fetching, "is_special", lambda ip: False)
-    assert is_public("8.8.8.8") and not is_public("127.0.0.1") and not is_public("127.8.8.8")
+    assert is_public("8.8.8.8") and not is_public("127.0.0.1")
     with Loopback({"*": html()}) as server:
         with pytest.raises(PermissionError, match="is this machine"):
             Browser().browse(server.url)
@@ -499,6 +565,28 @@ def test_nobody_listening_may_pass():
 )
 def test_hostile_markup_ends(markup):
     assert isinstance(browse(html("<html><body>" + markup)), str)
+
+
+def test_markup_with_too_many_tags_is_cut():
+    text = browse(html("<html><body>first" + "<br>" * 499_000 + "last"))
+    assert text == "first\n[The page is longer; the rest was left out.]"
+    assert browse(html("<html><body>first" + "<br>" * 99_000 + "last")).endswith("last")
+
+
+def test_a_long_page_is_read_in_a_process_with_limits(monkeypatch):
+    long = html("<html><body>" + "<p>Vesk lies on the Orn.</p>" * 5000)
+    with Loopback({"*": long}) as server:
+        browser = Browser(allow_private=True, max_chars=100)
+        assert browser.browse(server.url).startswith("Vesk lies on the Orn.")
+        for disturbance, message in (
+            (tool_samples.read_for_ever, "The page cannot be read: its text could not be found within 30 s."),
+            (tool_samples.read_and_die, "the worker process died with exit status 3"),
+            (tool_samples.read_and_exhaust_memory, "The page cannot be read: MemoryError."),
+        ):
+            monkeypatch.setattr(browsing, "_read_apart", tool(disturbance, process=True, timeout=2))
+            with pytest.raises(RuntimeError) as caught:
+                browser.browse(server.url)
+            assert str(caught.value) == message
 
 
 def test_threads_can_share_a_browser():

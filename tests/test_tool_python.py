@@ -225,6 +225,11 @@ def test_memory_of_all_processes_together(narrow):
     )
 
 
+def test_a_program_that_is_started_does_not_count_with_the_memory_of_its_parent(narrow):
+    code = "import subprocess, sys\nx = b'1' * (80 << 20)\nfor _ in range(3): subprocess.run([sys.executable, '-S', '-c', ''])"
+    assert narrow.python(code) == "(no output)"
+
+
 def test_size_of_a_file(narrow):
     assert "OSError: [Errno 27] File too large" in error_of(narrow, "open('f', 'wb').write(bytes(65 << 20))")
 

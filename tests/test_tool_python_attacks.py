@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from arpo_trl.tools import system_calls
+from arpo_trl.tools.python import system_calls
 from arpo_trl.tools.python import PythonError, PythonSandbox
 
 TIMEOUT = 2.5
@@ -269,7 +269,10 @@ def test_memory_in_the_buffers_of_sockets(sandbox, roomy):
                     except BlockingIOError: pass
     """
     code = f"{IN_MANY_PROCESSES}{textwrap.dedent(fill)}\nin_many_processes(one)"
-    assert attack(roomy, code) == "The code used more than 512 MB of memory and was stopped."
+    assert attack(roomy, code) in (  # whichever comes first
+        "The code used more than 512 MB of memory and was stopped.",
+        "The code opened more than 1024 files at once and was stopped.",
+    )
     assert attack(sandbox, f"{code.replace('28', '3')}") == "The code used more than 128 MB of memory and was stopped."
     larger = "import socket\na, b = socket.socketpair()\na.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)"
     assert "Operation not permitted" in attack(sandbox, larger)

@@ -24,7 +24,7 @@ IMAGE = {"type": "image", "image": "of a cat"}
     "result, read",
     [
         ([{"type": "person", "name": "Ada"}], "[{'type': 'person', 'name': 'Ada'}]"),
-        ([BLOCK, {"type": "text", "text": "2"}], "4\n2"),
+        ([BLOCK, BLOCK], [BLOCK, BLOCK]),
         ([BLOCK, "2"], "[{'type': 'text', 'text': '4'}, '2']"),
         ([{"type": "text", "text": "4", "page": 3}], "[{'type': 'text', 'text': '4', 'page': 3}]"),
         ([{"type": "text", "text": 4}], "[{'type': 'text', 'text': 4}]"),

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from arpo_trl.tools import system_calls
+from arpo_trl.tools.python import system_calls
 
 ALLOW, ABSENT, REFUSE, KILL = 0x7FFF0000, 0x50000 | errno.ENOSYS, 0x50000 | errno.EPERM, 0x80000000
 X86, ARM = (0xC000003E, "x86_64"), (0xC00000B7, "aarch64")

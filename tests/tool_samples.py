@@ -143,3 +143,22 @@ class SilentExit(BaseException):
 
 def fail_silently(kind: str) -> None:
     raise {"error": SilentError, "exit": SilentExit, "no text": ValueError}[kind]()
+
+
+# --- readers of pages ---
+
+
+def read_for_ever(page: object) -> str:
+    while True:
+        time.sleep(1)
+
+
+def read_and_die(page: object) -> str:
+    os._exit(3)
+
+
+def read_and_exhaust_memory(page: object) -> str:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_DATA, (2**28, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    return str(len(bytearray(2**29)))

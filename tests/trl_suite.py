@@ -1,14 +1,15 @@
 """Run TRL's own tests of `GRPOTrainer` with `ARPOTrainer` in its place, and compare test by test.
 
-    python tests/trl_suite.py PATH_TO_TRL_CHECKOUT [--folder FOLDER] [arguments of pytest, such as -k EXPRESSION]
+    python tests/trl_suite.py [--folder FOLDER] PATH_TO_TRL_CHECKOUT [arguments of pytest, such as -k EXPRESSION]
 
 `tests/test_grpo_trainer.py` of the checkout runs twice: with TRL's classes, then with ours and
 `num_initial_generations == num_generations`, which is GRPO. The script ends with an error if a test passes with TRL's
 class and not with ours.
 
 That file loads small models and data from the Hub. Here stand local ones in their place: random weights of the same
-families, tokenizers that give the tokens written in the tests their text, and TRL's chat templates. They are built once, in
-`FOLDER`, which is laid out as a cache of the Hub. The vision models need torchvision, the tests with tools jmespath.
+families, tokenizers that give the tokens written in the tests their text, and TRL's chat templates. They are built
+once, in `FOLDER`, which is laid out as a cache of the Hub. The vision models need torchvision, the tests with tools
+jmespath.
 """
 
 import argparse
@@ -408,7 +409,7 @@ def run(checkout: Path, folder: Path, ours: bool, arguments: list[str]) -> dict[
     """Run the file in a process of its own; the outcome of each test."""
     report = folder / f"{'ours' if ours else 'trl'}.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, __file__, str(checkout), "--folder", str(folder), "--one", "ours" if ours else "trl"]
+    command = [sys.executable, __file__, "--folder", str(folder), "--one", "ours" if ours else "trl", str(checkout)]
     subprocess.run([*command, *arguments], check=False)
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -424,13 +425,14 @@ def main() -> int:
     parser.add_argument("checkout", type=Path, help="a checkout of TRL, at the version that is installed")
     parser.add_argument("--folder", type=Path, default=Path("trl-suite"), help="where models and reports are kept")
     parser.add_argument("--one", choices=("trl", "ours"), help="run the file once and stop")
-    options, rest = parser.parse_known_args()
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments for pytest")
+    options = parser.parse_args()
     checkout, folder = options.checkout.resolve(), options.folder.resolve()
     os.environ |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}  # read when transformers is imported
     if options.one is None:
         folder.mkdir(parents=True, exist_ok=True)
         build(folder)
-        outcomes = [run(checkout, folder, ours, rest) for ours in (False, True)]
+        outcomes = [run(checkout, folder, ours, options.arguments) for ours in (False, True)]
         worse = [test for test, outcome in outcomes[0].items() if outcome == "passed" != outcomes[1].get(test)]
         for title, counted in zip(("TRL's class", "ours"), outcomes, strict=True):
             kinds = sorted(set(counted.values()))
@@ -450,7 +452,7 @@ def main() -> int:
         [
             str(path),
             *("-p", "no:cacheprovider", "-q", f"--junitxml={report}", f"--rootdir={folder}"),
-            *rest,
+            *options.arguments,
         ],
         plugins=[Plugin(options.one == "ours")],
     )

@@ -32,8 +32,9 @@ def read_rows(path: str | Path) -> list[Row]:
     The rows of a file.
 
     Args:
-        path (`str` or `Path`): A .jsonl, .json (a list of objects, or JSON lines), .parquet or .csv file. Text is UTF-8,
-            with or without a byte order mark. Half of a surrogate pair, which no tokenizer takes, becomes U+FFFD.
+        path (`str` or `Path`): A .jsonl, .json (a list of objects, or JSON lines), .parquet or .csv file. Text is
+            UTF-8, with or without a byte order mark. Half of a surrogate pair, which no tokenizer takes, becomes
+            U+FFFD.
 
     Returns:
         `list[dict]`: The rows. Those of a .csv file hold texts alone.
@@ -81,13 +82,13 @@ def to_dataset(rows: list[dict[str, Any]], path: str | Path) -> Dataset:
     Rows as a dataset.
 
     Args:
-        rows (`list[dict]`): Rows of [`read_rows`]; ground truths (`answer`, `solution`, `ground_truth`) in any shape that
-            [`~rewards.completions.accepted_answers`] reads.
+        rows (`list[dict]`): Rows of [`read_rows`]; ground truths (`answer`, `solution`, `ground_truth`) in any shape
+            that [`~rewards.completions.accepted_answers`] reads.
         path (`str` or `Path`): Where they are from, for messages.
 
     Returns:
-        `Dataset`: The rows. A column has one type: ground truths that are not all text become text, or lists of text where
-        some row has several. "004" stays "004".
+        `Dataset`: The rows. A column has one type: ground truths that are not all text become text, or lists of text
+        where some row has several. "004" stays "004".
 
     Raises:
         `ValueError`: A ground truth does not tell its answers, or another column has several types.
@@ -107,8 +108,8 @@ def to_dataset(rows: list[dict[str, Any]], path: str | Path) -> Dataset:
             arrays[name] = pyarrow.array(values, from_pandas=False)
         except (pyarrow.ArrowException, OverflowError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path}: the values of the column `{name}` are not of one type that a data set can hold ({error}). Make "
-                "them so, or take the column out."
+                f"{path}: the values of the column `{name}` are not of one type that a data set can hold ({error}). "
+                "Make them so, or take the column out."
             ) from error
     return Dataset(pyarrow.table(arrays))
 
@@ -142,8 +143,8 @@ def _csv(text: str, path: Path) -> list[Row]:
         for row in reader:
             if None in row:
                 raise ValueError(
-                    f"{path}, line {reader.line_num} has more fields than the header: put quotes around a field that holds "
-                    "a comma."
+                    f"{path}, line {reader.line_num} has more fields than the header: put quotes around a field that "
+                    "holds a comma."
                 )
             rows.append(row)
         return rows

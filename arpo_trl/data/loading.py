@@ -120,9 +120,9 @@ def convert_rl_row(row: dict[str, Any], protocol: ToolProtocolName = "tags") -> 
     One row of the published RL sets for TRL.
 
     Args:
-        row (`dict`): Columns `prompt` (messages), `ability`, `data_source`, `reward_model.ground_truth`, `extra_info`. The
-            ground truth is whatever [`~rewards.completions.accepted_answers`] reads, or such a list or dict as JSON, as
-            in Skywork's sets.
+        row (`dict`): Columns `prompt` (messages), `ability`, `data_source`, `reward_model.ground_truth`, `extra_info`.
+            The ground truth is whatever [`~rewards.completions.accepted_answers`] reads, or such a list or dict as
+            JSON, as in Skywork's sets.
         protocol (`str`): `"tags"` keeps the published system prompt, which teaches the tags; `"chat_template"` puts
             [`CHAT_SYSTEM_PROMPT`] in its place, since there the template tells the model about its tools.
 
@@ -183,7 +183,7 @@ def _text_messages(messages: Any, column: str) -> list[dict[str, str]]:
 
 
 def _decoded(truth: Any) -> Any:
-    """`truth`, read as JSON where it is a list of texts or a dict of answers in JSON; any other text stays as it is."""
+    """`truth`, read as JSON where that is a list of texts or a dict of answers; any other text stays as it is."""
     if isinstance(truth, str) and re.match(r'\s*(\[\s*"|\{\s*")', truth):
         try:
             accepted_answers(decoded := json.loads(truth))
@@ -204,8 +204,8 @@ def load_rl(path: str | Path, protocol: ToolProtocolName = "tags", split: str = 
         split (`str`): Split of a dataset on the Hub; a local file is one split.
 
     Returns:
-        `Dataset`: Rows as [`convert_rl_row`] makes them, without `repairs`. `answer` is a text in all rows, or where some
-        row has several answers a list in all of them; a row without an answer holds an empty one.
+        `Dataset`: Rows as [`convert_rl_row`] makes them, without `repairs`. `answer` is a text in all rows, or where
+        some row has several answers a list in all of them; a row without an answer holds an empty one.
 
     Raises:
         `ValueError`: The file cannot be read, is no RL set, or a row cannot be converted, which is named.
@@ -396,11 +396,12 @@ def unread_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str, str, s
         `list[tuple[int, str, str, str]]`: Row index, repaired ground truth, what becomes of it (`"accepted as text"`:
         only the same text scores 1), and why.
     """
-    from ..rewards.mathematics import clean_answer, math_reward, shared_verifier
+    from ..rewards.mathematics import choice_readings, clean_answer, math_reward, shared_verifier
 
     truths = _math_truths(rows)
     answers = [answer for _, answer in truths]
-    verdicts = shared_verifier().compare([(text, text) for text in map(clean_answer, answers)])
+    cleaned = [choice_readings(clean_answer(answer))[-1] for answer in answers]  # a choice by its value
+    verdicts = shared_verifier().compare([(text, text) for text in cleaned])
     completions = [rf"<think></think><answer>\boxed{{{answer}}}</answer>" for answer in answers]
     rewards = math_reward(completions, answer=answers)
     unread = []

@@ -256,20 +256,20 @@ def evaluate(
         num_generations (`int`): Completions for each question, for pass@k.
         records_path (`str` or `Path`, *optional*): JSONL file that gets a line for each completion as soon as its
             question is done (format: docs/evaluation.md). Questions that it already holds are not asked again, so a
-            killed run goes on where it stopped. Completions without a score are scored again, and so are all of a question
-            whose columns (the ground truth) have changed, or all where `score` or `correct` has.
+            killed run goes on where it stopped. Completions without a score are scored again, and so are all of a
+            question whose columns (the ground truth) have changed, or all where `score` or `correct` has.
         correct (`Callable`, *optional*): Reward function that returns 1 or more for a right answer; by default `score`.
         description (`str`): Stands before the progress bar.
 
     Returns:
-        `list[dict]`: for each question `index`, `records`: its completions as the lines of the file hold them, with the
-        same keys, and from these, one entry a completion, `scores`, `correct`, `truncated`, `tool_calls`, `completions` and
-        `predictions` (`score`, `correct`, `truncated`, `tool_calls`, `completion`, `prediction` of a record), and the sum
-        of their `seconds`.
+        `list[dict]`: for each question `index`, `records`: its completions as the lines of the file hold them, with
+        the same keys, and from these, one entry a completion, `scores`, `correct`, `truncated`, `tool_calls`,
+        `completions` and `predictions` (`score`, `correct`, `truncated`, `tool_calls`, `completion`, `prediction` of a
+        record), and the sum of their `seconds`.
 
     Raises:
-        ValueError: `records_path` holds other questions, prompts or settings of sampling, more completions of a question
-            than `num_generations`, or lines that are no records.
+        ValueError: `records_path` holds other questions, prompts or settings of sampling, more completions of a
+            question than `num_generations`, or lines that are no records.
     """
     rows = list(rows)
     correct = correct or score

@@ -1,8 +1,9 @@
 """The file of records of an evaluation: written as questions are done, read when it goes on.
 
-A line holds what it takes to notice that it is not of this evaluation: the tokens of the prompt, how the completion was
-sampled (`sampling`), and what it was scored with (`scored_with`). Completions of another prompt or of other settings are
-refused; those that were scored with another function or another ground truth are scored again, without being sampled.
+A line holds what it takes to notice that it is not of this evaluation: the tokens of the prompt, how the completion
+was sampled (`sampling`), and what it was scored with (`scored_with`). Completions of another prompt or of other
+settings are refused; those that were scored with another function or another ground truth are scored again, without
+being sampled.
 
 What is not here: locks. Two evaluations must not write into one file.
 """
@@ -49,8 +50,8 @@ def scoring_hashes(functions: Sequence[Callable], rows: Sequence[Mapping[str, An
     """
     For each row a hash of what a score follows from besides the completion: the functions and the columns of the row.
 
-    A function is known by its name, its code, that of the functions of its module that it calls, and the constants that it
-    closes over or takes by default. This package's own are also known by its version.
+    A function is known by its name, its code, that of the functions of its module that it calls, and the constants
+    that it closes over or takes by default. This package's own are also known by its version.
     """
     seen: set[int] = set()
     identity = json.dumps([__version__, [_identity(function, seen) for function in functions]])
@@ -129,8 +130,8 @@ def resume(
     fill_scores: Callable[[Sequence[dict], Sequence[Mapping[str, Any]]], None],
 ) -> dict[int, list[dict]]:
     """
-    The questions that a file of records holds, by their index. What a killed run left half done is taken out of the file,
-    and completions without a score, or whose score is of another function or another row, are scored again.
+    The questions that a file of records holds, by their index. What a killed run left half done is taken out of the
+    file, and completions without a score, or whose score is of another function or another row, are scored again.
 
     Args:
         path (`Path`): The file; it need not exist.
@@ -142,7 +143,8 @@ def resume(
         fill_scores (`Callable`): Scores records in place, given them and `rows`.
 
     Raises:
-        ValueError: The file holds other questions, prompts or settings, more completions, or lines that are no records.
+        ValueError: The file holds other questions, prompts or settings, more completions, or lines that are no
+        records.
     """
     if not path.exists():
         return {}
@@ -180,7 +182,8 @@ def _read(path: Path) -> tuple[dict[int, list[dict]], bool]:
             continue
         if not _is_record(record):
             raise ValueError(
-                f"{path}, line {number} is no record of an evaluation: evaluate into another file, or take the line out."
+                f"{path}, line {number} is no record of an evaluation: evaluate into another file, or take the line "
+                "out."
             )
         found.setdefault(record["prompt_index"], []).append(record)
     return found, damaged

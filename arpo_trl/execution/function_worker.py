@@ -218,16 +218,14 @@ class Worker:
 
 def as_content(result: Any) -> str | list:
     """
-    Return what the model reads of a tool's return value: its text, that of text blocks one block a line; content blocks
-    of which one holds an image as they are.
+    Return what the model reads of a tool's return value: content blocks (text, images) as they are, for the protocol to
+    show, the rest as text.
 
-    TRL takes every list for content blocks, of which a chat template then shows a text model none: a list of strings,
-    say, would arrive empty. A dictionary with a key `type` need not be a block either; it may be a search result.
+    TRL takes every list for content blocks, of which a chat template then shows the model none: a list of strings, say,
+    would arrive empty. A dictionary with a key `type` need not be a block either; it may be a search result.
     """
     if isinstance(result, list) and result and all(map(_is_block, result)):
-        if any(block["type"] == "image" for block in result):
-            return result
-        return whole_text("\n".join(block["text"] for block in result))
+        return result
     if isinstance(result, bytes):
         try:
             return result.decode()

@@ -12,11 +12,17 @@ def distinct_tools(tools: Iterable[Callable], source: str = "`tools`") -> list[C
         source (`str`): What the error calls them.
 
     Raises:
+        TypeError: A tool has no name, as a partial has none.
         ValueError: Two different tools have the same name.
     """
     distinct: dict[str, Callable] = {}
     for tool in tools:
-        name = tool.__name__
+        name = getattr(tool, "__name__", None)
+        if not isinstance(name, str):
+            raise TypeError(
+                f"{source} holds {tool!r}, which has no name by which a model could call it. Call it in a function of its "
+                "own, with type hints and a docstring."
+            )
         if distinct.setdefault(name, tool) != tool:
             raise ValueError(
                 f"{source} holds two tools named {name!r}, and a model that calls {name!r} can mean only one. Give one "

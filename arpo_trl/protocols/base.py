@@ -81,7 +81,13 @@ def text_of(result: str | list | None) -> str:
     """What a model that reads only text is told of a tool's result; content blocks are told one a line."""
     if not isinstance(result, list):
         return "" if result is None else result
-    return "\n".join(whole_text(block["text"]) if block["type"] == "text" else NO_IMAGE for block in result)
+    kinds = [block.get("type") if isinstance(block, dict) else None for block in result]
+    return whole_text(
+        "\n".join(
+            str(block.get("text", block)) if kind == "text" else NO_IMAGE if kind == "image" else str(block)
+            for block, kind in zip(result, kinds, strict=True)
+        )
+    )
 
 
 def encode_onward(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

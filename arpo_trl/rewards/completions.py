@@ -16,14 +16,14 @@ from typing import Any
 
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
 
-# Keys under which published sets hold accepted answers in a dict: Search-R1 and verl's recipes `target`, TriviaQA `value`
-# and `aliases`, SQuAD `text`, FlashRAG `golden_answers`, MuSiQue `answer_aliases`
+# Keys under which published sets hold accepted answers in a dict: Search-R1 and verl's recipes `target`, TriviaQA
+# `value` and `aliases`, SQuAD `text`, FlashRAG `golden_answers`, MuSiQue `answer_aliases`
 _ANSWER_KEYS = (
     *("answer", "answers", "target", "targets", "ground_truth", "ground_truths", "golden_answer", "golden_answers"),
     *("gold", "final_answer", "value", "aliases", "answer_aliases", "text"),
 )
-# What stands beside them and is no answer. Any other key is told, since it may change what is asked: `numbers` beside the
-# `target` of the countdown task
+# What stands beside them and is no answer. Any other key is told, since it may change what is asked: `numbers` beside
+# the `target` of the countdown task
 _OTHER_KEYS = {
     *("answer_start", "answer_type", "id", "index", "level", "matched_wiki_entity_name", "normalized_aliases"),
     *("normalized_matched_wiki_entity_name", "normalized_value", "question", "score", "solution", "style", "type"),
@@ -73,10 +73,10 @@ def accepted_answers(truth: Any) -> list[str]:
     The accepted answers that a ground truth holds, as text.
 
     Args:
-        truth (`Any`): A string, a number, a list of them (lists in it, tuples and arrays too), or a dict that holds them
-            under a key such as `target`, `answer`, `answers`, `ground_truth`, or `value` and `aliases`. A string stays as
-            it is. A whole number that became a float (5.0) is written without its point, as it was before a column with a
-            missing or a broken number made it a float.
+        truth (`Any`): A string, a number, a list of them (lists in it, tuples and arrays too), or a dict that holds
+            them under a key such as `target`, `answer`, `answers`, `ground_truth`, or `value` and `aliases`. A string
+            stays as it is. A whole number that became a float (5.0) is written without its point, as it was before a
+            column with a missing or a broken number made it a float.
 
     Returns:
         `list[str]`: The answers, none twice and none blank; an empty list for `None` and NaN.
@@ -114,8 +114,8 @@ def _answer_texts(truth: Any) -> Iterator[str]:
         yield str(truth)
     else:
         raise ValueError(
-            f"A ground truth is {str(truth)[:80]!r}, of type {type(truth).__name__}. Give a string, a number or a list of "
-            "them."
+            f"A ground truth is {str(truth)[:80]!r}, of type {type(truth).__name__}. Give a string, a number or a list "
+            "of them."
         )
 
 
@@ -137,8 +137,8 @@ def final_answers(completions: list, model_text: list[str] | None = None) -> lis
 
 def extract_answer(text: str) -> str | None:
     r"""
-    The content of the last `\boxed{}` in the last `<answer>…</answer>`, or anywhere where there is none; never one in a
-    thought, whether it ended or was cut off.
+    The content of the last `\boxed{}` in the last `<answer>…</answer>`, or anywhere where there is none; never one in
+    a thought, whether it ended or was cut off.
     """
     text = outside_thoughts(text)
     start = text.rfind("<answer>")
@@ -151,8 +151,8 @@ def outside_thoughts(text: str) -> str:
     """
     `text` without its thoughts: `<think>…</think>`, also under the names `thinking`, `thought` and `reasoning`.
 
-    A thought that is never closed reaches to the end. A closing tag without an opening one ends a thought that the prompt
-    opened. A tag inside another block (code that prints "<think>") opens nothing.
+    A thought that is never closed reaches to the end. A closing tag without an opening one ends a thought that the
+    prompt opened. A tag inside another block (code that prints "<think>") opens nothing.
     """
     tags = [(found.start(), found.end(), found.group(1) == "/", found.group(2)) for found in _TAG.finditer(text)]
     closings: dict[str, list[tuple[int, int]]] = {}

@@ -16,8 +16,8 @@ from .qa import token_f1_reward
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
-# What the `ability` column of published sets says, without regard to case: mathematics in ARPO's, DAPO's, Skywork's and
-# verl's, questions in ARPO's and in Search-R1's
+# What the `ability` column of published sets says, without regard to case: mathematics in ARPO's, DAPO's, Skywork's
+# and verl's, questions in ARPO's and in Search-R1's
 MATH_ABILITIES = {"math", "mathematics"}
 QA_ABILITIES = {"qa", "fact-reasoning"}
 
@@ -48,8 +48,8 @@ def make_arpo_reward(
     Args:
         protocol (`str`): Protocol whose format is judged, `"tags"` or `"chat_template"`.
         qa_reward, math_reward (`Callable`): Reward functions of accuracy, from 0 to 1. Rows whose `ability` column says
-            `"math"` (in any case) go to `math_reward`, all others to `qa_reward`, also where there is no such column. An
-            ability that is neither mathematics nor questions is told once, by its name.
+            `"math"` (in any case) go to `math_reward`, all others to `qa_reward`, also where there is no such column.
+            An ability that is neither mathematics nor questions is told once, by its name.
         multi_tool_bonus (`float`): Added where a search and a Python call were executed and the answer is not wrong.
         search_tools, python_tools (`Sequence[str]`): Names of the tools that search, and of those that run code.
 
@@ -57,8 +57,8 @@ def make_arpo_reward(
         `Callable`: A reward function named `arpo_reward`. It logs the mean of every part over all rows
         (`arpo_reward/bad_format`, `…/accuracy`, `…/accuracy_<ability>`, `…/multi_tool`), in which a bad format is an
         accuracy of 0, and `…/accuracy_good_format`, the mean accuracy of the rows of good format. What `qa_reward` and
-        `math_reward` log is passed on, but for `<name>/mean`: they see the rows of good format alone. The parts of every
-        row join the completions table. A row whose accuracy is `None` gets `None` unless its format is bad.
+        `math_reward` log is passed on, but for `<name>/mean`: they see the rows of good format alone. The parts of
+        every row join the completions table. A row whose accuracy is `None` gets `None` unless its format is bad.
     """
     formats: dict[str, RewardFunction] = {"tags": tags_format_reward, "chat_template": chat_format_reward}
     if protocol not in formats:
@@ -78,8 +78,8 @@ def make_arpo_reward(
         abilities = [ability_name(name) for name in ability or [""] * len(completions)]
         for name in sorted(set(abilities) - MATH_ABILITIES - QA_ABILITIES):
             logger.warning_once(
-                f"The ability {name!r} is neither mathematics nor questions: its rows are scored by `qa_reward`. Call it "
-                "'math' or 'qa' in the data set if it is one of the two."
+                f"The ability {name!r} is neither mathematics nor questions: its rows are scored by `qa_reward`. Call "
+                "it 'math' or 'qa' in the data set if it is one of the two."
             )
         good_format = judge_format(**columns)
         accuracy: list[float | None] = [0.0] * len(completions)

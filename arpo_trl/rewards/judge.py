@@ -1,7 +1,8 @@
 r"""An LLM says whether an answer is right, over any OpenAI-compatible endpoint (vLLM, TGI, llama.cpp, a hosted one).
 
 Verdicts are remembered, in a SQLite file if one is named, so a repeated answer is judged once. An endpoint that fails
-for good yields `None` for the row, not a wrong reward; the share of such rows is logged, and the endpoint's reason is told.
+for good yields `None` for the row, not a wrong reward; the share of such rows is logged, and the endpoint's reason is
+told.
 
 What is not here: defence against an answer that is written to sway the judge goes as far as showing the judge only the
 boxed answer, cut to a length, between delimiters that the answer cannot contain, and no further.
@@ -95,8 +96,8 @@ def make_judge_reward(
         prompt.format(question="", truths="", answer="")
     except (LookupError, ValueError) as error:
         raise ValueError(
-            f"`prompt` is no template ({error!r}): it may hold {{question}}, {{truths}} and {{answer}}; double every other "
-            "brace."
+            f"`prompt` is no template ({error!r}): it may hold {{question}}, {{truths}} and {{answer}}; double every "
+            "other brace."
         ) from error
     key = api_key or os.environ.get("OPENAI_API_KEY")
     endpoint = base_url.rstrip("/") + "/chat/completions"
@@ -202,9 +203,9 @@ def read_verdict(reply: str) -> float | None:
     """
     1 or 0, as the verdict of a judge's reply says; `None` where there is none.
 
-    A verdict is a line of its own, `VERDICT: CORRECT` or `VERDICT: INCORRECT`, outside of thoughts and of code that more
-    text follows; bold, a heading or a full stop does not matter. If lines disagree, the one that ends the reply counts, and if none does, there is no verdict:
-    the others may quote the answer.
+    A verdict is a line of its own, `VERDICT: CORRECT` or `VERDICT: INCORRECT`, outside of thoughts and of code that
+    more text follows; bold, a heading or a full stop does not matter. If lines disagree, the one that ends the reply
+    counts, and if none does, there is no verdict: the others may quote the answer.
     """
     pieces = outside_thoughts(reply).split("```")  # every other one is code
     end = max((place for place, piece in enumerate(pieces) if piece.strip()), default=0)

@@ -68,7 +68,9 @@ def typography(text: str) -> str:
     r"""Signs of Unicode as LaTeX, full-width signs as ASCII: `x² ≤ ½` is `x^{2} \le \frac{1}{2}`, `２４` is `24`."""
     if text.isascii():
         return re.sub(r"[\x00-\x08\x0b\x0e-\x1f\x7f]", "", text)
-    text = _FRACTION_SIGN.sub(lambda m: r"\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    text = _FRACTION_SIGN.sub(
+        lambda m: re.sub("(.+)⁄(.+)", r"\\frac{\1}{\2}", unicodedata.normalize("NFKC", m[0])), text
+    )
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+", lambda m: "^{" + m[0].translate(_RAISED) + "}", text)
     text = re.sub("[₀-₉₊₋₍₎ₙ]+", lambda m: "_{" + m[0].translate(_LOWERED) + "}", text)
     text = text.translate(_TYPOGRAPHY)
@@ -87,6 +89,17 @@ _NOTHING = re.compile(
     r"(?![a-zA-Z])|!)(?![a-zA-Z])|\\!"
 )
 _ENVELOPES = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("***", "***"), ("**", "**"), ("`", "`"))
+
+
+_END = re.compile(r"(?:\\[,;: ]|\\q?quad|[\s.,;~])\Z")
+
+
+def _without_end(text: str) -> str:
+    """`text` without the spaces, commas and full stops at its end; looked at from there, so that it takes linear time."""
+    end = len(text)
+    while match := _END.search(text, max(end - 6, 0), end):
+        end = match.start()
+    return text[:end]
 
 
 def markup(text: str) -> str:
@@ -108,7 +121,7 @@ def markup(text: str) -> str:
             inner = text[len(opening) : -len(closing)]
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
                 text = inner.strip() if opening not in inner and closing not in inner else text
-        text = re.sub(r"[\s.,;]+\Z", "", re.sub(r"(?:\\[,;: ]|\\quad|\\qquad|~|\s)+\Z", "", text))
+        text = _without_end(text)
         whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}", text)
         text = whole[1].strip() if whole else text
         if text == before:
@@ -149,6 +162,7 @@ _PYTHON = re.compile(
     + "|".join(sorted(_CALLS, key=len, reverse=True))
     + r")\(|\[\[|\[\(|(?<![A-Za-z\\])(?:pi|oo)(?![A-Za-z])|\A\{[^{}\\]*\}\Z"
 )
+_GLUED = re.compile(r"\d[jJ]?_?(?:and|else|for|if|in|is|not|or)")
 _ENOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]\s?([+-]?\d+)(?![\w.])")
 
 
@@ -156,6 +170,8 @@ def python(text: str) -> str:
     r"""What Python and sympy print: `3*x**2` is `3 x^{2}`, `Fraction(1, 2)` is `\frac{1}{2}`, `1.5e-05` has a power."""
     if "\\" not in text and len(text) <= 2000 and _PYTHON.search(text):
         try:
+            if _GLUED.search(text):
+                raise SyntaxError("Python would print a warning")
             tree = ast.parse(text.strip(), mode="eval")
             return _latex(tree.body, text.strip())
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -306,7 +322,9 @@ _OPERATORS = {"<": "<", r"\lt": "<", ">": ">", r"\gt": ">"} | {
     for sign in (r"\leqslant", r"\geqslant", r"\leq", r"\geq", r"\le", r"\ge", "<=", ">=")
 }
 _VARIABLE = r"[a-zA-Z]|\\(?:alpha|beta|gamma|theta|lambda|mu|varphi|phi|omega)"
-_BUILDER = re.compile(rf"\\\{{\s*({_VARIABLE})\s*(?:\\in\s*\\mathbb\s*\{{R\}})?\s*(?:\\mid|\||:|\\vert|\\,\|\\,)(.+)\\\}}")
+_BUILDER = re.compile(
+    rf"\\\{{\s*({_VARIABLE})\s*(?:\\in\s*\\mathbb\s*\{{R\}})?\s*(?:\\mid|\||:|\\vert|\\,\|\\,)(.+)\\\}}"
+)
 
 
 def builder_sets(text: str) -> str:
@@ -388,12 +406,13 @@ def degrees_of_functions(text: str) -> str:
 
 def tidy(text: str) -> str:
     r"""Angle brackets as round ones, no leading plus sign, single spaces."""
-    text = re.sub(r"(?:\\left\s*)?\\langle(?![a-zA-Z])(.*?)(?:\\right\s*)?\\rangle(?![a-zA-Z])", r"(\1)", text)
+    text = re.sub(r"(?:\\left\s?)?\\langle(?![a-zA-Z])", "(", text)
+    text = re.sub(r"(?:\\right\s?)?\\rangle(?![a-zA-Z])", ")", text)
     text = re.sub(r"\A<\s*([^<>=]*,[^<>=]*)>\Z", r"(\1)", text)
     text = re.sub(r"\A\+\s*(?=[\d\\.])", "", text)
     text = re.sub(r"(?<!\\)\\(?:[,;: ]|(?:quad|qquad)(?![a-zA-Z]))|~", " ", text)
     text = re.sub(r"(?<!\\)\s+([,;)\]])", r"\1", text)
-    return re.sub(r"[\s.,;]+\Z", "", " ".join(text.split()))
+    return _without_end(" ".join(text.split()))
 
 
 STEPS = (

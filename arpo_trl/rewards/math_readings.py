@@ -57,9 +57,10 @@ _UNIT_NAMES = {
 }
 _APART = re.compile(r"(?<![\d_^])\d+\s+\d")
 _CJK = "\u3400-\u9fff\uac00-\ud7af\u3040-\u30ff"
-_WORD = rf"[A-Za-zА-Яа-яé]+(?:[-'][A-Za-z]+)*|[{_CJK}]+"
+# possessive, or a run of letters could be split in 2^n ways
+_WORD = rf"[A-Za-zА-Яа-яé]++(?:[-'][A-Za-z]++)*+|[{_CJK}]++"
 _POWER = r"\^\s*\{?\s*-?[1-4]\s*\}?"
-_UNIT_TAIL = re.compile(rf"(?P<gap>[\s~]*)(?P<tail>(?:{_WORD}|(?<=[A-Za-z]){_POWER}|[\s~./()-]|\\cdot(?![a-z]))+)\Z")
+_UNIT_TAIL = re.compile(rf"(?P<gap>[\s~]*)(?P<tail>(?:{_WORD}|(?<=[A-Za-z]){_POWER}|[\s~./()-]|\\cdot(?![a-z]))++)\Z")
 _NUMBER = r"-?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _FORMULA_END = re.compile(r"(?:[\d})\]!%]|\\pi|\\circ)\s*\Z")
 
@@ -119,7 +120,8 @@ def _known_units(unit: str) -> list[tuple[str, str]]:
     """Units on the list with their powers, in order: `[("km", "1"), ("h", "1")]` for "km/h" and for "kilometers per hour"."""
     found: list[tuple[str, str]] = []
     before = "1"
-    for word, power in re.findall(r"([A-Za-z]+)(?:\^?\s*\{?\s*(-?[1-4]))?", re.sub(r"[A-Za-z]+", lambda m: _RATES.get(m[0], m[0]), unit)):
+    unit = re.sub(r"[A-Za-z]+", lambda m: _RATES.get(m[0], m[0]), unit)
+    for word, power in re.findall(r"([A-Za-z]+)(?:\^?\s*\{?\s*(-?[1-4]))?", unit):
         if word in _UNIT_NAMES:
             found.append((_UNIT_NAMES[word], power or before))
         before = _POWER_WORDS.get(word, "1")
@@ -132,7 +134,9 @@ def units_clash(left: str, right: str) -> bool:
     return bool(known[0] and known[1]) and known[0] != known[1]
 
 
-_LEAD_END = set("is are was were be equals equal has have had exactly only makes needs costs answer total result".split())
+_LEAD_END = set(
+    "is are was were be equals equal has have had exactly only makes needs costs answer total result".split()
+)
 _NO_LEAD = set("of by than least most from over under above below minus negative plus times not or and about".split())
 
 
@@ -141,7 +145,8 @@ def sentence_value(text: str) -> str | None:
     plain = re.sub(r"[*$]", "", bare(text))
     numbers = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w/^]|\.\d)", plain)
     match = re.fullmatch(
-        rf"(?P<lead>[A-Za-z][A-Za-z' ]*?)(?P<end>\s*[:=]|\s)\s*(?P<value>{_NUMBER})(?P<rest>[^\d\\=<>^/*+{{}}]*)", plain
+        rf"(?P<lead>[A-Za-z][A-Za-z' ]*?)(?P<end>\s*[:=]|\s)\s*(?P<value>{_NUMBER})(?P<rest>[^\d\\=<>^/*+{{}}]*)",
+        plain,
     )
     if not match or len(numbers) != 1:
         return None
@@ -150,8 +155,11 @@ def sentence_value(text: str) -> str | None:
         return None
     if rest and not re.fullmatch(rf"(?:{_WORD}|[\s,%])+", rest):
         return None
-    is_told = match["end"].strip() == ":" or lead[-1] in _LEAD_END or (len(lead) > 1 and match["lead"].split()[-1].islower())
-    return match["value"].replace(" ", "") + ("%" if rest.startswith("%") else "") if is_told and len(lead[-1]) > 1 else None
+    last = match["lead"].split()[-1]
+    is_told = match["end"].strip() == ":" or lead[-1] in _LEAD_END or (len(lead) > 1 and last.islower())
+    if not is_told or len(last) == 1:
+        return None
+    return match["value"].replace(" ", "") + ("%" if rest.startswith("%") else "")
 
 
 _CLOCK = re.compile(
@@ -183,8 +191,12 @@ def same_clock(truth: tuple[int, bool], answer: tuple[int, bool]) -> bool:
     return truth[0] % 720 == answer[0] % 720
 
 
-_BASE_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True))
-_BASE = re.compile(r"([0-9A-F]+)\s*_\s*\{?\s*\(?\s*(?:\\text\s*\{\s*(?:base )?)?(\d{1,2}|[a-z]{3,6})\s*\}?\s*\)?\s*\}?")
+_BASE_WORDS = dict(
+    zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True)
+)
+_BASE = re.compile(
+    r"([0-9A-F]+)\s*_\s*\{?\s*\(?\s*(?:\\text\s*\{\s*(?:base )?)?(\d{1,2}|[a-z]{3,6})\s*\}?\s*\)?\s*\}?"
+)
 
 
 def numeral(text: str) -> tuple[str, int] | None:
@@ -235,7 +247,11 @@ def same_text(truth: str, answer: str) -> bool:
     """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") and choices ("B", "(b)") in any case."""
     if truth == answer:
         return True
-    if re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer) and not _APART.search(truth) and not _APART.search(answer):
+    if (
+        re.sub(r"\s", "", truth) == re.sub(r"\s", "", answer)
+        and not _APART.search(truth)
+        and not _APART.search(answer)
+    ):
         return True
     if is_words(truth) or re.fullmatch("[A-E]", words_of(truth).upper()):
         return words_of(truth) == words_of(answer)
@@ -295,9 +311,11 @@ def _compare(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     base = same_numeral(truth, answer)
     if base is not None:
         return base
-    dates = _DATE.fullmatch(truth), _DATE.fullmatch(answer)
+    dates = [
+        [int(part) for part in match.groups()] if match else None for match in map(_DATE.fullmatch, (truth, answer))
+    ]
     if any(dates):
-        return all(dates) and [int(part) for part in dates[0].groups()] == [int(part) for part in dates[1].groups()]
+        return dates[0] == dates[1]
     if r"\ldots" in truth or r"\ldots" in answer or _GEOMETRY.match(truth):
         return re.sub(r"\s|\\,", "", truth) == re.sub(r"\s|\\,", "", answer)
     return _formulas(truth, answer)
@@ -327,7 +345,8 @@ def _alike(truth: str, answer: str) -> tuple[str, str]:
     r"""Both in one notation where only one has it: degrees and radians, `[1, 2]` for a list, `P(3,4)`, `+ c`."""
     if ("\\circ" in truth) != ("\\circ" in answer) and "\\pi" in truth + answer:
         truth, answer = (
-            re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?", r"\\frac{\1\\pi}{180}", text) for text in (truth, answer)
+            re.sub(r"(\d+(?:\.\d+)?)\s*\^\s*\{?\s*\\circ\s*\}?", r"\\frac{\1\\pi}{180}", text)
+            for text in (truth, answer)
         )
     if re.fullmatch(r"\[.*\]", answer) and not re.match(r"\\left|[\[(]", truth) and not _is_set_of_reals(truth):
         answer = answer[1:-1]

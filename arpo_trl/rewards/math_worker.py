@@ -69,7 +69,7 @@ def _is_contradiction(item: Any) -> bool:
     if item.has(zoo, nan):
         return True
     sides = [(equation.lhs, equation.rhs) for equation in item.atoms(Eq)]
-    return any(a.is_number and b.is_number and not same_number(a, b) for a, b in sides)
+    return any(a.is_number and b.is_number and not numeric_eq(a, b, 6, 15) for a, b in sides)
 
 
 def _asks_for_equation(gold: list, target: list) -> bool:
@@ -120,7 +120,7 @@ def _close(left: Any, right: Any, digits: float) -> bool:
 def _rounds_to(exact: Any, other: Any) -> bool:
     size = abs(exact)
     places = max(6, 3 - math.floor(math.log10(size))) if 0 < size < 1 else 6
-    if abs(exact - exact.round(places - 1)) < size * 1e-14:
+    if abs(exact - exact.round(places - 1)) <= size * 1e-14:
         return bool(abs(exact - other) <= size * 5e-15)
     return bool(exact.round(places) == other.round(places))
 

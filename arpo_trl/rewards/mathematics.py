@@ -1,11 +1,12 @@
 r"""Answers in mathematics, compared as mathematics by math-verify: "-3" is not "3", "1/2" is "0.5".
 
-math-verify's own time-out uses SIGALRM, which fails off the main thread, where TRL may run reward functions. Here
-answers are compared in a few worker processes (`math_worker.py`), each of which ends itself when a question takes too
-much CPU time, and is replaced.
+Three steps: `math_notation.py` writes both answers in the LaTeX that math-verify reads, `math_readings.py` settles what text
+can settle (units, times, bases, choices, words), and the rest is compared in a few worker processes (`math_worker.py`).
+math-verify's own time-out uses SIGALRM, which fails off the main thread, where TRL may run reward functions; a worker ends
+itself when a question takes too much CPU time, is ended when it takes too much time, and is replaced.
 
-What is not here: sets in builder notation are compared as text, and math-verify takes the pair "(1, 2)" for equal to
-the set of the two.
+What is not here: sets in builder notation that are no interval are compared as text, and math-verify takes the pair
+"(1, 2)" for equal to the set of the two.
 """
 
 import atexit
@@ -16,8 +17,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from .math_readings import choice_readings as choice_readings
 from .math_readings import readings
 
 MAX_LENGTH = 10_000  # characters; a longer answer is right if it is the same text
+_START_SECONDS = 300.0
 
 
 class Verdict(NamedTuple):
@@ -44,8 +47,8 @@ class MathVerifier:
     Args:
         workers (`int`): Processes, started when first needed.
         timeout (`float`): Seconds of CPU time for one comparison.
-        wall_timeout (`float`): Seconds that may pass before a comparison is given up, whatever the process is doing.
         memory_mb (`int`): Address space of a process, in MiB.
+        wall_timeout (`float`): Seconds that may pass before a comparison is given up, whatever the process is doing.
     """
 
     def __init__(self, workers: int = 4, timeout: float = 5.0, memory_mb: int = 2048, wall_timeout: float = 60.0):
@@ -79,19 +82,15 @@ class MathVerifier:
             if process is None or process.poll() is not None:
                 process = self._start()
             question = {"truth": pair[0], "answer": pair[1], "seconds": self.timeout}
-            # a process that is stopped, or waits, burns no CPU time: its end is what ends the waiting here
-            alarm = threading.Timer(self.wall_timeout, process.kill)
-            alarm.start()
             try:
                 assert process.stdin and process.stdout
-                process.stdin.write(json.dumps(question) + "\n")
-                process.stdin.flush()
-                reply = process.stdout.readline()
+                with _killed_after(self.wall_timeout, process):
+                    process.stdin.write(json.dumps(question) + "\n")
+                    process.stdin.flush()
+                    reply = process.stdout.readline()
             except BrokenPipeError:
                 reply = ""
-            finally:
-                alarm.cancel()
-            if not reply:
+            if not reply.endswith("\n"):
                 _stop(process)
                 process = None
                 return None
@@ -112,7 +111,8 @@ class MathVerifier:
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         assert process.stdout
-        greeting = json.loads(process.stdout.readline() or '{"broken": "it ended without a word"}')
+        with _killed_after(_START_SECONDS, process):
+            greeting = json.loads(process.stdout.readline() or '{"broken": "it ended without a word"}')
         if "broken" in greeting:
             _stop(process)
             raise RuntimeError(f"The process that compares mathematics does not start: {greeting['broken']}")
@@ -123,6 +123,18 @@ class MathVerifier:
         self._threads.shutdown()
         while not self._idle.empty():
             _stop(self._idle.get())
+
+
+@contextmanager
+def _killed_after(seconds: float, process: subprocess.Popen) -> Iterator[None]:
+    """A process that is stopped, or waits, burns no CPU time: its end is what ends the waiting for it here."""
+    alarm = threading.Timer(seconds, process.kill)
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 def _stop(process: subprocess.Popen | None) -> None:
@@ -152,6 +164,10 @@ def clean_answer(text: str) -> str:
     return normalise(text) if len(text) <= MAX_LENGTH else text
 
 
+def _read(truth: str, answer: str) -> bool | list[tuple[str, str]]:
+    return truth == answer if max(len(truth), len(answer)) > MAX_LENGTH else readings(truth, answer)
+
+
 def math_reward(
     completions: list,
     model_text: list[str] | None = None,
@@ -178,7 +194,7 @@ def math_reward(
     rewards: list[float | None] = []
     asked: list[tuple[int, tuple[str, str]]] = []
     for i, (row, answer) in enumerate(zip(truths, answers, strict=True)):
-        found = [readings(truth, answer) if max(len(truth), len(answer)) <= MAX_LENGTH else truth == answer for truth in row] if answer else []
+        found = [_read(truth, answer) for truth in row] if answer else []
         rewards.append(float(True in found) if row else None)
         if rewards[-1] == 0.0:
             asked += [(i, pair) for pairs in found if not isinstance(pairs, bool) for pair in pairs]

@@ -18,7 +18,9 @@ from typing import Any
 
 from .completions import final_answers, ground_truths, mean
 
-_COMMAND = re.compile(r"\\(?:text\w*|math\w*|operatorname\*?|emph|underline|[mhf]box|boxed|bm|boldsymbol)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(
+    r"\\(?:text\w*|math\w*|operatorname\*?|emph|underline|[mhf]box|boxed|bm|boldsymbol)\s*\{([^{}]*)\}"
+)
 _SPACE = re.compile(r"\\(?:[ ,;:!]|(?:quad|qquad|,)(?![a-zA-Z]))|~")
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _CURRENCY = "$€£¥₹"

@@ -21,7 +21,8 @@ def stock_trajectory(
     Args:
         row (`int`): Place among the rows of this process.
         prompt_ids, completion_ids (`list[int]`): Tokens.
-        tool_mask (`list[int]`, *optional*): 1 for a token of the model, 0 for one of a tool result; `None` without tools.
+        tool_mask (`list[int]`, *optional*): 1 for a token of the model, 0 for one of a tool result; `None` without
+            tools.
         completion (`str` or `Sequence[dict]`): The completion as TRL parsed it.
     """
     mask = tool_mask or [1] * len(completion_ids)

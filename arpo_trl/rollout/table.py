@@ -50,9 +50,11 @@ def _has_images(message: Mapping[str, Any]) -> bool:
 
 
 def _table_value(key: str, value: Any) -> Any:
-    if key == "tool_calls" and isinstance(value, list):
-        return [_table_call(call) for call in value]
-    return value if value is None or isinstance(value, str) else json.dumps(value, default=str)
+    if value is None:
+        return None
+    if key == "tool_calls":
+        return [_table_call(call) for call in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _table_call(call: Any) -> dict[str, Any]:

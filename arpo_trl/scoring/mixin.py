@@ -54,8 +54,8 @@ class SharedPrefixMixin:
     @property
     def _shares_scoring(self) -> bool:
         """
-        Whether prefixes are shared in the training step, of the model as it is trained: old log-probabilities are asked
-        of the model without its wrappers, and have to be those of the same path.
+        Whether the training step shares prefixes. The wrapped model decides: TRL asks the model without its wrappers
+        for old log-probabilities, and these have to come from the path of the new ones.
         """
         return self.share_prefixes and shares_prefixes(
             self.model_wrapped, self.accelerator.device, self.aux_loss_enabled
@@ -107,8 +107,9 @@ class SharedPrefixMixin:
                 compute_aux_loss,
                 **images,
             )
-        # Log-probabilities that are compared with others of the same rows, which stood in other chunks, are all packed.
-        # Without gradients they are the old ones, the reference's, or those of an evaluation.
+        # The same rows stand in other chunks when their old, reference and new log-probabilities are scored, and these
+        # are compared. So all are packed, whatever the cost. Those without gradients are old ones, the reference's, or
+        # those of an evaluation.
         buffered: dict[str, Any] = (self._buffered_inputs or [{}])[0]
         compared = not torch.is_grad_enabled() or not buffered.keys().isdisjoint(_COMPARED)
         scored = []

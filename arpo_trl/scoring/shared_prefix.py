@@ -9,8 +9,8 @@ What it does not do:
 - models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention on CUDA: `None`
   is returned after one line in the log, and the caller scores row by row;
 - images, prompt-learning adapters, compiled models;
-- the load-balancing loss of mixtures of experts, which counts every token of every row: with it, rows are scored one by
-  one;
+- the load-balancing loss of mixtures of experts, which counts every token of every row: with it, rows are scored one
+  by one;
 - equal dropout: with dropout on, rows that share a token share its noise;
 - prefixes that two micro-batches share: `prefix_tree.sibling_order` brings siblings together where they fit.
 """
@@ -251,8 +251,8 @@ def rows_may_change_micro_batch(loss_type: str, top_entropy_quantile: float, ent
     """
     Whether the loss of an optimiser step is the same whichever of its micro-batches a row is in.
 
-    Not so where `GRPOTrainer` averages, or takes a quantile, over the tokens of each micro-batch. The first time that it
-    does, what does so is logged.
+    `GRPOTrainer` takes some averages and a quantile over the tokens of each micro-batch; then it is not the same, and
+    the first time the log says why.
 
     Args:
         loss_type (`str`): As in [`~trl.GRPOConfig`].
@@ -320,8 +320,8 @@ def shared_prefix_logps(
             as a whole.
         logits_to_keep (`int`): C.
         compute_entropy (`bool`, *optional*, defaults to `False`): Whether to return entropies, in nats.
-        only_if_cheaper (`bool`, *optional*, defaults to `True`): Whether to decline where the modelled cost promises no
-            gain. In bfloat16 packed rows differ from rows scored one by one by its rounding, so `False` is for
+        only_if_cheaper (`bool`, *optional*, defaults to `True`): Whether to decline where the modelled cost promises
+            no gain. In bfloat16 packed rows differ from rows scored one by one by its rounding, so `False` is for
             log-probabilities that are compared with those of the same rows in another chunk.
 
     Returns:

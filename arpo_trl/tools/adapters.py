@@ -16,18 +16,22 @@ import inspect
 import io
 import json
 import keyword
+import logging
 import operator
 import re
 import shlex
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from typing import Any, Literal
 
 from ..execution.attempts import LoopThread
 from ..execution.options import is_async
 
+logger = logging.getLogger(__name__)
+
 _CONNECTION_CLOSED = -32000  # of the protocol
+# Exceptions of the streams that a session writes to, once the server has gone
+_CLOSED = ("BrokenResourceError", "ClosedResourceError", "EndOfStream")
 
 _TYPES = {
     "string": str,
@@ -45,12 +49,13 @@ def mcp_tools(server: Any, timeout: float = 30.0) -> Iterator[list[Callable]]:
     """Connect to an MCP server and hand out its tools as coroutine functions, until the `with` block ends.
 
     Needs the package `mcp`. Calls of all rows share one connection and run at the same time. An error that the server
-    reports is raised as a `RuntimeError`, a lost connection as a `ConnectionError`.
+    reports is raised as a `RuntimeError`, a lost connection as a `ConnectionError`. The next call then connects anew,
+    where `server` is a command or a function; `tool(..., retries=1)` makes that call by itself.
 
     Args:
         server (`mcp.StdioServerParameters` or transport):
-            The command that starts a server on stdio, or what a client of `mcp` returns, such as
-            `streamable_http_client(url)`.
+            The command that starts a server on stdio, what a client of `mcp` returns, such as
+            `streamable_http_client(url)`, or a function without arguments that returns the latter.
         timeout (`float`, defaults to `30.0`):
             Seconds that connecting may take. Calls take their time-out from [`tool`] or the executor.
 
@@ -70,45 +75,107 @@ def mcp_tools(server: Any, timeout: float = 30.0) -> Iterator[list[Callable]]:
     ```
     """
     try:
-        from mcp import ClientSession, StdioServerParameters, stdio_client
+        import mcp  # noqa: F401
     except ImportError as e:
         raise ImportError("`mcp_tools` needs the package mcp: pip install 'arpo-trl[mcp]'") from e
 
-    host = LoopThread("arpo-mcp")
-    stdio = isinstance(server, StdioServerParameters)
-    transport = stdio_client(server) if stdio else server
-    connected: Future[tuple[ClientSession, list[dict[str, Any]]]] = Future()
-    leave = asyncio.Event()
-
-    # A connection must be left by the task that entered it, so one task holds it
-    async def hold() -> None:
-        try:
-            async with asyncio.timeout(timeout) as clock:
-                async with transport as (read, write, *_), ClientSession(read, write) as session:
-                    await session.initialize()
-                    entries = await _list_tools(session)
-                    clock.reschedule(None)
-                    connected.set_result((session, entries))
-                    await leave.wait()
-        except BaseException as e:
-            if connected.done():
-                raise
-            cause = f"no answer within {timeout:g} s" if isinstance(e, TimeoutError) else _cause(e)
-            # Its environment may hold secrets
-            where = shlex.join([server.command, *server.args]) if stdio else type(server).__name__
-            connected.set_exception(ConnectionError(f"No connection to the MCP server ({where}): {cause}"))
-
-    holding = asyncio.run_coroutine_threadsafe(hold(), host.loop)
+    connection = _MCPConnection(server, timeout)
     try:
-        session, entries = connected.result()
-        yield [_mcp_function(entry, session, host) for entry in entries]
+        asyncio.run_coroutine_threadsafe(connection.session(), connection.host.loop).result()
+        functions: dict[str, Callable] = {}
+        for entry in connection.entries:
+            name = entry["name"]
+            if name in functions:
+                logger.warning("The MCP server offers tool %s twice; the second one is left out.", name)
+                continue
+            try:
+                functions[name] = _mcp_function(entry, connection)
+            except Exception as e:  # one odd schema must not take the other tools away
+                logger.warning("MCP tool %s is left out, since its schema cannot be read: %r", name, e)
+        yield list(functions.values())
     finally:
-        host.loop.call_soon_threadsafe(leave.set)
-        # A server that fell over has been told by the calls; here only its end matters
         with contextlib.suppress(Exception):
-            holding.result(timeout=10)
-        host.retire(cancel=True)
-        host.join(5)
+            asyncio.run_coroutine_threadsafe(connection.leave(), connection.host.loop).result(timeout=10)
+        connection.host.retire(cancel=True)
+        connection.host.join(5)
+
+
+class _MCPConnection:
+    """The connection that all calls share, made anew after it was lost. Its coroutines run on the loop of `host`."""
+
+    def __init__(self, server: Any, timeout: float):
+        from mcp import StdioServerParameters, stdio_client
+
+        self.host = LoopThread("arpo-mcp")
+        self.entries: list[dict[str, Any]] = []
+        self._timeout = timeout
+        self._reopens = True
+        if isinstance(server, StdioServerParameters):
+            # Its environment may hold secrets
+            self._open, self._where = lambda: stdio_client(server), shlex.join([server.command, *server.args])
+        elif callable(server) and not hasattr(server, "__aenter__"):
+            self._open, self._where = server, getattr(server, "__name__", type(server).__name__)
+        else:  # can be entered once
+            self._open, self._where, self._reopens = lambda: server, type(server).__name__, False
+        self._lost = False
+        self._ended = asyncio.Event()
+        self._connecting: asyncio.Task | None = None
+        self._holding: asyncio.Task | None = None
+
+    async def call(self, name: str, arguments: dict[str, Any]) -> Any:
+        session = await self.session()
+        connecting = self._connecting
+        try:
+            return await session.call_tool(name, arguments)
+        except Exception as e:
+            # Told apart, since only a lost connection may be worth another try
+            code = getattr(getattr(e, "error", None), "code", None)
+            if code != _CONNECTION_CLOSED and type(e).__name__ not in _CLOSED:
+                raise RuntimeError(f"MCP tool {name}: {_cause(e)}") from e
+            if connecting is self._connecting:
+                self._lost = True
+            raise ConnectionError(f"MCP tool {name}: {_cause(e)}") from e
+
+    async def session(self) -> Any:
+        """Return the session that is open; calls that come while it is opened wait for the same one."""
+        connecting = self._connecting
+        failed = connecting is not None and connecting.done() and (self._lost or connecting.exception() is not None)
+        if connecting is None or failed and self._reopens:
+            self._lost = False
+            connecting = self._connecting = asyncio.ensure_future(self._connect())
+        return await asyncio.shield(connecting)
+
+    async def leave(self) -> None:
+        self._ended.set()
+        if self._holding is not None:
+            await asyncio.wait({self._holding}, timeout=8)
+
+    async def _connect(self) -> Any:
+        await self.leave()
+        self._ended = asyncio.Event()
+        connected: asyncio.Future = asyncio.get_running_loop().create_future()
+        self._holding = asyncio.ensure_future(self._hold(connected, self._ended))
+        return await connected
+
+    async def _hold(self, connected: asyncio.Future, ended: asyncio.Event) -> None:
+        """Enter the connection, keep it, and leave it: all of it must be done by one task."""
+        from mcp import ClientSession
+
+        try:
+            async with asyncio.timeout(self._timeout) as clock:
+                async with self._open() as (read, write, *_), ClientSession(read, write) as session:
+                    await session.initialize()
+                    self.entries = await _list_tools(session)
+                    clock.reschedule(None)
+                    connected.set_result(session)
+                    await ended.wait()
+        except BaseException as e:
+            if not connected.done():
+                cause = f"no answer within {self._timeout:g} s" if isinstance(e, TimeoutError) else _cause(e)
+                connected.set_exception(ConnectionError(f"No connection to the MCP server ({self._where}): {cause}"))
+            elif not isinstance(e, Exception | BaseExceptionGroup):
+                raise
+            # A server that fell over has been told by the calls; here only its end matters
 
 
 async def _list_tools(session: Any) -> list[dict[str, Any]]:
@@ -124,19 +191,19 @@ async def _list_tools(session: Any) -> list[dict[str, Any]]:
             return entries
 
 
-def _mcp_function(entry: dict[str, Any], session: Any, host: LoopThread) -> Callable:
+def _mcp_function(entry: dict[str, Any], connection: _MCPConnection) -> Callable:
     name = entry["name"]
 
     async def call(arguments: dict[str, Any]) -> str | list:
-        coroutine = session.call_tool(name, arguments)
+        coroutine = connection.call(name, arguments)
         try:
             # The caller's loop is the executor's or TRL's; cancelling there cancels the request
-            result = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, host.loop))
+            result = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, connection.host.loop))
         except Exception as e:
             coroutine.close()
-            # Told apart, since only a lost connection may be worth another try
-            lost = host.loop.is_closed() or getattr(getattr(e, "error", None), "code", None) == _CONNECTION_CLOSED
-            raise (ConnectionError if lost else RuntimeError)(f"MCP tool {name}: {_cause(e)}") from e
+            if connection.host.loop.is_closed():
+                raise ConnectionError(f"MCP tool {name}: {_cause(e)}") from e
+            raise
         answer = result.model_dump(by_alias=True)
         content = _mcp_content(answer)
         if answer.get("isError"):
@@ -212,6 +279,8 @@ def _as_function(name: str, description: str, schema: dict[str, Any], call: Call
         parameter = re.sub(r"\W", "_", key)
         if keyword.iskeyword(parameter) or not parameter.isidentifier():
             parameter = f"{parameter}_" if keyword.iskeyword(parameter) else f"_{parameter}"
+        while parameter in original:  # such as of a-b, where there is a_b as well
+            parameter += "_"
         original[parameter] = key
         hint = _type_hint(spec, schema)
         default: Any = inspect.Parameter.empty
@@ -228,8 +297,14 @@ def _as_function(name: str, description: str, schema: dict[str, Any], call: Call
 
     def by_original_name(arguments: dict[str, Any]) -> dict[str, Any]:
         # An argument that was left out stays out: the server knows its own default
+        free = {
+            key: value
+            for key, value in arguments.items()
+            if schema.get("additionalProperties") and key not in original
+        }
         try:
-            return {original[key]: value for key, value in signature.bind(**arguments).arguments.items()}
+            bound = signature.bind(**{key: value for key, value in arguments.items() if key not in free})
+            return {original[key]: value for key, value in bound.arguments.items()} | free
         except TypeError as e:
             raise TypeError(f"{name}() {e}") from None
 

@@ -81,8 +81,8 @@ def tell_settings(model: PreTrainedModel, generation_config: GenerationConfig) -
     followed = followed_settings(model, generation_config)
     if followed:
         logger.warning_once(
-            f"The model's generation config sets {_listed(followed)}. Rollouts follow that, as `generate` does, so they "
-            "are not samples of the model's own distribution. To sample without, set `model.generation_config = "
+            f"The model's generation config sets {_listed(followed)}. Rollouts follow that, as `generate` does, so "
+            "they are not samples of the model's own distribution. To sample without, set `model.generation_config = "
             "GenerationConfig(eos_token_id=...)` before you pass the model."
         )
 
@@ -109,14 +109,14 @@ def without_unfit_settings(model: PreTrainedModel) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def refuse_unfit_settings(generation_kwargs: Mapping[str, Any] | None) -> None:
+def refuse_unfit_settings(generation_kwargs: Mapping[str, Any]) -> None:
     """
     Refuse a user's own settings that no rollout can have.
 
     Raises:
         ValueError: `generation_kwargs` holds one.
     """
-    unfit = unfit_settings(generation_kwargs or {})
+    unfit = unfit_settings(generation_kwargs)
     if unfit:
         raise ValueError(
             f"`generation_kwargs` holds {_listed(unfit)}, but a row of a rollout with tools is one sequence, sampled "
@@ -126,8 +126,8 @@ def refuse_unfit_settings(generation_kwargs: Mapping[str, Any] | None) -> None:
 
 def context_length(config: PreTrainedConfig) -> int:
     """
-    Tokens that a model can read, by whatever name its config has for them; `NO_LIMIT` where it names none, as the configs
-    of models without learnt positions do.
+    Tokens that a model can read, by whatever name its config has for them; `NO_LIMIT` where it names none, as the
+    configs of models without learnt positions do.
     """
     text_config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"):

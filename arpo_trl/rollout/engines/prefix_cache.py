@@ -6,8 +6,8 @@ tokens it repeats. What is cached is found from the tokens alone, so the rollout
 
 What it does not do: layers whose cache forgets or summarises (sliding windows, recurrent states), positions that are
 rotated by another angle in a longer context, quantised, offloaded or static caches, any search but sampling and greedy
-decoding, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of forwards would differ
-between processes). For those `cache_obstacle` names the reason, which is told once, and `generate` starts anew.
+decoding, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of forwards would
+differ between processes). For those `cache_obstacle` names the reason, which is told once, and `generate` starts anew.
 """
 
 from collections import Counter
@@ -138,8 +138,9 @@ class PrefixCache:
     """
     What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
 
-    Its memory is that of the cache of one `generate`, kept while the tools run, and of what [`keep`] names. `lookups` counts the tokens that it was
-    given (`prefix_cache_queries`), and those of them that were not read for it (`prefix_cache_hits`).
+    Its memory is that of the cache of one `generate`, kept while the tools run, and of what [`keep`] names. `lookups`
+    counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
+    (`prefix_cache_hits`).
     """
 
     def __init__(self) -> None:

@@ -28,6 +28,7 @@ import struct
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 # Exit codes of a child whose code ran to its end or raised; any other means that the code ended the process itself.
@@ -40,7 +41,6 @@ MAX_FILE_BYTES = 64 << 20  # one file, and /tmp as a whole
 UNPRIVILEGED_ID = 65534
 WATCH_SECONDS = 0.05  # between two looks at a call
 WATCH_MANY_SECONDS = 0.01  # if it has several processes, which can take memory faster than one
-RECHECK_SECONDS = 0.002  # if it has too much memory: a process that starts a program counts twice for a moment
 
 
 def run_cell(source: str) -> bool:
@@ -241,6 +241,7 @@ class _Use(NamedTuple):
     writable: int = 0  # pages that it has mapped and may touch at any moment, between two looks
     other: int = 0  # what the kernel keeps for it
     files: int = 0  # how many are open; 0 before Linux 6.2
+    parent: int = 0
 
     def memory(self, base: "_Use") -> int:
         """Bytes that the process, a fork of the one that `base` describes, has or could have in the next moment."""
@@ -257,13 +258,26 @@ def _use_of(pid: int) -> _Use:
         files = os.stat(f"/proc/{pid}/fd").st_size
     except OSError:
         return _Use()  # it has ended
-    size, data, stack, tables, swapped, private, shared, file_table = [
+    size, data, stack, tables, swapped, private, shared, file_table, parent = [
         int(status.get(name, "0")[0])
-        for name in ("VmSize", "VmData", "VmStk", "VmPTE", "VmSwap", "RssAnon", "RssShmem", "FDSize")
+        for name in ("VmSize", "VmData", "VmStk", "VmPTE", "VmSwap", "RssAnon", "RssShmem", "FDSize", "PPid")
     ]
     # The kernel keeps up to 512 bytes for a mapping, which may be a single page that cannot be written to.
     kib = tables + (size - data - stack) // 8 + (files or file_table) * _KIB_PER_FILE
-    return _Use((private + shared + swapped) << 10, (data + stack) << 10, kib << 10, files)
+    return _Use((private + shared + swapped) << 10, (data + stack) << 10, kib << 10, files, parent)
+
+
+def _counted_twice(uses: dict[int, _Use], base: _Use) -> int:
+    """Bytes of processes that are about to become a program: till then they run in the memory of their parent, one of
+    whose threads waits for that (`vfork`) and looks as if it waited for a disk."""
+    found = 0
+    for pid, use in uses.items():
+        twins = [other for other in uses.values() if other.parent == pid and other.writable == use.writable]
+        with contextlib.suppress(OSError):
+            threads = [f"/proc/{pid}/task/{thread}/stat" for thread in os.listdir(f"/proc/{pid}/task") if twins]
+            waiting = sum(Path(thread).read_text().rpartition(") ")[2][:1] == "D" for thread in threads)
+            found += sum(twin.memory(base) for twin in twins[:waiting])
+    return found
 
 
 def _sockets(pid: int) -> int:
@@ -283,7 +297,7 @@ def _wait(pid: int, report_fd: int, config: dict) -> str:
     poll = select.poll()
     poll.register(ended, select.POLLIN)
     poll.register(report_fd, 0)  # wakes when nobody waits for the report any more
-    reason, watch, too_much_before = "", WATCH_SECONDS, False
+    reason, watch = "", WATCH_SECONDS
     while not reason:
         left = deadline - time.monotonic()
         events = [fd for fd, _ in poll.poll(1000 * max(0, min(left, watch)))]
@@ -291,23 +305,21 @@ def _wait(pid: int, report_fd: int, config: dict) -> str:
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             return f"signal {-code}" if code < 0 else f"exit {code}"
         processes = _descendants(pid)
-        uses = [_use_of(process) for process in processes]
-        memory = sum(use.memory(base) for use in uses) - base.memory(base)
+        uses = {process: _use_of(process) for process in processes}
+        memory = sum(use.memory(base) for use in uses.values()) - base.memory(base)
         if config["namespaces"]:
             memory += _sockets(pid) * config["socket_bytes"]
-        too_much = memory > config["memory"]
-        watch = RECHECK_SECONDS if too_much else WATCH_SECONDS if len(processes) == 1 else WATCH_MANY_SECONDS
+        watch = WATCH_SECONDS if len(processes) == 1 else WATCH_MANY_SECONDS
         if events:
             reason = "abandoned"
         elif left <= 0:
             reason = "timeout"
         elif len(processes) > MAX_PROCESSES:
             reason = "processes"
-        elif sum(use.files for use in uses) > MAX_FILES_TOGETHER:
+        elif sum(use.files for use in uses.values()) > MAX_FILES_TOGETHER:
             reason = "files"
-        elif too_much and too_much_before:
+        elif memory > config["memory"] and memory - _counted_twice(uses, base) > config["memory"]:
             reason = "memory"
-        too_much_before = too_much
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return reason

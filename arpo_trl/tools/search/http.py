@@ -21,7 +21,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -123,20 +125,22 @@ class SerperSearch:
             Title, address and excerpt of the pages found, best first.
         """
         answer = self._http.post({"q": _checked_query(query), "num": self.top_k})
-        # no `organic` at all is another service, or an error sent as a success; an empty list is a true answer
-        if not isinstance(answer, dict) or not isinstance(answer.get("organic"), list):
+        # none of these is another service, or an error sent as a success; an empty list is a true answer
+        if not isinstance(answer, dict) or not {"organic", "answerBox", "knowledgeGraph"} & answer.keys():
             raise RuntimeError(f"{self._http.url} sent no search results; it answered {_excerpt(answer)}")
-        pages = [answer["answerBox"]] if isinstance(answer.get("answerBox"), dict) else []
-        pages += [page for page in answer["organic"] if isinstance(page, dict)]
+        pages = [answer.get("answerBox"), answer.get("knowledgeGraph"), *(answer.get("organic") or [])]
+        pages = [page for page in pages if isinstance(page, dict)]
         return format_passages([_describe(page) for page in pages[: self.top_k]]) if pages else NO_RESULTS
 
 
 def _describe(page: dict[str, Any]) -> str:
-    """One line for a page: title, address, date and excerpt, as far as there are any."""
-    address = f"({page['link']})" if page.get("link") else None
-    title = " ".join(part for part in (page.get("title"), address) if part)
-    excerpt = page.get("answer") or page.get("snippet")
-    return " · ".join(str(part) for part in (title, page.get("date"), excerpt) if part)
+    """One line for a page or an entry of the knowledge graph: title, address, date, excerpt and facts, if there are any."""
+    link = page.get("link") or page.get("website") or page.get("descriptionLink")
+    title = " ".join(str(part) for part in (page.get("title"), f"({link})" if link else None) if part)
+    excerpt = page.get("answer") or page.get("snippet") or page.get("description")
+    attributes = page.get("attributes")
+    facts = [f"{name}: {value}" for name, value in attributes.items()] if isinstance(attributes, dict) else []
+    return " · ".join(str(part) for part in (title, page.get("type"), page.get("date"), excerpt, *facts) if part)
 
 
 class _JSONClient:
@@ -164,8 +168,9 @@ class _JSONClient:
             TransientToolError: If the request may succeed a little later.
             RuntimeError: If it will not.
         """
+        _request.deadline = time.monotonic() + self.timeout
         try:
-            with self._client.stream("POST", self.url, json=payload) as response:
+            with self._client.stream("POST", self.url, json=payload, extensions={"trace": _limit}) as response:
                 body = self._read(response)
             if response.status_code != 200:
                 raise httpx2.HTTPStatusError(
@@ -174,30 +179,55 @@ class _JSONClient:
                     response=response,
                 )
         except httpx2.HTTPError as error:
-            sentence = f"{self.url} failed: {str(error) or type(error).__name__}"
+            what = str(error) or type(error).__name__
+            if isinstance(error, httpx2.TimeoutException):
+                what = f"timed out: no complete answer within {self.timeout} s"
+            sentence = f"{self.url} failed: {what}"
             if not is_transient(error):
                 raise RuntimeError(sentence) from error
             status = response.status_code if isinstance(error, httpx2.HTTPStatusError) else None
             raise TransientToolError(sentence, status, retry_after(error) or None) from error
         try:
             return json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             # a body without a length that was cut short looks like this, and so does the error page of a proxy
             raise TransientToolError(
                 f"{self.url} did not answer with JSON but with {_excerpt(body.decode(errors='replace'))}", 200
             ) from None
 
     def _read(self, response: httpx2.Response) -> bytearray:
-        deadline = time.monotonic() + self.timeout
         body = bytearray()
         for piece in response.iter_bytes():
             body += piece
-            # the client's own time-out starts anew with every byte
-            if time.monotonic() > deadline:
-                raise httpx2.ReadTimeout(f"no complete answer within {self.timeout} s", request=response.request)
+            if time.monotonic() > _request.deadline:
+                raise httpx2.ReadTimeout("", request=response.request)
             if len(body) > _LONGEST_ANSWER:
                 raise httpx2.HTTPError(f"the answer is longer than {_LONGEST_ANSWER} bytes")
         return body
+
+
+# The time by which the request that this thread makes must be over
+_request = threading.local()
+
+
+def _limit(event: str, info: dict[str, Any]) -> None:
+    """Hold every wait on a new connection to the deadline of the request that it serves.
+
+    The client's own time-out starts anew with every byte, also within the headers. The client tells of its connections
+    through the `trace` extension of a request.
+    """
+    if not event.endswith(("connect_tcp.complete", "start_tls.complete")):
+        return
+    stream = info["return_value"]
+
+    def limited(operation: Callable) -> Callable:
+        def wait(data: Any, timeout: float | None = None) -> Any:
+            left = max(1e-3, _request.deadline - time.monotonic())  # 0 would mean not to wait
+            return operation(data, left if timeout is None else min(timeout, left))
+
+        return wait
+
+    stream.read, stream.write = limited(stream.read), limited(stream.write)
 
 
 def _checked_query(query: str) -> str:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import reprlib
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,14 @@ from .bm25 import BM25Search, PassageSearch
 
 # bytes of a request; a thousand long queries are less
 _LONGEST_REQUEST = 2**20
+# passages of one query, of all queries of a request, and characters of a query
 _MOST_PASSAGES = 1000
+_MOST_PASSAGES_IN_ALL = 20_000
+_LONGEST_QUERY = 10_000
+# characters of the passages of an answer, and answers that are made and sent at the same time: together they bound the
+# server's memory, at some 5 bytes a character
+_LONGEST_ANSWER = 16 * 2**20
+_ANSWERS_AT_ONCE = 16
 
 
 def answer(index: PassageSearch, request: Any) -> dict[str, Any]:
@@ -42,7 +51,7 @@ def answer(index: PassageSearch, request: Any) -> dict[str, Any]:
         documents alone without `return_scores`.
 
     Raises:
-        ValueError: If the request is not of that form.
+        ValueError: If the request is not of that form, or asks for more than the server gives.
     """
     if not isinstance(request, dict):
         raise ValueError(f"The request must be an object, not {type(request).__name__}.")
@@ -51,10 +60,24 @@ def answer(index: PassageSearch, request: Any) -> dict[str, Any]:
         raise ValueError("'queries' must be a list of strings.")
     top_k = request.get("topk") or index.top_k
     if type(top_k) is not int or not 1 <= top_k <= _MOST_PASSAGES:
-        raise ValueError(f"'topk' must be a whole number from 1 to {_MOST_PASSAGES}, not {top_k!r}.")
+        raise ValueError(f"'topk' must be a whole number from 1 to {_MOST_PASSAGES}, not {reprlib.repr(top_k)}.")
+    if len(queries) * top_k > _MOST_PASSAGES_IN_ALL:
+        raise ValueError(
+            f"{len(queries)} queries with 'topk' {top_k} ask for more than {_MOST_PASSAGES_IN_ALL} passages; send fewer "
+            "queries at once."
+        )
+    longest = max(map(len, queries), default=0)
+    if longest > _LONGEST_QUERY:
+        raise ValueError(f"A query has {longest} characters; it may have {_LONGEST_QUERY}.")
+    length = 0
     result: list[list[dict[str, Any]]] = []
     for query in queries:
         hits = index.retrieve(query, top_k)
+        length += sum(len(hit.text) for hit in hits)
+        if length > _LONGEST_ANSWER:
+            raise ValueError(
+                f"The answer is longer than {_LONGEST_ANSWER} characters; send fewer queries at once or lower 'topk'."
+            )
         documents = [{"id": str(hit.position), "contents": hit.text} for hit in hits]
         if request.get("return_scores"):
             result.append([{"document": d, "score": hit.score} for d, hit in zip(documents, hits, strict=True)])
@@ -70,6 +93,7 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], index: PassageSearch):
         super().__init__(address, _Handler)
         self.index = index
+        self.places = threading.Semaphore(_ANSWERS_AT_ONCE)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,11 +119,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(404, {"error": "POST to /retrieve."})
             return
         try:
-            self._send(200, answer(self.server.index, json.loads(body)))
-        except ValueError as error:
-            self._send(400, {"error": str(error)})
-        except Exception as error:  # a failing encoder must not look like a lost connection
-            self._send(500, {"error": f"{type(error).__name__}: {error}"})
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            self._send(400, {"error": f"The request is not JSON: {error}"})
+            return
+        with self.server.places:
+            try:
+                status, content = 200, answer(self.server.index, request)
+            except ValueError as error:
+                status, content = 400, {"error": str(error)}
+            except Exception as error:  # a failing encoder must not look like a lost connection
+                status, content = 500, {"error": f"{type(error).__name__}: {error}"}
+            self._send(status, content)
 
     def do_GET(self) -> None:
         """So that a script can wait until the server is up."""
