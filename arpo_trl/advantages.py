@@ -137,9 +137,7 @@ def attribution(name: str) -> Attribution:
     Raises:
         ValueError: There is none, or it cannot be called.
     """
-    found = named(
-        name, ATTRIBUTIONS, "advantage_attribution", "a function of your own as 'my_module:my_attribution'"
-    )
+    found = named(name, ATTRIBUTIONS, "advantage_attribution", "a function of your own as 'my_module:my_attribution'")
     if not callable(found):
         raise ValueError(
             f"`advantage_attribution` is {name!r}, which is no function; make it one like "

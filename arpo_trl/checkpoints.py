@@ -11,7 +11,9 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -128,3 +130,17 @@ def _is_whole_safetensors(path: Path) -> bool:
         header = json.loads(file.read(length))
     ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
     return size == 8 + length + max(ends, default=0)
+
+
+def shared_choice(trainer: Any) -> str | None:
+    """The newest whole checkpoint of a trainer's run. The main process looks, so that all resume from the same one."""
+    answer: list[Any] = [None]
+    if trainer.is_world_process_zero():
+        try:
+            answer[0] = newest_whole_checkpoint(trainer.args.output_dir, trainer.args.save_only_model)
+        except ValueError as error:
+            answer[0] = error
+    broadcast_object_list(answer)
+    if isinstance(answer[0], ValueError):
+        raise answer[0]
+    return answer[0] and str(answer[0])

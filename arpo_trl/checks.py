@@ -97,18 +97,10 @@ def check_images(trainer: Any, protocol: type[ToolProtocol], branches: bool) -> 
         )
 
 
-def explain_template_error(trainer: Any, protocol: type[ToolProtocol], tools: list, environment_factory: object) -> None:
+def explain_template_error(
+    trainer: Any, protocol: type[ToolProtocol], tools: list, environment_factory: object
+) -> None:
     """Say what to do where TRL has refused a chat template that knows no tools; otherwise nothing."""
     speaks = protocol.structured and (tools or environment_factory is not None)
     if speaks and hasattr(trainer, "_tokenizer") and not trainer._is_vlm:
         check_chat_template(trainer._tokenizer)
-
-
-def check_logprobs(args: ARPOConfig, max_logprobs: int) -> None:
-    """Refuse a K that the engine refuses, whose own message comes with the first rollout."""
-    if max_logprobs != -1 and args.vllm_entropy_top_k > max_logprobs:
-        raise ValueError(
-            f"`vllm_entropy_top_k` is {args.vllm_entropy_top_k}, but a colocated vLLM engine tells no more than "
-            f"{max_logprobs} tokens a position: set it to {max_logprobs} or less, or use `vllm_mode='server'` with "
-            "`--max-logprobs -1`."
-        )

@@ -6,7 +6,10 @@ What it does not do: backends other than TensorBoard, trackio and Weights & Bias
 """
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
+from trl.extras.profiling import profiling_context
 
 from .advantages import Span
 from .execution.errors import error_line
@@ -40,7 +44,16 @@ class Reporter:
         # The step whose record file may get more lines, and its groups so far
         self._recorded: tuple[int | None, int] = (None, 0)
         self._records_failed = False
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # of the latest rollout, by phase
         self._next_tree = 0  # the step from which on the next tree is drawn
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Time a phase of the rollout: a metric, and under TRL's own profiling names where these are reported."""
+        started = time.perf_counter()
+        with profiling_context(self._trainer, phase):
+            yield
+        self._seconds[phase] += time.perf_counter() - started
 
     def rewards(self, rewards_per_func: torch.Tensor, groups: Sequence[Group]) -> None:
         """Take the rewards of this process's rows, of shape (B, functions), and show the rows in the table."""
@@ -63,6 +76,9 @@ class Reporter:
         mode = "train" if self._trainer.model.training else "eval"
         for name, value in rollout_metrics(totals, slowest, self._tool_names).items():
             self._trainer._metrics[mode][name].append(value)
+        for phase, seconds in self._seconds.items():
+            self._trainer._metrics[mode][f"arpo/seconds/{phase}"].append(seconds)
+        self._seconds.clear()
 
     def rollout(
         self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import StopStringCriteria
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
-from trl.extras.profiling import profiling_context
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import Span, attribution, check_spans
-from .checkpoints import newest_whole_checkpoint
+from .checkpoints import shared_choice
 from .checks import (
     check_arguments,
     check_columns,
     check_config,
     check_generation,
     check_images,
-    check_logprobs,
     explain_template_error,
 )
 from .config import ARPOConfig
@@ -33,11 +30,13 @@ from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
 from .random_state import kept_random_state
 from .reporting import Reporter
 from .rewards.guard import guarded
-from .rollout.engines import Engine, trainer_engine
+from .rollout.engines import trainer_engine
+from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
 from .rollout.record import call_records
-from .rollout.rules import BranchRule, branch_rule as rule_of
+from .rollout.rules import BranchRule
+from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
 from .rollout.tree import Group, group_parts
 from .scoring import SharedPrefixMixin
@@ -202,7 +201,6 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
-        check_logprobs(self)
         self._engine = trainer_engine(self, self._sample_with_trl, self._protocol.stop_strings)
         self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
         self._groups: list[Group] = []  # of the latest rollout
@@ -416,21 +414,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_whole_checkpoint() or True  # transformers says that there is none
+            resume_from_checkpoint = shared_choice(self) or True  # transformers says that there is none
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _newest_whole_checkpoint(self) -> str | None:
-        """The main process looks, so that all resume from the same one."""
-        answer: list[Any] = [None]
-        if self.is_world_process_zero():
-            try:
-                answer[0] = newest_whole_checkpoint(self.args.output_dir, self.args.save_only_model)
-            except ValueError as error:
-                answer[0] = error
-        broadcast_object_list(answer)
-        if isinstance(answer[0], ValueError):
-            raise answer[0]
-        return answer[0] and str(answer[0])
 
     def evaluate(self, *args, **kwargs):
         if not self.is_in_train:

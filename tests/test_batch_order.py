@@ -20,9 +20,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import GRPOConfig, GRPOTrainer
 
-from arpo_trl.scoring import shared_prefix as prefix_sharing
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl import trainer as trainer_module
+from arpo_trl.scoring import shared_prefix as prefix_sharing
 from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 from arpo_trl.trainer import _reorder
 

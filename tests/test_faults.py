@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from arpo_trl.rewards import guard as reward_guard
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.rewards import guard as reward_guard
 from arpo_trl.rewards.guard import UNSCORED, guarded
 from arpo_trl.rollout.loop import Sample
 

@@ -23,8 +23,7 @@ from transformers import (
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.evaluation import Agent
-from arpo_trl.rollout.engines import generation_settings
-from arpo_trl.rollout.engines import prefix_cache
+from arpo_trl.rollout.engines import generation_settings, prefix_cache
 from arpo_trl.rollout.engines.generation_settings import (
     NO_LIMIT,
     context_length,

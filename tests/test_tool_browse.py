@@ -13,11 +13,11 @@ import tool_samples
 from loopback import Loopback, http
 from transformers.utils import get_json_schema
 
+from arpo_trl.execution.errors import TransientToolError
+from arpo_trl.tools import tool
 from arpo_trl.tools.web import browse as browsing
 from arpo_trl.tools.web import fetch as fetching
-from arpo_trl.tools import tool
 from arpo_trl.tools.web.browse import Browser, decode, readable_text
-from arpo_trl.execution.errors import TransientToolError
 from arpo_trl.tools.web.fetch import is_public, split_url
 
 ARTICLE = """<!doctype html><html><head><title>Vesk</title><script>var hidden = 1;</script></head><body>

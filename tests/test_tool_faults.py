@@ -11,10 +11,10 @@ import tool_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from arpo_trl.execution import cache as cache_module
 from arpo_trl.execution.cache import ToolCache
 from arpo_trl.execution.function_worker import _HEADER
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
-from arpo_trl.execution import cache as cache_module
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from arpo_trl.tools.python import system_calls
-from arpo_trl.tools.python import PythonError, PythonSandbox
+from arpo_trl.tools.python import PythonError, PythonSandbox, system_calls
 
 TIMEOUT = 2.5
 MEMORY_MB = 128

@@ -40,7 +40,6 @@ def sampling_settings(agent: Any) -> dict[str, Any]:
         "max_completion_length": agent.limits.completion,
         "max_tool_calling_iterations": agent.limits.tool_turns,
         **agent.sampling,
-        "repetition_penalty": agent.repetition_penalty,
         "chat_template_kwargs": agent.chat_template_kwargs,
     }
     return json.loads(json.dumps(settings, default=str))

@@ -276,9 +276,9 @@ def _decide(
         if segment.branch_probability is None:
             continue
         segment.forks = 0
-        if forks := rule.forks(segment.branch_probability, rng):
+        if count := rule.forks(segment.branch_probability, rng):
             asking.append(step)
-            wanted.append(forks)
+            wanted.append(count)
 
     priorities = [rule.priority(step.segment) for step in asking]
     forks = []

@@ -1,0 +1,106 @@
+"""
+What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py`) or vLLM
+(`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is decided here and nowhere else.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
+
+from .base import Engine, Sample
+from .generation_settings import NO_LIMIT, context_length, tell_settings
+from .transformers import TransformersEngine, generate_ids
+from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
+
+__all__ = ["NO_LIMIT", "Engine", "Sample", "TransformersEngine", "VLLMEngine", "model_engine", "trainer_engine"]
+
+
+def trainer_engine(
+    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]], stop_strings: Sequence[str]
+) -> Engine:
+    """
+    The engine of a trainer.
+
+    Args:
+        trainer ([`ARPOTrainer`]): Constructed as far as TRL does.
+        generate (`Callable[[list[list[int]]], list[list[int]]]`): TRL's call of `generate`, for transformers.
+        stop_strings (`Sequence[str]`): Text at which a segment ends.
+
+    Raises:
+        ValueError: vLLM's engine tells fewer log-probabilities than the config asks for.
+    """
+    args = trainer.args
+    vocab_size = trainer.model.config.get_text_config().vocab_size
+    if trainer.use_vllm:
+        check_top_k(trainer)
+        length = served_context_length(trainer) or context_length(trainer.model.config)
+        ask = ask_trl(trainer, stop_strings, args.vllm_entropy_top_k)
+        return VLLMEngine(ask, length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
+    if trainer.rollout_func is None:
+        tell_settings(trainer.model, trainer.generation_config)
+    return TransformersEngine(
+        lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped),
+        generate,
+        _criteria(trainer._tokenizer, stop_strings),
+        args.entropy_window,
+        trainer.temperature,
+        keeps=args.prefix_sharing and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
+        idle_token=trainer._tokenizer.eos_token_id,
+    )
+
+
+def model_engine(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_strings: Sequence[str],
+    sampling: dict[str, Any],
+    max_new_tokens: int,
+    entropy_window: int,
+) -> tuple[Engine, list[int]]:
+    """
+    The engine of a model outside of training, and the tokens that end a turn.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        stop_strings (`Sequence[str]`): Text at which a segment ends.
+        sampling (`dict[str, Any]`): `temperature` (0 decodes greedily), `top_p`, `top_k`, `min_p`, `repetition_penalty`.
+        max_new_tokens (`int`): Most tokens of a segment.
+        entropy_window (`int`): Tokens to read the entropy of, k.
+    """
+    if hasattr(model, "llm_engine"):
+        config = model.llm_engine.model_config
+        ends = _ends(tokenizer, config.try_get_generation_config().get("eos_token_id"))
+        ask = ask_llm(model, sampling, stop_strings, ends)
+        return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window), ends
+    ends = _ends(tokenizer, model.generation_config.eos_token_id)
+    greedy = sampling["temperature"] == 0
+    generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=not greedy,
+        **({"repetition_penalty": sampling["repetition_penalty"]} if greedy else sampling),
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    tell_settings(model, generation_config)
+    engine = TransformersEngine(
+        lambda: model,
+        lambda contexts: generate_ids(model, contexts, generation_config),
+        _criteria(tokenizer, stop_strings),
+        entropy_window,
+        sampling["temperature"] or 1.0,
+        keeps=True,
+        idle_token=tokenizer.eos_token_id,
+    )
+    return engine, ends
+
+
+def _criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopStringCriteria | None:
+    """Stops at any of `strings`. Building it walks the vocabulary, so it is made once and kept."""
+    return StopStringCriteria(tokenizer, list(strings)) if strings else None
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+    own = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    return sorted({tokenizer.eos_token_id, *own})

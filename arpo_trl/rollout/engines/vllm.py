@@ -133,6 +133,19 @@ def served_context_length(trainer: Any) -> int | None:
     return int(accelerator.gather(torch.tensor([served], device=accelerator.device)).max()) or None
 
 
+def check_top_k(trainer: Any) -> None:
+    """Refuse a K that the trainer's own engine refuses, whose message comes with the first rollout."""
+    if trainer.vllm_mode != "colocate":
+        return
+    top_k = trainer.args.vllm_entropy_top_k
+    max_logprobs = trainer.vllm_generation.llm.llm_engine.model_config.max_logprobs
+    if max_logprobs != -1 and top_k > max_logprobs:
+        raise ValueError(
+            f"`vllm_entropy_top_k` is {top_k}, but a colocated vLLM engine tells no more than {max_logprobs} tokens a "
+            f"position: set it to {max_logprobs} or less, or use `vllm_mode='server'` with `--max-logprobs -1`."
+        )
+
+
 def _stops(stop: Sequence[str]) -> dict[str, Any]:
     # A stop string may be a special token, which vLLM would skip
     return {"stop": list(stop), "include_stop_str_in_output": True, "skip_special_tokens": False}

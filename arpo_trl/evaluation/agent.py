@@ -1,0 +1,163 @@
+"""An agent: a model that answers with tools, outside of training.
+
+The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits, same engines.
+
+What is not here: several processes, and entropies on vLLM.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.data_utils import is_conversational
+
+from ..execution.executor import ToolCall, ToolExecutor
+from ..execution.names import distinct_tools
+from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
+from ..rollout.engines import NO_LIMIT, Sample, model_engine
+from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
+from ..rollout.rules import BranchRule
+from ..rollout.tree import Trajectory, group_parts
+
+
+class Agent:
+    """
+    A model that calls tools.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
+        tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
+        max_completion_length (`int`): Tokens of a completion, tool results included.
+        max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
+        temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0 decodes
+            greedily.
+        batch_size (`int`): Completions sampled together.
+        chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.
+        tool_timeout (`float`, *optional*): Seconds after which a tool call is given up.
+        entropy_window (`int`): Tokens over which the entropy of a segment is read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        tools: Sequence[Callable] = (),
+        tool_protocol: str = "chat_template",
+        max_completion_length: int = 1024,
+        max_tool_calling_iterations: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        batch_size: int = 32,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        tool_timeout: float | None = 120.0,
+        entropy_window: int = 20,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
+        self.batch_size = batch_size
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.executor = ToolExecutor(
+            timeout=tool_timeout, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+        )
+        self.chat_template: str | None = None
+        protocol = protocol_class(tool_protocol)
+        if self.tools:
+            warn_of_another_protocol(tokenizer, tool_protocol)
+        if self.tools and protocol.structured:
+            self.chat_template = tool_chat_template(tokenizer)
+        # The one piece of TRL's trainer that renders results into tokens needs nothing but these
+        renderer: Any = SimpleNamespace(
+            processing_class=tokenizer,
+            _tokenizer=tokenizer,
+            _is_vlm=False,
+            chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        self.protocol = protocol(
+            tokenizer, list(self.tools), lambda messages: GRPOTrainer._get_tool_suffix_ids(renderer, messages)
+        )
+        self.sampling = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p or 0.0,
+            "repetition_penalty": repetition_penalty,
+        }
+        self.engine, ends = model_engine(
+            model, tokenizer, self.protocol.stop_strings, self.sampling, max_completion_length, entropy_window
+        )
+        self.eos_token_ids = set(ends)
+        self.limits = Limits(
+            completion=max_completion_length,
+            context=self.engine.context_length,
+            tool_turns=NO_LIMIT if max_tool_calling_iterations is None else max_tool_calling_iterations,
+        )
+        never = BranchRule()
+        self._branching = Branching(never, entropy_window, self.engine.vocab_size)
+
+    def rollout(self, prompts: Sequence[str | list[dict]]) -> list[Trajectory]:
+        """One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once."""
+        contexts = [self.tokenize(prompt) for prompt in prompts]
+        trajectories: list[Trajectory] = []
+        for start in range(0, len(contexts), self.batch_size):
+            batch = contexts[start : start + self.batch_size]
+            with self.engine.rollout():
+                rows = run_waves(
+                    group_parts(0, len(batch), group_size=1, num_initial=1),
+                    batch,
+                    self.protocol,
+                    RolloutHooks(sample=self._sample, tools_of=lambda trajectory: self.tools, submit=self._submit),
+                    self._branching,
+                    self.limits,
+                    random.Random(0),
+                    self.eos_token_ids.__contains__,
+                )
+            for trajectory in rows:
+                trajectory.row += start
+            trajectories += rows
+        return trajectories
+
+    def completion(self, trajectory: Trajectory, prompt: str | list[dict]) -> Any:
+        """What reward functions see of a trajectory."""
+        return self.protocol.completion(trajectory.turns, is_conversational({"prompt": prompt}))
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def tokenize(self, prompt: str | list[dict]) -> list[int]:
+        """The tokens that a prompt becomes."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer.apply_chat_template(
+            prompt,
+            tools=list(self.tools.values()) if self.protocol.schema_in_prompt and self.tools else None,
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self.chat_template_kwargs,
+        )
+
+    def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
+        refuse_calls_over_limit(calls, trajectory, self.tools)
+        return [self.executor.submit(call, self.tools.get(call.name)) for call in calls]
+
+    def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+        """A segment after each context; an empty one where there is no room left."""
+        fitting = [index for index, limit in enumerate(limits) if limit > 0]
+        samples = [Sample([], []) for _ in contexts]
+        if fitting:
+            sampled = self.engine.sample([contexts[index] for index in fitting], [limits[index] for index in fitting])
+            for index, sample in zip(fitting, sampled, strict=True):
+                samples[index] = sample
+        return samples
