@@ -80,7 +80,8 @@ PROSE = "<p>" + "Vesk is a town on the river Orn, and a harbour. " * 6 + "</p>"
         ("<p>Energy is <math><mi>E</mi><mo>=</mo><mn>42</mn></math> joule.</p>", "Energy is E=42 joule."),
         ("<p>Half is <math><mfrac><mn>1</mn><mn>2</mn></mfrac></math>.</p>", "Half is 1/2."),
         (
-            "<p>So <math><msqrt><msup><mi>x</mi><mrow><mi>n</mi><mo>+</mo><mn>1</mn></mrow></msup></msqrt></math>.</p>",
+            "<p>So <math><msqrt><msup><mi>x</mi><mrow><mi>n</mi><mo>+</mo><mn>1</mn></mrow></msup></msqrt></math>."
+            "</p>",
             "So sqrt(x^(n+1)).",
         ),
         (
@@ -183,6 +184,20 @@ def test_decoding(body, charset, text):
     assert isinstance(decoded, str)
     if text is not None:
         assert decoded == text
+
+
+@pytest.mark.parametrize(
+    "label",
+    """unicode-1-1-utf-8 866 csisolatin2 iso88592 iso_8859-3:1988 latin4 cyrillic asmo-708 csiso88596e sun_eu_greek visual
+    iso-8859-8-i logical csisolatin6 iso885913 iso-8859-14 csisolatin9 iso-8859-16 cskoi8r koi koi8-ru csmacintosh mac
+    x-mac-roman dos-874 iso885911 tis-620 windows-874 x-cp1250 x-cp1251 ansi_x3.4-1968 iso-ir-100 iso88591 us-ascii
+    x-cp1252 windows-1253 l5 windows-1255 cp1256 windows-1257 x-cp1258 x-mac-cyrillic x-mac-ukrainian chinese csgb2312
+    csiso58gb231280 gb_2312-80 gb_2312 iso-ir-58 x-gbk big5-hkscs cn-big5 csbig5 x-x-big5 cseucpkdfmtjapanese x-euc-jp
+    csiso2022jp csshiftjis ms932 ms_kanji shift-jis windows-31j x-sjis cseuckr csksc56011987 iso-ir-149 korean
+    ks_c_5601-1989 ksc5601 ksc_5601 windows-949 utf-16be""".split(),
+)
+def test_labels_of_the_web_are_known(label):
+    assert browsing._known_charset(label) is not None
 
 
 def test_the_charset_of_the_header_is_used():

@@ -134,7 +134,7 @@ class SerperSearch:
 
 
 def _describe(page: dict[str, Any]) -> str:
-    """One line for a page or an entry of the knowledge graph: title, address, date, excerpt and facts, if there are any."""
+    """One line for a page or an entry of the knowledge graph: title, address, date, excerpt and facts it has."""
     link = page.get("link") or page.get("website") or page.get("descriptionLink")
     title = " ".join(str(part) for part in (page.get("title"), f"({link})" if link else None) if part)
     excerpt = page.get("answer") or page.get("snippet") or page.get("description")

@@ -63,8 +63,8 @@ def answer(index: PassageSearch, request: Any) -> dict[str, Any]:
         raise ValueError(f"'topk' must be a whole number from 1 to {_MOST_PASSAGES}, not {reprlib.repr(top_k)}.")
     if len(queries) * top_k > _MOST_PASSAGES_IN_ALL:
         raise ValueError(
-            f"{len(queries)} queries with 'topk' {top_k} ask for more than {_MOST_PASSAGES_IN_ALL} passages; send fewer "
-            "queries at once."
+            f"{len(queries)} queries with 'topk' {top_k} ask for more than {_MOST_PASSAGES_IN_ALL} passages; "
+            "send fewer queries at once."
         )
     longest = max(map(len, queries), default=0)
     if longest > _LONGEST_QUERY:

@@ -34,10 +34,20 @@ except ImportError as error:
 
 # Names of the Encoding standard (https://encoding.spec.whatwg.org/#names-and-labels) that Python does not know
 _LABELS = {
+    "cn-big5": "big5hkscs",
+    "cseuckr": "cp949",
+    "csgb2312": "gb18030",
+    "csiso88596e": "iso8859-6",
+    "csiso88596i": "iso8859-6",
+    "csiso88598e": "iso8859-8",
+    "csiso88598i": "iso8859-8",
+    "csisolatin9": "iso8859-15",
     "csisolatingreek": "iso8859-7",
+    "csmacintosh": "mac-roman",
     "cseucpkdfmtjapanese": "euc_jp",
     "csksc56011987": "cp949",
     "dos-874": "cp874",
+    "gb_2312": "gb18030",
     "gb_2312-80": "gb18030",
     "iso-8859-6-e": "iso8859-6",
     "iso-8859-6-i": "iso8859-6",
@@ -46,9 +56,12 @@ _LABELS = {
     "koi": "koi8-r",
     "koi8": "koi8-r",
     "koi8-ru": "koi8-u",
+    "iso-ir-149": "cp949",
     "ks_c_5601-1989": "cp949",
     "ksc5601": "cp949",
+    "ksc_5601": "cp949",
     "logical": "iso8859-8",
+    "mac": "mac-roman",
     "sun_eu_greek": "iso8859-7",
     "unicode-1-1-utf-8": "utf-8",
     "unicode11utf8": "utf-8",
@@ -192,13 +205,17 @@ def decode(body: bytes, charset: str | None = None) -> str:
 
 
 def _known_charset(name: str) -> str | None:
-    name = name.strip().lower()
+    name = re.sub(r"^iso8859(\d+)$|^x-cp(\d+)$", _with_hyphen, name.strip().lower())
     try:
         known = codecs.lookup(_LABELS.get(name, name)).name
         "".encode(known)  # LookupError for a codec that does not make text, such as zip
     except (LookupError, ValueError):
         return None
     return None if known in _NO_CHARSET else _SUPERSETS.get(known, known)
+
+
+def _with_hyphen(match: re.Match) -> str:
+    return f"iso8859-{match[1]}" if match[1] else f"cp{match[2]}"
 
 
 def _euc_jp_extension(error: UnicodeError) -> tuple[str, int]:
@@ -316,7 +333,7 @@ def _replace(element: Any, text: str) -> None:
 
 
 def _formula(math: Any) -> str:
-    """A formula of MathML in one line: as its author wrote it in TeX where that is given, else built from its parts."""
+    """A formula of MathML in one line: in the TeX of its author where that is given, else built from its parts."""
     for annotation in math.iter("annotation"):
         if "tex" in annotation.get("encoding", "").lower() and annotation.text:
             return annotation.text.strip()

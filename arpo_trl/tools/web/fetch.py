@@ -4,8 +4,8 @@ The address is written by a model, perhaps at the wish of a page it read, so it 
 
 - http and https only, and no address of a private network, of this machine (a public one too, if one of its interfaces
   has it), or of a cloud's metadata service. A name is resolved once, every address it has is checked, and the
-  connection is made to a checked address: a name that resolves differently the second time gains nothing. Each redirect
-  is checked like the first address.
+  connection is made to a checked address: a name that resolves differently the second time gains nothing. Each
+  redirect is checked like the first address.
 - One deadline covers connecting, handshake, headers, body and redirects, also against a server that sends a byte now
   and then. The page is cut at a size, which is counted after decompression.
 
@@ -37,7 +37,8 @@ _MOST_REDIRECTS = 5
 HTML = ("text/html", "application/xhtml+xml")
 _PLAIN = ("application/json", "application/xml")
 # IANA's special-purpose address registries, whole, so that no Python version decides; and what clouds use besides.
-# https://www.iana.org/assignments/iana-ipv4-special-registry, https://www.iana.org/assignments/iana-ipv6-special-registry
+# https://www.iana.org/assignments/iana-ipv4-special-registry
+# https://www.iana.org/assignments/iana-ipv6-special-registry
 _NOT_PUBLIC_V4 = [
     ipaddress.IPv4Network(network)
     for network in (
