@@ -101,9 +101,8 @@ def build_trainer(folder: str, prompts: int) -> ARPOTrainer:
         processing_class=tokenizer,
         tools=[look_up],
     )
-    trainer._context_length = lambda: 100_000
-    trainer._max_length = 100_000
-    trainer._sample = RandomSampler(tokenizer)
+    trainer._engine.context_length = 100_000
+    trainer._engine.sample = RandomSampler(tokenizer)
     return trainer
 
 

@@ -95,7 +95,7 @@ def roll_out(side: str, function, rows: int, folder: str) -> tuple[float, list]:
     if side == "TRL":
         trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (script.next_turn(len(prompt_ids)), None)
     else:
-        trainer._sample = lambda contexts, limits: [
+        trainer._engine.sample = lambda contexts, limits: [
             Sample(ids, [0.0] * len(ids)) for ids in script.next_turn(len(contexts))
         ]
     # What `_generate_and_score_completions` sets up before it calls `_generate`

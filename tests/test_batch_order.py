@@ -21,10 +21,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl import trainer as trainer_module
+from arpo_trl.scoring import mixin
 from arpo_trl.scoring import shared_prefix as prefix_sharing
 from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
-from arpo_trl.trainer import _reorder
+from arpo_trl.scoring.mixin import reordered as reorder
 
 NUM_IMAGES = [1, 2, 0, 1]  # of four rows, which two micro-batches hold
 
@@ -99,7 +99,7 @@ def test_images_follow_their_row(layout, order):
     batches = micro_batches(tensors, lines)
     for index, batch in enumerate(batches):
         batch["num_images"] = images[2 * index : 2 * index + 2]
-    reordered = _reorder(batches, order)
+    reordered = reorder(batches, order)
     assert len(reordered) == 2
     for index, batch in enumerate(reordered):
         rows = order[2 * index : 2 * index + 2]
@@ -120,7 +120,7 @@ def test_images_follow_their_row(layout, order):
 
 def test_a_batch_whose_images_were_dropped_is_reordered():
     batches = [{"prompt_ids": torch.tensor([[row], [row + 1]]), "num_images": None} for row in (0, 2)]
-    first, second = _reorder(batches, [3, 0, 1, 2])
+    first, second = reorder(batches, [3, 0, 1, 2])
     assert first["prompt_ids"].tolist() == [[3], [0]] and second["prompt_ids"].tolist() == [[1], [2]]
     assert first["num_images"] is None
 
@@ -274,7 +274,7 @@ def packed(monkeypatch):
         chunks.append(len(ids) if scores is not None else -len(ids))
         return scores
 
-    monkeypatch.setattr(trainer_module, "shared_prefix_logps", spy)
+    monkeypatch.setattr(mixin, "shared_prefix_logps", spy)
     return chunks
 
 

@@ -5,19 +5,13 @@ import random
 from collections import Counter
 
 import pytest
+from branching import rule
 
-from arpo_trl.rollout.entropy import (
-    allocate_forks,
-    entropy_gap,
-    expansion_weight,
-    fork_probability,
-    initial_share,
-    mean_entropy,
-    share_rows,
-    top_k_entropy,
-    wants_fork,
-)
-from arpo_trl.rollout.loop import group_parts
+from arpo_trl.rollout.entropy import entropy_gap, mean_entropy, top_k_entropy
+from arpo_trl.rollout.rules.base import allocate_forks
+from arpo_trl.rollout.rules.expansion import expansion_weight, share_rows
+from arpo_trl.rollout.rules.probability import fork_probability
+from arpo_trl.rollout.tree import Segment, group_parts, initial_share
 
 
 def test_mean_entropy_of_the_first_k_tokens():
@@ -47,25 +41,36 @@ def test_gap_and_probability():
 
 def test_rules():
     rng = random.Random(0)
-    assert wants_fork("threshold", 0.51, 0.5, rng) and not wants_fork("threshold", 0.5, 0.5, rng)
-    for rule in ("bernoulli", "random"):
-        share = sum(wants_fork(rule, 0.3, 0.5, rng) for _ in range(4000)) / 4000
+    threshold = rule("threshold", branch_threshold=0.5, branch_factor=3)
+    assert threshold.forks(0.51, rng) == 3 and threshold.forks(0.5, rng) == 0
+    for name in ("bernoulli", "random"):
+        forks = rule(name, branch_factor=2).forks
+        share = sum(forks(0.3, rng) == 2 for _ in range(4000)) / 4000
         assert share == pytest.approx(0.3, abs=0.03)
-        assert all(wants_fork(rule, 1.0, 0.5, rng) for _ in range(100))
-        assert not any(wants_fork(rule, 0.0, 0.5, rng) for _ in range(100))
+        assert all(forks(1.0, rng) for _ in range(100))
+        assert not any(forks(0.0, rng) for _ in range(100))
+
+
+def test_what_a_rule_reads_of_a_segment():
+    unsure = Segment(10, 20, entropy=1.0, entropy_gap=1.5)
+    for name, probability, priority in (("bernoulli", 0.8, 1.5), ("threshold", 0.8, 1.5), ("random", 0.5, 0.0)):
+        assert rule(name).probability(unsure) == pytest.approx(probability)
+        assert rule(name).priority(unsure) == priority
+    for name in ("expansion", "random_expansion"):
+        assert rule(name).probability(unsure) is None and rule(name).expands
 
 
 def test_the_budget_goes_to_the_largest_gap():
     rng = random.Random(0)
-    assert allocate_forks([0.1, 0.9, 0.5], branch_factor=1, budget=2, rng=rng) == [0, 1, 1]
-    assert allocate_forks([0.1, 0.9, 0.5], branch_factor=2, budget=3, rng=rng) == [0, 2, 1]
-    assert allocate_forks([0.1, 0.9], branch_factor=1, budget=0, rng=rng) == [0, 0]
-    assert allocate_forks([], branch_factor=1, budget=4, rng=rng) == []
+    assert allocate_forks([0.1, 0.9, 0.5], [1, 1, 1], budget=2, rng=rng) == [0, 1, 1]
+    assert allocate_forks([0.1, 0.9, 0.5], [2, 2, 2], budget=3, rng=rng) == [0, 2, 1]
+    assert allocate_forks([0.1, 0.9], [1, 1], budget=0, rng=rng) == [0, 0]
+    assert allocate_forks([], [], budget=4, rng=rng) == []
 
 
 def test_ties_are_broken_at_random():
     rng = random.Random(0)
-    winners = Counter(tuple(allocate_forks([1.0, 1.0, 1.0], 1, 1, rng)).index(1) for _ in range(3000))
+    winners = Counter(tuple(allocate_forks([1.0, 1.0, 1.0], [1, 1, 1], 1, rng)).index(1) for _ in range(3000))
     assert all(count == pytest.approx(1000, abs=120) for count in winners.values())
 
 

@@ -241,7 +241,7 @@ def test_a_name_that_is_no_file_is_looked_for_on_the_hub(monkeypatch):
         asked.append((path, split))
         return Dataset.from_list([rl_row(metadata="m")])
 
-    monkeypatch.setattr("arpo_trl.data.load_dataset", load_dataset)
+    monkeypatch.setattr("arpo_trl.data.sources.load_dataset", load_dataset)
     assert load_rl("someone/some-set", split="validation")["answer"] == ["2"]
     assert asked == [("someone/some-set", "validation")]
 

@@ -56,7 +56,7 @@ def train(agent_dirs, tokenizer, tmp_path, factory, **settings):
 
 def test_a_forks_environment_is_closed_once_it_has_been_scored_and_no_other_is(agent_dirs, tokenizer, tmp_path, log):
     trainer = train(agent_dirs, tokenizer, tmp_path, Desk)
-    assert trainer._tool_names == ["add"] and [tool.__name__ for tool in trainer._env_tools[None]] == ["add"]
+    assert trainer._row_tools.names == ["add"] and [tool.__name__ for tool in trainer._env_tools[None]] == ["add"]
     forks = sum(record["kind"] == "fork" for record in records(tmp_path))
     assert forks > 0 and log[:2] == ["fork", "close"], "the trainer tries a copy when it is made"
     assert log.count("fork") == log.count("close") == forks + 1
@@ -65,7 +65,7 @@ def test_a_forks_environment_is_closed_once_it_has_been_scored_and_no_other_is(a
 
 def test_what_the_model_calls_close_is_no_tool(agent_dirs, tokenizer, tmp_path):
     trainer = build(agent_dirs, tokenizer, tmp_path, tools=(), environment_factory=Desk)
-    assert "close" not in trainer._tool_names
+    assert "close" not in trainer._row_tools.names
     with pytest.raises(ValueError, match=r"`Door.close` takes arguments.*Give the tool another name"):
 
         class Door(Desk):
@@ -144,7 +144,7 @@ def test_environments_may_share_a_methods_name(agent_dirs, tokenizer, tmp_path):
         train_dataset=Dataset.from_list(rows),
         reward_funcs=None,
     )
-    assert trainer._tool_names == ["add"]
+    assert trainer._row_tools.names == ["add"]
     rewards = [record["rewards"] for record in records(tmp_path)]
     assert {"Desk": 1.0, "Other": None} in rewards and {"Desk": None, "Other": -1.0} in rewards
     calls = sum(not call["shared"] for record in records(tmp_path) for call in record["tool_calls"])

@@ -143,7 +143,7 @@ def puppet(tokenizer, args: ARPOConfig, texts: list[str], reward, tools=(echo, t
             samples.append(Sample((text if first else done)[:limit], [0.1 if first else 5.0] * 20))
         return samples
 
-    trainer._sample = sample
+    trainer._engine.sample = sample
     return trainer
 
 

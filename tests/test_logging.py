@@ -19,7 +19,7 @@ from test_trainer_options import build
 from transformers import TrainerCallback
 from trl.trainer.utils import print_prompt_completions_sample
 
-from arpo_trl import trainer as trainer_module
+from arpo_trl import checks
 from arpo_trl.rollout.metrics import completion_columns, table_row
 from arpo_trl.rollout.tree import CallOfRow, Group, Trajectory
 from arpo_trl.tools import ToolCall
@@ -206,7 +206,7 @@ def test_a_backend_that_refuses_metrics_still_ends_the_run(agent_dirs, tokenizer
 # ------------------------------------------------------------------------------------------------- pictures of trees
 
 
-@pytest.mark.parametrize("failing", ["arpo_trl.viewer.picture.draw_tree", "arpo_trl.trainer.report_image"])
+@pytest.mark.parametrize("failing", ["arpo_trl.viewer.picture.draw_tree", "arpo_trl.reporting.report_image"])
 def test_a_tree_that_cannot_be_drawn_or_uploaded_ends_no_run(
     agent_dirs, tokenizer, tmp_path, monkeypatch, caplog, failing
 ):
@@ -268,7 +268,7 @@ def test_colours_are_those_of_entropy_and_advantage():
 
 
 def test_no_matplotlib_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, agent_dirs, tokenizer):
-    monkeypatch.setattr(trainer_module, "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr(checks, "is_matplotlib_available", lambda: False)
     with pytest.raises(ImportError, match=r"log_tree_steps.*pip install 'arpo-trl\[viewer\]'"):
         build(agent_dirs, tokenizer, tmp_path, log_tree_steps=1)
 

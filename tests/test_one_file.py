@@ -7,11 +7,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from branching import branching
 
 from arpo_trl.advantages import hard_advantages
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
-from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
+from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.tree import group_parts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -74,7 +77,7 @@ def library(prompts, seed):
             tools_of=lambda trajectory: {},
             submit=submit,
         ),
-        Branching(VOCAB),
+        branching(VOCAB),
         Limits(completion=one_file.MAX_TOKENS, context=10**6, tool_turns=one_file.MAX_CALLS),
         random.Random(seed),
         END.__eq__,

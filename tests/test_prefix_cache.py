@@ -226,7 +226,7 @@ def test_a_training_run_rolls_out_the_same_with_and_without(agent_dirs, tokenize
             agent_dirs, tokenizer, folder, protocol, prefix_sharing=sharing, learning_rate=0.0, seed=1, max_steps=2
         )
         trainer.train()
-        assert trainer._prefix_cache is None, "its memory is free for the training step"
+        assert trainer._engine._cache is None, "its memory is free for the training step"
         rollouts.append([(record["kind"], record["completion_ids"]) for record in records(folder)])
     assert rollouts[0] == rollouts[1]
     assert {"initial", "fork"} <= {kind for kind, _ in rollouts[0]}

@@ -5,14 +5,17 @@ import threading
 from concurrent.futures import Future
 
 import pytest
+from branching import branching as make_branching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.advantages import hard_advantages
-from arpo_trl.config import BRANCH_RULES
+from arpo_trl.rollout.rules import BRANCH_RULES
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
-from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
+from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.tree import group_parts
 from arpo_trl.rollout.record import call_records, rollout_records
 
 END, CALL = 1, 2  # tokens; all others are text
@@ -80,12 +83,12 @@ def cases(draw):
         groups=draw(st.integers(1, 3)),
         size=size,
         initial=draw(st.integers(1, size)),
-        branching=Branching(
+        branching=make_branching(
             vocab_size=100,
             branch_factor=draw(st.integers(1, 3)),
             entropy_window=draw(st.integers(1, 5)),
             branch_probability=draw(st.sampled_from([0.0, 0.5, 1.0])),
-            branch_rule=draw(st.sampled_from(BRANCH_RULES)),
+            name=draw(st.sampled_from(sorted(BRANCH_RULES))),
             expansion_rounds=draw(st.integers(1, 3)),
         ),
         limits=Limits(
@@ -181,7 +184,7 @@ def _shares(row, other, position, trajectories):
 
 def test_the_parts_of_a_group_on_two_processes_fill_up_alone():
     settings_ = dict(
-        groups=1, size=8, initial=4, branching=Branching(100, branch_probability=1.0), limits=Limits(60, 80, 4)
+        groups=1, size=8, initial=4, branching=make_branching(100, branch_probability=1.0), limits=Limits(60, 80, 4)
     )
     for process in (0, 1):
         groups, trajectories, _ = random_rollout(seed=process, offset=4 * process, rows=4, **settings_)

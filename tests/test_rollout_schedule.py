@@ -6,16 +6,19 @@ from threading import Event
 
 import pytest
 import tiny
+from branching import branching
 from test_rollout_properties import CALL, END, RandomProtocol
 from test_trainer_options import build, check, records
 
-from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, Sample, group_parts, run_waves
+from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.tree import group_parts
 
 SLOW, FAST = 10, 20  # the prompts of two groups
 SECONDS = 20  # after which a test gives up
 
 
-def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, **branching):
+def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, rule="bernoulli", **settings):
     """Run a rollout with `sample(contexts)` and tools that are threads running `call(trajectory)`."""
     with ThreadPoolExecutor(8) as pool:
 
@@ -38,7 +41,7 @@ def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_pro
             [[prompt] for prompt in prompts for _ in range(size)],
             RandomProtocol(),
             hooks,
-            Branching(vocab_size=100, branch_probability=branch_probability, **branching),
+            branching(100, rule, branch_probability=branch_probability, **settings),
             Limits(completion=100, context=200, tool_turns=4),
             random.Random(0),
             END.__eq__,
@@ -139,7 +142,7 @@ def test_a_second_round_of_expansion_forks_from_rows_of_the_first(rounds, parent
 
     sample.root_ended = False
     trajectories = run(
-        sample, lambda trajectory: None, eager=False, size=5, prompts=(FAST,), kept=kept, branch_rule="expansion",
+        sample, lambda trajectory: None, eager=False, size=5, prompts=(FAST,), kept=kept, rule="expansion",
         expansion_rounds=rounds,
     )  # fmt: skip
     assert [trajectory.kind for trajectory in trajectories] == ["initial"] + ["fork"] * 4

@@ -386,14 +386,14 @@ def test_lora_samples_from_the_adapted_policy_and_trains_adapters_alone(agent_di
     )
     base = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora" not in name}
     seen = []
-    original = trainer._sample
+    original = trainer._engine.sample
 
     def spy(contexts, limits):
         samples = original(contexts, limits)
         seen.extend(samples)
         return samples
 
-    trainer._sample = spy
+    trainer._engine.sample = spy
     # An adapter that pushes the end-of-turn token above all others: the policy's argmax is not the base model's
     head = trainer.model.get_base_model().lm_head.weight
     with torch.no_grad():
@@ -475,7 +475,7 @@ def test_siblings_never_see_each_others_environment(agent_dirs, tokenizer, tmp_p
         branch_probability=1.0,
         max_steps=3,
     )
-    assert "fork" not in trainer._tool_names
+    assert "fork" not in trainer._row_tools.names
     trainer.train()
     assert any(record["kind"] == "fork" for record in records(tmp_path))
     for history, calls in seen:

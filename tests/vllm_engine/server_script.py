@@ -21,13 +21,13 @@ def main(folder: Path, agent: str, server: str):
         per_device_train_batch_size=4,
         num_initial_generations=3,
     )
-    waves, sample = [], trainer._sample_vllm
+    waves, sample = [], trainer._engine.sample
 
     def counted(contexts, limits):
         waves.append(len(contexts))
         return sample(contexts, limits)
 
-    trainer._sample_vllm = counted
+    trainer._engine.sample = counted
     trainer.train()
     facts = {"waves": waves, "logs": trainer.state.log_history}
     (folder / f"process-{trainer.accelerator.process_index}.json").write_text(json.dumps(facts))

@@ -58,7 +58,7 @@ def test_a_stop_string_may_be_a_special_token(trained, monkeypatch):
     start = trainer.processing_class.convert_tokens_to_ids("<|im_start|>")
     monkeypatch.setattr(trainer._protocol, "stop_strings", ["<|im_start|>"])
     monkeypatch.setattr(trainer.vllm_generation, "generation_kwargs", {"logit_bias": {start: 100.0}})
-    assert [sample.ids for sample in trainer._sample(world.STRANGE, [20] * 8)] == [[start]] * 8
+    assert [sample.ids for sample in trainer._engine.sample(world.STRANGE, [20] * 8)] == [[start]] * 8
 
 
 def test_the_error_of_the_entropy_falls_with_k(trained, monkeypatch):
@@ -68,8 +68,8 @@ def test_the_error_of_the_entropy_falls_with_k(trained, monkeypatch):
     contexts = [context[:length] for context in world.STRANGE for length in range(1, 21)]
     errors = {}
     for top_k in (1, 5, 20):
-        monkeypatch.setattr(trainer.args, "vllm_entropy_top_k", top_k)
-        samples = trainer._sample(contexts, [1] * len(contexts))
+        monkeypatch.setattr(trainer._engine, "top_k", top_k)
+        samples = trainer._engine.sample(contexts, [1] * len(contexts))
         errors[top_k] = torch.cat(
             [
                 world.entropy_errors(world.exact(trainer.model, context, sample.ids), sample.entropies, top_k)
@@ -86,16 +86,16 @@ def test_the_prefix_cache_is_counted_and_logged(trained):
         rates = [log["arpo/prefix_cache_hit_rate"] for log in trainer.state.log_history if "loss" in log]
         assert all(0.3 < rate < 1 for rate in rates), rates
     trainer.vllm_generation.llm.reset_prefix_cache()
-    trainer._lookups.clear()
-    trainer._sample([list(range(10, 310))] * 4, [1] * 4)
+    trainer._engine.lookups.clear()
+    trainer._engine.sample([list(range(10, 310))] * 4, [1] * 4)
     # The first row fills two blocks of 128 tokens, which the other three find
-    assert trainer._lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
+    assert trainer._engine.lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
 
 
 def test_evaluation_on_the_engine_is_that_on_transformers(trained):
     trainer, _ = trained
     trainer.model.eval()
-    trainer._sample([[5]], [1])  # brings the engine up to date
+    trainer._engine.sample([[5]], [1])  # brings the engine up to date
     rollouts = []
     for model in (trainer.vllm_generation.llm, trainer.model):
         agent = Agent(

@@ -74,10 +74,10 @@ def test_the_servers_prefix_cache_is_counted_and_logged(trained):
         rates = [log["arpo/prefix_cache_hit_rate"] for log in trainer.state.log_history if "loss" in log]
         assert all(0.3 < rate < 1 for rate in rates), rates
     trainer.vllm_generation.vllm_client.reset_prefix_cache()
-    trainer._lookups.clear()
-    trainer._sample([list(range(10, 310))] * 4, [1] * 4)
+    trainer._engine.lookups.clear()
+    trainer._engine.sample([list(range(10, 310))] * 4, [1] * 4)
     # The first row fills two blocks of 128 tokens, which the other three find
-    assert trainer._lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
+    assert trainer._engine.lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
 
 
 def test_two_processes_with_different_numbers_of_rows(agents, server, clean_environment, tmp_path):

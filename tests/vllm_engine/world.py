@@ -116,7 +116,7 @@ def check_samples(trainer: ARPOTrainer, checkpoint: str, contexts: list[list[int
     """
     trainer.model.eval()
     before = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    samples = trainer._sample(contexts, limits)
+    samples = trainer._engine.sample(contexts, limits)
     assert len(samples) == len(contexts)
     of_the_start = []
     for context, limit, sample in zip(contexts, limits, samples, strict=True):

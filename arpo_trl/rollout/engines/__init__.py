@@ -6,26 +6,25 @@ What samples segments: transformers' `generate` (`transformers.py`, with its pre
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .base import Engine, Sample
 from .generation_settings import NO_LIMIT, context_length, tell_settings
-from .transformers import TransformersEngine, generate_ids
+from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
 
 __all__ = ["NO_LIMIT", "Engine", "Sample", "TransformersEngine", "VLLMEngine", "model_engine", "trainer_engine"]
 
 
 def trainer_engine(
-    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]], stop_strings: Sequence[str]
+    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]]
 ) -> Engine:
     """
     The engine of a trainer.
 
     Args:
-        trainer ([`ARPOTrainer`]): Constructed as far as TRL does.
+        trainer ([`ARPOTrainer`]): Constructed as far as its protocol.
         generate (`Callable[[list[list[int]]], list[list[int]]]`): TRL's call of `generate`, for transformers.
-        stop_strings (`Sequence[str]`): Text at which a segment ends.
 
     Raises:
         ValueError: vLLM's engine tells fewer log-probabilities than the config asks for.
@@ -35,14 +34,13 @@ def trainer_engine(
     if trainer.use_vllm:
         check_top_k(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
-        ask = ask_trl(trainer, stop_strings, args.vllm_entropy_top_k)
-        return VLLMEngine(ask, length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
+        return VLLMEngine(ask_trl(trainer), length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
     return TransformersEngine(
         lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped),
         generate,
-        _criteria(trainer._tokenizer, stop_strings),
+        stop_string_criteria(trainer._tokenizer, trainer._protocol.stop_strings),
         args.entropy_window,
         trainer.temperature,
         keeps=args.prefix_sharing and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
@@ -87,18 +85,13 @@ def model_engine(
     engine = TransformersEngine(
         lambda: model,
         lambda contexts: generate_ids(model, contexts, generation_config),
-        _criteria(tokenizer, stop_strings),
+        stop_string_criteria(tokenizer, stop_strings),
         entropy_window,
         sampling["temperature"] or 1.0,
         keeps=True,
         idle_token=tokenizer.eos_token_id,
     )
     return engine, ends
-
-
-def _criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopStringCriteria | None:
-    """Stops at any of `strings`. Building it walks the vocabulary, so it is made once and kept."""
-    return StopStringCriteria(tokenizer, list(strings)) if strings else None
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:

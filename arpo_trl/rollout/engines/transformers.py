@@ -16,6 +16,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -89,6 +90,11 @@ class RowStops(StoppingCriteria):
             self.lengths = torch.where(stopped, self.lengths.clamp(max=self._step), self.lengths)
             done = done | stopped
         return done
+
+
+def stop_string_criteria(tokenizer: PreTrainedTokenizerBase, strings: Sequence[str]) -> StopStringCriteria | None:
+    """Criteria that stops at any of `strings`. Building it walks the vocabulary, so it is made once and kept."""
+    return StopStringCriteria(tokenizer, list(strings)) if strings else None
 
 
 @contextmanager

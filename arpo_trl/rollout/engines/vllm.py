@@ -31,8 +31,9 @@ class VLLMEngine(Engine):
     Samples with vLLM.
 
     Args:
-        ask (`Callable[[list[list[int]], list[int], Counter[str]], Answer]`): Has a segment sampled after each context,
-            no longer than each limit, and counts what the prefix cache held: [`ask_llm`] or [`ask_trl`].
+        ask (`Callable[[list[list[int]], list[int], int, Counter[str]], Answer]`): Has a segment sampled after each
+            context, no longer than each limit, with the log-probabilities of K tokens a position, and counts what the
+            prefix cache held: [`ask_llm`] or [`ask_trl`].
         context_length (`int`): Tokens that the engine can read.
         vocab_size (`int`): V.
         top_k (`int`): Most likely tokens of each position to read the entropy from, K.
@@ -43,7 +44,7 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        ask: Callable[[list[list[int]], list[int], Counter[str]], Answer],
+        ask: Callable[[list[list[int]], list[int], int, Counter[str]], Answer],
         context_length: int,
         vocab_size: int,
         top_k: int,
@@ -51,20 +52,20 @@ class VLLMEngine(Engine):
     ):
         super().__init__(context_length, vocab_size)
         self._ask = ask
-        self._top_k = top_k
+        self.top_k = top_k
         self._entropy_window = entropy_window
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
         room = [self.context_length - len(context) for context in contexts]
         limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
-        answer = self._ask(list(contexts), limits, self.lookups)
-        samples = top_k_samples(*answer, self._top_k, self._entropy_window, self.vocab_size)
+        answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
+        samples = top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
         return samples[: len(contexts)]
 
 
 def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Callable[..., Answer]:
     """
-    Ask a `vllm.LLM` of this process.
+    Ask a `vllm.LLM` of this process, without log-probabilities.
 
     Args:
         llm (`vllm.LLM`): The engine.
@@ -76,7 +77,7 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
 
-    def ask(contexts: list[list[int]], limits: list[int], lookups: Counter[str]) -> Answer:
+    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
         outputs = llm.generate(
             [{"prompt_token_ids": context} for context in contexts],
             sampling_params=[SamplingParams(**settings, max_tokens=limit) for limit in limits],
@@ -88,21 +89,20 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
     return ask
 
 
-def ask_trl(trainer: Any, stop: Sequence[str], top_k: int) -> Callable[..., Answer]:
+def ask_trl(trainer: Any) -> Callable[..., Answer]:
     """
-    Ask the engine of a `GRPOTrainer`, colocated or a server, with the weights of the present step.
+    Ask the engine of an [`ARPOTrainer`], colocated or a server, with the weights of the present step.
 
     Args:
-        trainer ([`~trl.GRPOTrainer`]): Trainer with `use_vllm`.
-        stop (`Sequence[str]`): Text at which a segment ends.
-        top_k (`int`): K.
+        trainer ([`ARPOTrainer`]): Trainer with `use_vllm`.
     """
     engine, accelerator = trainer.vllm_generation, trainer.accelerator
     idle_token = trainer._tokenizer.eos_token_id
-    settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
-    settings |= _stops(stop) if stop else {}
 
-    def ask(contexts: list[list[int]], limits: list[int], lookups: Counter[str]) -> Answer:
+    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+        settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
+        if trainer._protocol.stop_strings:
+            settings |= _stops(trainer._protocol.stop_strings)
         if trainer.state.global_step != trainer._last_loaded_step:
             engine.sync_weights()
             trainer._last_loaded_step = trainer.state.global_step

@@ -1,5 +1,6 @@
 """Entropies, limits and stop strings inside a real `generate`; what vLLM answers (`vllm_engine/` has the engine itself)."""
 
+from collections import Counter
 from math import nan
 from types import SimpleNamespace
 
@@ -9,16 +10,11 @@ import torch
 from transformers import GenerationConfig
 
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache
-from arpo_trl.rollout.engines.sampler import (
-    generate_with,
-    recorded_generation,
-    recorded_samples,
-    stop_string_criteria,
-    top_k_samples,
-    vllm_settings,
-)
+from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.engines.replaced import generate_with
+from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
+from arpo_trl.rollout.engines.vllm import top_k_samples, vllm_settings
 from arpo_trl.rollout.entropy import top_k_entropy
-from arpo_trl.rollout.loop import Sample
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +127,7 @@ class StandInServer:
 def test_a_server_is_asked_once_for_each_limit_and_answers_in_order():
     client = StandInServer()
     engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
-    with vllm_settings(engine, 20, {"stop": ["x"]}, [3, 1, 3, 2]) as cache:
+    with vllm_settings(engine, 20, {"stop": ["x"]}, [3, 1, 3, 2], cache := Counter()):
         assert engine.logprobs == 20 and engine.generation_kwargs == {"stop": ["x"]}
         answer = client.generate(prompts=[[10], [11], [12], [13]], max_tokens=99, n=1)
     assert sorted(client.requests) == [(1, 1), (1, 2), (2, 3)]
@@ -148,7 +144,7 @@ def test_the_servers_prefix_cache_is_read_from_its_counters():
     lines += 'vllm:external_prefix_cache_hits_total{{engine="0"}} 7.0\nvllm:prefix_cache_hits_total{{engine="1"}} 8.0'
     client = StandInServer(lines.format("100.0", "20.0"))
     engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
-    with vllm_settings(engine, 20, {}, []) as cache:
+    with vllm_settings(engine, 20, {}, [], cache := Counter()):
         client.metrics = lines.format("1.6e2", "50.0")
     assert cache == {"prefix_cache_queries": 60, "prefix_cache_hits": 30}
 
