@@ -430,8 +430,13 @@ STEPS = (
 )
 
 
+MAX_LENGTH = 10_000
+
+
 def normalise(text: str) -> str:
-    """`text` after all `STEPS`."""
+    """`text` after all `STEPS`; one that has more than `MAX_LENGTH` characters goes no further."""
     for step in STEPS:
+        if len(text) > MAX_LENGTH:
+            break
         text = step(text)
     return text
