@@ -61,7 +61,7 @@ UNFIT = {
 FOLLOWED = {
     "repetition_penalty": 1.7,
     "encoder_repetition_penalty": 1.7,
-    "min_length": 60,
+    "min_length": 30,
     "min_new_tokens": 7,
     "no_repeat_ngram_size": 2,
     "encoder_no_repeat_ngram_size": 2,

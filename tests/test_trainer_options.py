@@ -552,7 +552,7 @@ def test_the_tool_limit_per_row(agent_dirs, tokenizer, tmp_path):
         assert all("may be called 1 times" in error for error in errors[1:])
 
 
-def test_a_vision_language_model_with_tools_is_refused(tokenizer, tmp_path):
+def test_a_vision_language_model_with_tools_does_not_branch(tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -562,5 +562,5 @@ def test_a_vision_language_model_with_tools_is_refused(tokenizer, tmp_path):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*Use a text model"):
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*do not branch: use a text model"):
         build({}, processor, tmp_path, "tags", model=LlavaForConditionalGeneration(config))

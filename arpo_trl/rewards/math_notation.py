@@ -122,6 +122,7 @@ def markup(text: str) -> str:
             if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
                 text = inner.strip() if opening not in inner and closing not in inner else text
         text = _without_end(text)
+        text = text.replace("$", " ").strip() if text.count("$") in (2, 4) else text  # `$24$ dollars`
         whole = re.fullmatch(r"\\text\s*\{([^{}]*)\}", text)
         text = whole[1].strip() if whole else text
         if text == before:
@@ -162,6 +163,7 @@ _PYTHON = re.compile(
     + "|".join(sorted(_CALLS, key=len, reverse=True))
     + r")\(|\[\[|\[\(|(?<![A-Za-z\\])(?:pi|oo)(?![A-Za-z])|\A\{[^{}\\]*\}\Z"
 )
+# of "2or" Python's parser would print a warning
 _GLUED = re.compile(r"\d[jJ]?_?(?:and|else|for|if|in|is|not|or)")
 _ENOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]\s?([+-]?\d+)(?![\w.])")
 
@@ -169,16 +171,20 @@ _ENOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]\s?([+-]?\d+)(?![\w
 def python(text: str) -> str:
     r"""What Python and sympy print: `3*x**2` is `3 x^{2}`, `Fraction(1, 2)` is `\frac{1}{2}`, `1.5e-05` has a power."""
     if "\\" not in text and len(text) <= 2000 and _PYTHON.search(text):
-        try:
-            if _GLUED.search(text):
-                raise SyntaxError("Python would print a warning")
-            tree = ast.parse(text.strip(), mode="eval")
-            return _latex(tree.body, text.strip())
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            text = re.sub(r"\*\*\s*\(([^()]*)\)", r"^{\1}", text)
-            text = re.sub(r"\*\*\s*(-?[\w.]+)", r"^{\1}", text)
-            text = re.sub(r"(?<!\*)\*(?!\*)", r" \\cdot ", text)
+        found = None if _GLUED.search(text) else _from_python(text.strip())
+        if found is not None:
+            return found
+        text = re.sub(r"\*\*\s*\(([^()]*)\)", r"^{\1}", text)
+        text = re.sub(r"\*\*\s*(-?[\w.]+)", r"^{\1}", text)
+        text = re.sub(r"(?<!\*)\*(?!\*)", r" \\cdot ", text)
     return _powers_of_ten(text)
+
+
+def _from_python(text: str) -> str | None:
+    try:
+        return _latex(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _powers_of_ten(text: str) -> str:
@@ -430,8 +436,13 @@ STEPS = (
 )
 
 
+MAX_LENGTH = 10_000
+
+
 def normalise(text: str) -> str:
-    """`text` after all `STEPS`."""
+    """`text` after all `STEPS`; one that has more than `MAX_LENGTH` characters goes no further."""
     for step in STEPS:
+        if len(text) > MAX_LENGTH:
+            break
         text = step(text)
     return text

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .completions import final_answers, ground_truths, mean
-from .math_notation import normalise
+from .math_notation import MAX_LENGTH, normalise
 from .math_readings import choice_readings as choice_readings
 from .math_readings import readings
 
-MAX_LENGTH = 10_000  # characters; a longer answer is right if it is the same text
 _START_SECONDS = 300.0
 
 
@@ -160,11 +159,12 @@ def shared_verifier() -> MathVerifier:
 
 
 def clean_answer(text: str) -> str:
-    """`text` in the LaTeX that is compared ([`~rewards.math_notation.normalise`]); too long a text stays as it is."""
-    return normalise(text) if len(text) <= MAX_LENGTH else text
+    """`text` in the LaTeX that is compared ([`~rewards.math_notation.normalise`])."""
+    return normalise(text)
 
 
 def _read(truth: str, answer: str) -> bool | list[tuple[str, str]]:
+    """As [`readings`]; an answer that is too long to be read is right if it is the same text."""
     return truth == answer if max(len(truth), len(answer)) > MAX_LENGTH else readings(truth, answer)
 
 
