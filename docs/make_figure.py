@@ -9,7 +9,10 @@ import math
 import random
 from pathlib import Path
 
-from arpo_trl.rollout.entropy import allocate_forks, entropy_gap, fork_probability, wants_fork
+from arpo_trl.rollout.entropy import entropy_gap
+from arpo_trl.rollout.rules.base import allocate_forks
+from arpo_trl.rollout.rules.probability import Threshold
+from arpo_trl.rollout.tree import Segment
 
 FIGURE = Path(__file__).parent / "rollout.svg"
 
@@ -37,10 +40,11 @@ text { font: 13px system-ui, sans-serif; fill: #222 }
 def figure() -> str:
     """The figure as it should be."""
     gaps = [entropy_gap(entropy, BASELINE, WINDOW, VOCAB) for entropy in AFTER_TOOL]
-    probabilities = [fork_probability(gap, ALPHA, BETA) for gap in gaps]
-    rng = random.Random(0)  # the rule "threshold" draws nothing
-    asking = [row for row, p in enumerate(probabilities) if wants_fork("threshold", p, TAU, rng)]
-    granted = allocate_forks([gaps[row] for row in asking], 1, ROWS - INITIAL, rng)
+    rule = Threshold(branch_factor=1, branch_probability=ALPHA, entropy_weight=BETA, branch_threshold=TAU)
+    probabilities = [rule.probability(Segment(0, 0, entropy_gap=gap)) for gap in gaps]
+    rng = random.Random(0)  # this rule draws nothing
+    asking = [row for row, p in enumerate(probabilities) if rule.forks(p, rng)]
+    granted = allocate_forks([gaps[row] for row in asking], [1] * len(asking), ROWS - INITIAL, rng)
     forks = [row for row, count in zip(asking, granted, strict=True) for _ in range(count)]
 
     parts, lane = [], 0

@@ -23,8 +23,8 @@ from trl import GRPOConfig, GRPOTrainer
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.scoring import mixin
 from arpo_trl.scoring import shared_prefix as prefix_sharing
-from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 from arpo_trl.scoring.mixin import reordered as reorder
+from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 
 NUM_IMAGES = [1, 2, 0, 1]  # of four rows, which two micro-batches hold
 

@@ -9,8 +9,8 @@ import tiny
 import torch
 from transformers import GenerationConfig
 
-from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.replaced import generate_with
 from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
 from arpo_trl.rollout.engines.vllm import top_k_samples, vllm_settings

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import print_prompt_completions_sample
 
 from arpo_trl import checks
-from arpo_trl.rollout.metrics import completion_columns, table_row
+from arpo_trl.rollout.table import completion_columns, table_row
 from arpo_trl.rollout.tree import CallOfRow, Group, Trajectory
 from arpo_trl.tools import ToolCall
 from arpo_trl.viewer import picture

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.advantages import hard_advantages
-from arpo_trl.rollout.rules import BRANCH_RULES
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
-from arpo_trl.rollout.tree import group_parts
 from arpo_trl.rollout.record import call_records, rollout_records
+from arpo_trl.rollout.rules import BRANCH_RULES
+from arpo_trl.rollout.tree import group_parts
 
 END, CALL = 1, 2  # tokens; all others are text
 

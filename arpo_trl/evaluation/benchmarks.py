@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from datasets import Audio, Dataset, Image, load_dataset
 
-from ..data.files import SUFFIXES, Row, read_rows
 from ..data import CHAT_SYSTEM_PROMPT
+from ..data.files import SUFFIXES, Row, read_rows
 from ..rewards import exact_match_reward, extract_boxed, math_reward, token_f1_reward
 from ..rewards.completions import accepted_answers
 

@@ -23,9 +23,9 @@ import re
 import ssl
 from typing import Any
 
-from .executor import ToolCall, ToolExecutor
+from ...execution.executor import ToolCall, ToolExecutor
+from ...execution.options import tool
 from .fetch import HTML, Page, fetch
-from .options import tool
 
 try:
     import trafilatura
