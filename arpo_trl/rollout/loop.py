@@ -299,6 +299,11 @@ def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: ran
             f"{group.budget} rows; return at least one and at most as many."
         )
     group.rounds += 1
+    if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
+        for row in group.trajectories:
+            for segment in row.segments:
+                if segment.start > (row.fork_token or 0):
+                    segment.forks = segment.forks or 0
     started = []
     for node in nodes:
         if node.segment == 0:
