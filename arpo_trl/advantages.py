@@ -3,10 +3,11 @@
 An attribution of one's own is a function like [`hard_advantages`], named in the config as `"my_module:my_attribution"`.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
-from .named import named
+from .named import named, takes
 
 
 class Span(NamedTuple):
@@ -135,28 +136,55 @@ def attribution(name: str) -> Attribution:
     The function that `advantage_attribution` names.
 
     Raises:
-        ValueError: There is none, or it cannot be called.
+        ValueError: There is none, or it cannot be called with the arguments of [`hard_advantages`].
     """
     found = named(name, ATTRIBUTIONS, "advantage_attribution", "a function of your own as 'my_module:my_attribution'")
-    if not callable(found):
+    if not callable(found) or not takes(found, 4):
         raise ValueError(
-            f"`advantage_attribution` is {name!r}, which is no function; make it one like "
-            "`arpo_trl.advantages.hard_advantages`."
+            f"`advantage_attribution` is {name!r}, which is no function of (advantages, parents, fork_tokens, lengths); "
+            "make it one like `arpo_trl.advantages.hard_advantages`."
         )
     return found
 
 
 def check_spans(spans: Sequence[Sequence[Span]], lengths: Sequence[int], name: str) -> None:
     """
-    Hold what an attribution returned to its promise: spans that cover each row from its first token to its last.
+    Hold what an attribution returned to its promise: for each row, spans that cover it from its first token to its last,
+    each with a finite advantage.
+
+    Args:
+        spans (`Sequence[Sequence[Span]]`): What it returned.
+        lengths (`Sequence[int]`): Completion tokens of each row.
+        name (`str`): The attribution's name in the config, for the error.
 
     Raises:
         ValueError: They do not.
     """
-    for row, (own, length) in enumerate(zip(spans, lengths, strict=True)):
-        bounds = [0, *(bound for span in own for bound in (span.start, span.end)), length]
+    if not isinstance(spans, Sequence) or len(spans) != len(lengths):
+        raise ValueError(
+            f"`advantage_attribution` is {name!r}, which returned {_short(spans)} for {len(lengths)} rows; return a list "
+            "of spans for each."
+        )
+    for row, (row_spans, length) in enumerate(zip(spans, lengths, strict=True)):
+        if not isinstance(row_spans, Sequence) or not all(isinstance(span, Span) for span in row_spans):
+            raise ValueError(
+                f"`advantage_attribution` is {name!r}, which returned {_short(row_spans)} for row {row}; return a list of "
+                "`arpo_trl.advantages.Span`."
+            )
+        bounds = [0, *(bound for span in row_spans for bound in (span.start, span.end)), length]
         if any(end != start for end, start in zip(bounds[::2], bounds[1::2], strict=True)):
             raise ValueError(
-                f"`advantage_attribution` is {name!r}, whose spans {[(span.start, span.end) for span in own]} do not cover "
-                f"the {length} tokens of row {row}; return spans that follow each other from 0 to {length}."
+                f"`advantage_attribution` is {name!r}, whose spans {[(span.start, span.end) for span in row_spans]} do not "
+                f"cover the {length} tokens of row {row}; return spans that follow each other from 0 to {length}."
             )
+        for span in row_spans:
+            if not isinstance(span.advantage, int | float) or not math.isfinite(span.advantage):
+                raise ValueError(
+                    f"`advantage_attribution` is {name!r}, which returned the advantage {span.advantage!r} for tokens "
+                    f"{span.start} to {span.end} of row {row}; return a finite float."
+                )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "…"

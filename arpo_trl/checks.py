@@ -7,7 +7,7 @@ from transformers.utils import is_matplotlib_available
 from .config import ARPOConfig
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
-from .rollout.rules import BranchRule
+from .rollout.rules import BranchRule, branch_rule
 from .rollout.tree import group_parts
 
 
@@ -51,8 +51,9 @@ def check_arguments(
             f"`use_vllm`), {off}."
         )
     if environment_factory is not None and rule.expands:
+        told = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
         raise ValueError(
-            f"`branch_rule={args.branch_rule!r}` forks from rows that have ended, and what `environment_factory` makes "
+            f"`branch_rule={told}` forks from rows that have ended, and what `environment_factory` makes "
             f"cannot be taken back to an earlier tool result: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)

@@ -4,7 +4,7 @@ from trl import GRPOConfig
 
 from .advantages import attribution
 from .protocols import protocol_class
-from .rollout.rules import rule_class
+from .rollout.rules import branch_rule
 
 ROLLOUT_SCHEDULES = ("waves", "eager")
 
@@ -243,7 +243,7 @@ class ARPOConfig(GRPOConfig):
                 f"`tool_timeout` is {self.tool_timeout}; set it to seconds above 0, or None to wait for ever."
             )
         protocol_class(self.tool_protocol)
-        rule_class(self.branch_rule)
+        branch_rule(self.branch_rule, self)
         attribution(self.advantage_attribution)
         if self.rollout_schedule not in ROLLOUT_SCHEDULES:
             raise ValueError(

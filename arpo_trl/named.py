@@ -1,7 +1,8 @@
 """What a setting names: an entry of one of our tables, or `"my_module:MyClass"`, something of the user's own."""
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -30,3 +31,14 @@ def named(name: Any, table: Mapping[str, Any], setting: str, own: str) -> Any:
             f"`{setting}` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Put the folder of the "
             f"module on PYTHONPATH, and name {own}."
         ) from error
+
+
+def takes(function: Callable, count: int) -> bool:
+    """Whether a function can be called with `count` positional arguments; one that tells no signature is believed."""
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True

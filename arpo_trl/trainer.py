@@ -101,7 +101,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been scored,
             the copy is closed with its `close()` method if it has one. Neither method is a tool.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
-            one that `args.branch_rule` names.
+            one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
     """
 

@@ -87,7 +87,11 @@ class ScriptedModel(Qwen3ForCausalLM):
 
 
 def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **settings):
-    """Run one training step of ARPO on one prompt; returns the group's records, the trainer and the model."""
+    """
+    Run one training step of ARPO on one prompt; returns the group's records, the trainer and the model. `rule` is a
+    branching rule as an instance, `resume` goes on from the last checkpoint; the rest are settings of `ARPOConfig`.
+    """
+    rule, resume = settings.pop("rule", None), settings.pop("resume", None)
     tokenizer = character_tokenizer()
     model = ScriptedModel(tokenizer, plans)
     reward = settings.pop("reward", lambda completions, **kwargs: [float(len(text)) for text in completions])
@@ -121,8 +125,9 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
         train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 4),
         processing_class=tokenizer,
         tools=tools,
+        branch_rule=rule,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     path = tmp_path / "rollouts" / "step-000000.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:

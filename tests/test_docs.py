@@ -31,6 +31,8 @@ from datasets import Dataset
 
 import arpo_trl
 from arpo_trl import ARPOConfig
+from arpo_trl.advantages import ATTRIBUTIONS
+from arpo_trl.rollout.rules import BRANCH_RULES
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ["CONTRIBUTING.md", "README.md", "benchmarks/README.md", "examples/configs/README.md"]
@@ -182,6 +184,23 @@ def test_settings_on_the_right_of_the_migration_table_exist():
     assert len(settings) > 30
     others = {"top_k", "make_arpo_reward"}  # an argument of a search, a function
     assert [name for name in settings if name not in fields and name not in others] == []
+
+
+@pytest.mark.parametrize("setting, table", [("branch_rule", BRANCH_RULES), ("advantage_attribution", ATTRIBUTIONS)])
+def test_the_table_of_methods_is_that_of_the_code(setting, table):
+    rows = re.findall(
+        rf"^\| `{setting}=\"(\w+)\"` \| `([\w.]+)` \| .+ \| \[([\d.]+)\]\(https://huggingface.co/papers/([\d.]+)\) \|$",
+        (ROOT / "docs" / "concepts.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    assert [name for name, *_ in rows] == list(table)
+    for name, path, shown, linked in rows:
+        module, _, attribute = path.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute) is table[name]
+        assert shown == linked == getattr(table[name], "paper", linked)
+        # The docstring of the function, or of the class or its module, names the same paper
+        told = f"{table[name].__doc__} {importlib.import_module(module).__doc__}"
+        assert linked in told or linked in told.replace("papers/", "")
 
 
 def test_citation():
@@ -389,8 +408,11 @@ class Parsed(Exception):
 
 
 @pytest.fixture
-def parse_only(monkeypatch):
-    """Programs end once they have understood their arguments."""
+def parse_only(monkeypatch, tmp_path):
+    """Programs end once they have understood their arguments. `my_module` is what docs/extending.md says."""
+    code = "".join(text for _, text in blocks(ROOT / "docs" / "extending.md", "python"))
+    (tmp_path / "my_module.py").write_text(code, "utf-8")
+    monkeypatch.delitem(sys.modules, "my_module", raising=False)
 
     def stop_after(parse, extra=()):
         def parse_and_stop(self, args=None, *rest, **options):
@@ -409,7 +431,8 @@ def parse_only(monkeypatch):
 
     monkeypatch.setattr(trl.TrlParser, "parse_args_and_config", parse_config)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), str(ROOT / "benchmarks"), *sys.path])
+    folders = [str(ROOT / "examples"), str(ROOT / "benchmarks"), str(tmp_path)]
+    monkeypatch.setattr(sys, "path", [*folders, *sys.path])
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")

@@ -22,6 +22,7 @@ from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
 from .engines.base import Sample
 from .entropy import entropy_gap, mean_entropy
+from .rules.answers import decide, expand, priority
 from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
 
@@ -272,15 +273,15 @@ def _decide(
         segment = step.segment
         if segment.entropy_gap is None or step.trajectory.resamples:
             continue
-        segment.branch_probability = rule.probability(segment)
+        segment.branch_probability, count = decide(rule, segment, rng)
         if segment.branch_probability is None:
             continue
         segment.forks = 0
-        if count := rule.forks(segment.branch_probability, rng):
+        if count:
             asking.append(step)
             wanted.append(count)
 
-    priorities = [rule.priority(step.segment) for step in asking]
+    priorities = [priority(rule, step.segment) for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
         made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
@@ -292,12 +293,7 @@ def _decide(
 
 def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
-    nodes = rule.expand(group, rng)
-    if not 1 <= len(nodes) <= group.budget:
-        raise ValueError(
-            f"`branch_rule`: `{type(rule).__name__}.expand` returned {len(nodes)} nodes for a group that lacks "
-            f"{group.budget} rows; return at least one and at most as many."
-        )
+    nodes = expand(rule, group, rng)
     group.rounds += 1
     if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
         for row in group.trajectories:

@@ -42,7 +42,10 @@ class Threshold(Bernoulli):
 
 @dataclass(frozen=True)
 class Chance(Bernoulli):
-    """Fork with probability α whatever the entropy, which does not decide who goes first either: the control."""
+    """
+    Fork with probability α whatever the entropy, which does not decide who goes first either: the control, as in
+    [AT²PO](https://huggingface.co/papers/2601.04767).
+    """
 
     paper: ClassVar[str] = "2601.04767"
 
