@@ -16,8 +16,8 @@ from scripted import plan, rollout
 from trl import TrlParser
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.advantages import Span, check_spans, soft_advantages
-from arpo_trl.rollout.rules import BranchRule, Node, branch_rule
+from arpo_trl.advantages import ATTRIBUTIONS, Span, check_spans, soft_advantages
+from arpo_trl.rollout.rules import BRANCH_RULES, BranchRule, Node, branch_rule
 from arpo_trl.rollout.rules.answers import decide, expand, priority
 from arpo_trl.rollout.tree import Group, Segment, Trajectory
 
@@ -184,7 +184,7 @@ def function():
     [
         (
             "no_such_rule",
-            "set it to one of 'bernoulli', 'threshold', 'random', 'expansion', 'random_expansion', or to a",
+            f"set it to one of {', '.join(map(repr, BRANCH_RULES))}, or to a class of your own as 'my_module:MyRule'",
         ),
         ("bad_rules:Missing", "cannot be imported (AttributeError"),
         ("bad_rules:NoRule", "is no branching rule: make it a subclass of `arpo_trl.rollout.rules.BranchRule`"),

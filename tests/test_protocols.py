@@ -436,7 +436,7 @@ class TestAProtocolOfOnesOwn:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("mine", "set it to one of 'chat_template', 'tags', or to a class of your own as 'my_module:MyProtocol'"),
+            ("mine", f"set it to one of {', '.join(map(repr, TOOL_PROTOCOLS))}, or to a class of your own as 'my_module:"),
             ("mine:", "set it to one of"),
             (":Mine", "set it to one of"),
             (None, "set it to one of"),
