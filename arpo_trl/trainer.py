@@ -22,7 +22,7 @@ from .checks import (
     explain_template_error,
 )
 from .config import ARPOConfig
-from .execution.errors import error_line
+from .execution.errors import error_repr
 from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
@@ -363,7 +363,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         except Exception as error:
             if metrics:  # TRL clears them when they are logged; the table comes after that
                 raise
-            reason = error_line(error)
+            reason = error_repr(error)
             logger.warning_once(
                 f"A table of completions could not be written ({reason}); training goes on without it."
             )
