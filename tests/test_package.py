@@ -1,8 +1,11 @@
-"""What is installed: the contents of the wheel, and the types that a user's own checker sees in it.
+"""What is installed: the contents of the wheel, and the types that a user's own checker sees in it. And how the package is
+laid out: imports never run upwards, no file is long.
 
 Types of the package itself are checked by `make lint`.
 """
 
+import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -91,3 +94,71 @@ def test_a_users_checker_sees_types(wheel, tmp_path):
     wrong = [number for number, line in enumerate(USERS_SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
     errors = [line for line in answer.stdout.splitlines() if " error: " in line]
     assert [int(line.split(":")[1]) for line in errors] == wrong, answer.stdout + answer.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- layout
+
+# From the ground up. A file imports from its own part (a folder, or a file beside the folders) and from the layers below.
+LAYERS = [
+    {"arpo_trl", "named", "plain_data", "random_state", "source_code"},  # the package's face has its version
+    {"execution"},
+    {"tools", "protocols", "rewards", "scoring", "advantages", "checkpoints"},
+    {"data", "rollout"},
+    {"config"},
+    {"evaluation", "viewer"},
+    {"reporting", "checks"},
+    {"trainer"},
+]
+SOURCES = sorted((ROOT / "arpo_trl").rglob("*.py"))
+
+
+def module_name(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that a file imports anywhere, in functions too; what only type checkers read is not."""
+    tree = ast.parse(path.read_text("utf-8"))
+    checked = [item for item in ast.walk(tree) if isinstance(item, ast.If) and "TYPE_CHECKING" in ast.dump(item.test)]
+    skipped = {id(below) for item in checked for statement in item.body for below in ast.walk(statement)}
+    package = module_name(path) if path.name == "__init__.py" else module_name(path)[:-1]
+    found = set()
+    for item in ast.walk(tree):
+        if id(item) in skipped:
+            continue
+        if isinstance(item, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in item.names}
+        elif isinstance(item, ast.ImportFrom):
+            base = package[: len(package) + 1 - item.level] if item.level else ()
+            base += tuple(item.module.split(".")) if item.module else ()
+            found |= {(*base, alias.name) if (*base, alias.name) in MODULES else base for alias in item.names}
+    return {name for name in found if name in MODULES}
+
+
+def part(name: tuple[str, ...]) -> str:
+    return name[1] if len(name) > 1 else name[0]
+
+
+def test_every_part_of_the_package_has_one_layer():
+    assert sorted(name for layer in LAYERS for name in layer) == sorted({part(name) for name in MODULES})
+
+
+@pytest.mark.parametrize("name", MODULES, ids=".".join)
+def test_imports_never_run_upwards(name):
+    layer_of = {member: index for index, layer in enumerate(LAYERS) for member in layer}
+    others = {part(target) for target in imported(MODULES[name])} - {part(name)}
+    assert [other for other in sorted(others) if layer_of[other] >= layer_of[part(name)]] == []
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {name: imported(path) - {name} for name, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, with the modules of the circle
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 500
