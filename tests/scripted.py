@@ -90,6 +90,7 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
     """Run one training step of ARPO on one prompt; returns the group's records, the trainer and the model."""
     tokenizer = character_tokenizer()
     model = ScriptedModel(tokenizer, plans)
+    columns = settings.pop("columns", {})
     reward = settings.pop("reward", lambda completions, **kwargs: [float(len(text)) for text in completions])
     args = ARPOConfig(
         str(tmp_path),
@@ -118,7 +119,7 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
         model=model,
         args=args,
         reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 4),
+        train_dataset=Dataset.from_list([{"prompt": PROMPT, **columns}] * 4),
         processing_class=tokenizer,
         tools=tools,
     )
