@@ -7,7 +7,7 @@ What it does not do: backends other than TensorBoard, trackio and Weights & Bias
 
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +23,15 @@ from trl.extras.profiling import profiling_context
 from .advantages import Span
 from .execution.errors import error_repr
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
+from .rollout.observations import add_observations, observation_metrics, observe, useless_signs
 from .rollout.record import rollout_records, write_records
 from .rollout.table import completion_columns, table_row, table_text
 from .rollout.tree import Group
 
 logger = logging.get_logger(__name__)
+
+USELESS_ROLLOUTS = 5
+"""Training rollouts in a row that teach nothing before a warning says so."""
 
 
 class Reporter:
@@ -40,7 +44,12 @@ class Reporter:
     def __init__(self, trainer: Any, tool_names: Sequence[str]):
         self._trainer = trainer
         self._tool_names = tool_names
-        self._rewards = torch.empty(0, 0)  # (B, functions), of this process's latest rollout
+        self._rewards = torch.empty(0, 0)  # (all rows of all processes, functions), of the latest rollout
+        self._rows = slice(0)  # those of this process
+        self._examples: Sequence[Mapping[str, Any]] = ()  # columns of the data set, by row of this process
+        self._useless: deque[dict[str, str]] = deque(maxlen=USELESS_ROLLOUTS)  # signs of the latest training rollouts
+        self._told: set[str] = set()
+        self._waves = 0  # of the latest rollout
         # The step whose record file may get more lines, and its groups so far
         self._recorded: tuple[int | None, int] = (None, 0)
         self._records_failed = False
@@ -53,32 +62,77 @@ class Reporter:
         started = time.perf_counter()
         with profiling_context(self._trainer, phase):
             yield
+        self._waves += phase == "sample"  # a wave samples once
         self._seconds[phase] += time.perf_counter() - started
 
-    def rewards(self, rewards_per_func: torch.Tensor, groups: Sequence[Group]) -> None:
-        """Take the rewards of this process's rows, of shape (B, functions), and show the rows in the table."""
-        self._rewards = rewards_per_func
+    def rewards(
+        self, rewards_per_func: torch.Tensor, examples: Sequence[Mapping[str, Any]], groups: Sequence[Group]
+    ) -> None:
+        """
+        Take the rewards of all processes' rows, of shape (B × processes, functions), and the columns of the data set of
+        this process's B rows, and show the rows in the table.
+        """
+        first = self._trainer.accelerator.process_index * len(examples)
+        self._rewards, self._rows = rewards_per_func, slice(first, first + len(examples))
+        self._examples = examples
         if self._trainer.log_completions:
             for column, values in completion_columns(groups).items():
                 # A reward function's column of that name stays
                 self._trainer._pending_extra_logs.setdefault(column, values)
 
-    def metrics(self, groups: Sequence[Group], lookups: Mapping[str, int]) -> None:
-        """Add the metrics of a rollout, over all processes, to those that the trainer logs."""
+    def metrics(self, groups: Sequence[Group], lookups: Mapping[str, int], advantages: Sequence[float]) -> None:
+        """
+        Add the metrics of a rollout, over all processes, to those that the trainer logs.
+
+        Args:
+            groups (`Sequence[Group]`): Groups of this process.
+            lookups (`Mapping[str, int]`): Lookups of the engine's cache.
+            advantages (`Sequence[float]`): Of each row of this process.
+        """
         names = sum_names(self._tool_names)
         sums = rollout_sums(groups)
         sums.update(lookups)
         # As numbers of Python: sums of tokens need float64, which not every device has
         own = [float(sums[name]) for name in names], slowest_calls(groups, self._tool_names)
-        all_sums, all_slowest = zip(*gather_object([own]), strict=True)
+        observed = observe(groups, self._group_rewards(groups), advantages)
+        all_sums, all_slowest, all_observed = zip(*gather_object([(*own, observed)]), strict=True)
         totals = {name: sum(values) for name, *values in zip(names, *all_sums, strict=True)}
         slowest = [max(seconds) for seconds in zip(*all_slowest, strict=True)]
+        seen = add_observations(all_observed)
         mode = "train" if self._trainer.model.training else "eval"
-        for name, value in rollout_metrics(totals, slowest, self._tool_names).items():
+        metrics = rollout_metrics(totals, slowest, self._tool_names) | observation_metrics(seen)
+        if self._waves:
+            metrics["arpo/waves"] = self._waves
+        for name, value in metrics.items():
             self._trainer._metrics[mode][name].append(value)
         for phase, seconds in self._seconds.items():
             self._trainer._metrics[mode][f"arpo/seconds/{phase}"].append(seconds)
         self._seconds.clear()
+        self._waves = 0
+        if mode == "train":
+            self._warn_if_useless(useless_signs(seen, self._tool_names))
+
+    def _group_rewards(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """Rewards of all rows of each group, weighted and added as TRL does, those of other processes included."""
+        weights = self._trainer.reward_weights.to(self._rewards.device)
+        values = (self._rewards * weights).nansum(dim=1)
+        values[self._rewards.isnan().all(dim=1)] = torch.nan
+        rewards = [None if math.isnan(value) else value for value in values.tolist()]
+        starts = [self._rows.start + group.rows.start - group.first_row for group in groups]
+        return [rewards[start : start + group.size] for start, group in zip(starts, groups, strict=True)]
+
+    def _warn_if_useless(self, signs: dict[str, str]) -> None:
+        """Warn once of each sign that every one of the latest training rollouts has had."""
+        self._useless.append(signs)
+        if len(self._useless) < USELESS_ROLLOUTS or not self._trainer.is_world_process_zero():
+            return
+        lasting = [name for name in signs if all(name in each for each in self._useless) and name not in self._told]
+        self._told.update(lasting)
+        if lasting:
+            reasons = " ".join(signs[name] for name in lasting)
+            logger.warning(
+                f"The last {USELESS_ROLLOUTS} rollouts, step {self._trainer.state.global_step} the latest: {reasons}"
+            )
 
     def rollout(
         self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
@@ -91,7 +145,7 @@ class Reporter:
 
     def _rewards_by_name(self) -> dict[str, list[float | None]]:
         return {
-            name: [None if math.isnan(value) else value for value in self._rewards[:, index].tolist()]
+            name: [None if math.isnan(value) else value for value in self._rewards[self._rows, index].tolist()]
             for index, name in enumerate(self._trainer.reward_func_names)
         }
 
@@ -103,7 +157,7 @@ class Reporter:
         groups_before = self._recorded[1] if self._recorded[0] == step else 0
         try:
             records = rollout_records(
-                step, groups, self._rewards_by_name(), advantages, spans, first_group=groups_before
+                step, groups, self._rewards_by_name(), advantages, spans, groups_before, self._examples
             )
             if self._recorded[0] is None and trainer.is_world_process_zero():
                 trainer._tokenizer.save_pretrained(trainer.args.output_dir)  # the viewer decodes with it

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from .config import ARPOConfig
 from .execution.errors import error_repr
 from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
+from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
 from .random_state import kept_random_state
 from .reporting import Reporter
@@ -226,8 +228,9 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self._groups = self._empty_groups(len(prompts))
             masks = tool_mask if self._delegates else [None] * len(prompts)
             rows = list(zip(prompt_ids, completion_ids, masks, completions, strict=True))
+            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             for group in self._groups:
-                group.trajectories = [stock_trajectory(row, *rows[row]) for row in group.rows]
+                group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
         if not self.tools:
             return outputs
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
@@ -330,8 +333,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         # What a function could not score has no score at all: the others' alone would be another reward
         rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
         if self.rollout_func is None:
-            first = self.accelerator.process_index * len(prompts)
-            self._reporter.rewards(rewards_per_func[first : first + len(prompts)], self._groups)
+            self._reporter.rewards(rewards_per_func, inputs, self._groups)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
@@ -343,9 +345,9 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
-        self._reporter.metrics(self._groups, self._engine.lookups)
+        advantages = output["advantages"].tolist()
+        self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:
-            advantages = output["advantages"].tolist()
             spans = attribute(output, self._groups, self.args.advantage_attribution)
             self._reporter.rollout(self._groups, advantages, spans)
         return output
@@ -378,6 +380,12 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             return super().evaluate(*args, **kwargs)
         with kept_random_state(parameter.device for parameter in self.model.parameters()):
             return super().evaluate(*args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            complete_card_file(card, self.model.config, self.args, self._row_tools.names)
 
     def push_to_hub(self, *args, **kwargs):
         try:

@@ -94,6 +94,7 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
     rule, resume = settings.pop("rule", None), settings.pop("resume", None)
     tokenizer = character_tokenizer()
     model = ScriptedModel(tokenizer, plans)
+    columns = settings.pop("columns", {})
     reward = settings.pop("reward", lambda completions, **kwargs: [float(len(text)) for text in completions])
     args = ARPOConfig(
         str(tmp_path),
@@ -122,7 +123,7 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
         model=model,
         args=args,
         reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": PROMPT}] * 4),
+        train_dataset=Dataset.from_list([{"prompt": PROMPT, **columns}] * 4),
         processing_class=tokenizer,
         tools=tools,
         branch_rule=rule,

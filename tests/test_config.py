@@ -6,6 +6,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.model_card import complete_card
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -154,3 +155,25 @@ def test_the_model_card_cites_arpo(tmp_path, tokenizer):
     trainer.create_model_card(model_name="agent")
     card = (tmp_path / "README.md").read_text()
     assert "Agentic Reinforced Policy Optimization" in card and "2507.19849" in card and "- arpo" in card
+
+
+def test_the_model_card_tells_the_local_base_model_and_the_rollouts(tmp_path, tokenizer):
+    trainer = build(tmp_path, tokenizer)
+    (tmp_path / "my-base").mkdir()
+    trainer.model.config._name_or_path = str(tmp_path / "my-base")
+    trainer.create_model_card(model_name="agent")
+    card = (tmp_path / "README.md").read_text()
+    assert "None" not in card and "the local model `my-base`" in card and str(tmp_path) not in card
+    assert "- Tools: `add`" in card and f"- Tool protocol: `{trainer.args.tool_protocol}`" in card
+    assert f"(M): {trainer.num_generations}, of which {trainer.args.num_initial_generations} start at once (N)" in card
+    assert card.index("### Rollouts") < card.index("### Framework versions")
+
+
+def test_a_card_without_tools_or_branches_says_so():
+    card = complete_card(
+        "[None](https://huggingface.co/None)\n### Framework versions",
+        None,
+        ARPOConfig("x", bf16=False, num_generations=4, num_initial_generations=4),
+        [],
+    )
+    assert "a local model\n" in card and "- Tools: none" in card and "as in GRPO" in card and "protocol" not in card

@@ -366,13 +366,25 @@ def test_python_block(before, text, runs, small, request):
 
 
 def test_the_metrics_of_the_page_are_those_that_are_logged():
+    from collections import defaultdict
+
     from arpo_trl.rollout.metrics import rollout_metrics, sum_names
+    from arpo_trl.rollout.observations import KINDS, PLACES, Observations, observation_metrics
 
     page = (ROOT / "docs" / "records.md").read_text("utf-8")
     sums = dict.fromkeys(sum_names(["<name>"]), 1.0)
     logged = set(rollout_metrics(sums, [1.0], ["<name>"]))
-    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith(("| `arpo/", "| `tools/"))]
-    told = {name.replace("…", "tools/<name>") for row in rows for name in re.findall(r"`(.+?)`", row)}
+    everything = Observations(defaultdict(lambda: 1.0), [1.0], [1.0], [1], [1.0])
+    logged |= {"arpo/waves", *observation_metrics(everything)}
+    prefixes = ("| `arpo/", "| `tools/", "| `completions/")
+    told = set()
+    for line in page.splitlines():
+        if line.startswith(prefixes):
+            names = re.findall(r"`(.+?)`", line.split(" | ")[0])
+            stem = next((name.rpartition("_")[0] for name in names if name.endswith("_std")), "")
+            told |= {name.replace("…_", f"{stem}_").replace("…", "tools/<name>") for name in names}
+    for variable, values in (("<kind>", KINDS), ("<place>", PLACES)):
+        told = {name.replace(variable, value) for name in told for value in values}
     assert told == logged
 
 

@@ -100,6 +100,7 @@ class Rollout:
         return following or [contexts[0]]
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # transformers renamed the argument that takes a cache
 @pytest.mark.parametrize("family", FAMILIES)
 def test_waves_equal_plain_generate_and_read_nothing_twice(family, monkeypatch):
     monkeypatch.setattr(prefix_cache, "_MIN_STEM", 1)

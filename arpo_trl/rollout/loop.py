@@ -329,7 +329,7 @@ def _call(step: _Step, limits: Limits, hooks: RolloutHooks) -> list[Future]:
     if not step.turn.calls:
         return []
     if step.trajectory.tool_turns >= limits.tool_turns:
-        step.trajectory.truncated = True
+        step.trajectory.truncated = step.trajectory.out_of_turns = True
         return []
     step.trajectory.tool_turns += 1
     return hooks.submit(step.trajectory, step.turn.calls)

@@ -9,6 +9,10 @@ from typing import Any
 from ..advantages import Span
 from .tree import Group, Trajectory
 
+# What TRL and the trainer put among the columns of a row
+_NOT_OF_THE_DATA = frozenset({"prompt", "completion", "tool_calls", "model_text"})
+_COLUMNS, _CHARACTERS = 20, 2000  # so that a record stays about as long as the tokens of its row make it
+
 
 def rollout_records(
     step: int,
@@ -17,6 +21,7 @@ def rollout_records(
     advantages: Sequence[float],
     shared_advantages: Sequence[Sequence[Span]] | None,
     first_group: int = 0,
+    examples: Sequence[Mapping[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """
     The records of one generation batch, one a trajectory.
@@ -28,6 +33,8 @@ def rollout_records(
         advantages (`Sequence[float]`): Group-normalised advantage of each row.
         shared_advantages (`Sequence[Sequence[Span]]`, *optional*): Hard attribution of each row; `None` for soft.
         first_group (`int`): `prompt_index` of the first group: above 0 for a later generation batch of the same step.
+        examples (`Sequence[Mapping[str, Any]]`): Columns of the data set, by row of this process. The first row of each
+            group keeps them, see [`example_texts`].
     """
     records = []
     for prompt_index, group in enumerate(groups, start=first_group):
@@ -51,12 +58,32 @@ def rollout_records(
                     "segments": [vars(segment) for segment in trajectory.segments],
                     "tool_calls": call_records(trajectory),
                     "truncated": trajectory.truncated,
+                    "out_of_turns": trajectory.out_of_turns,
                     "rewards": {name: values[row] for name, values in rewards.items()},
                     "advantage": advantages[row],
                     "shared_advantages": spans,
+                    "example": example_texts(examples[row]) if examples and row == group.rows.start else None,
                 }
             )
     return records
+
+
+def example_texts(example: Mapping[str, Any]) -> dict[str, str]:
+    """
+    The columns of a data set's row as a record keeps them: texts as they are and other JSON as its text, each of at most
+    2,000 characters, and at most 20 of them. The prompt is left out, which a record holds as tokens, and what is empty or
+    no JSON, such as an image.
+    """
+    texts: dict[str, str] = {}
+    for name, value in example.items():
+        if name in _NOT_OF_THE_DATA or value in (None, "", [], {}) or len(texts) == _COLUMNS:
+            continue
+        try:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        texts[name] = text if len(text) <= _CHARACTERS else text[: _CHARACTERS - 1] + "…"
+    return texts
 
 
 def call_records(trajectory: Trajectory) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 What is not here: entropies, times and errors of calls, which TRL does not tell.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from ..execution.executor import ToolCall
@@ -16,6 +16,7 @@ def stock_trajectory(
     completion_ids: list[int],
     tool_mask: list[int] | None = None,
     completion: str | Sequence[dict[str, Any]] = "",
+    end_tokens: Container[int] = (),
 ) -> Trajectory:
     """
     Args:
@@ -24,6 +25,7 @@ def stock_trajectory(
         tool_mask (`list[int]`, *optional*): 1 for a token of the model, 0 for one of a tool result; `None` without
             tools.
         completion (`str` or `Sequence[dict]`): The completion as TRL parsed it.
+        end_tokens (`Container[int]`): Tokens with which a row ends that was not truncated, as TRL sees it.
     """
     mask = tool_mask or [1] * len(completion_ids)
     edges = [index for index in range(1, len(mask)) if mask[index] != mask[index - 1]]
@@ -34,6 +36,7 @@ def stock_trajectory(
         completion_ids=completion_ids,
         tool_mask=mask,
         segments=[Segment(start, end) for start, end in stretches if start == end or mask[start]],
+        truncated=not completion_ids or completion_ids[-1] not in end_tokens,
         calls=[] if isinstance(completion, str) else [CallOfRow(call) for call in answered_calls(completion)],
     )
 

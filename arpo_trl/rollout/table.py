@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .observations import fork_depths
 from .tree import Group
 
 
@@ -16,13 +17,10 @@ def completion_columns(groups: Sequence[Group]) -> dict[str, list]:
         the row reads, those made before its fork included.
     """
     columns: dict[str, list] = {"kind": [], "fork_depth": [], "calls": []}
-    depths: dict[int | None, int] = {None: -1}  # by row; a parent comes before its forks
     for group in groups:
-        for trajectory in group.trajectories:
-            depths[trajectory.row] = depths[trajectory.parent] + 1
-            columns["kind"].append(trajectory.kind)
-            columns["fork_depth"].append(depths[trajectory.row])
-            columns["calls"].append(len(trajectory.calls))
+        columns["kind"] += [trajectory.kind for trajectory in group.trajectories]
+        columns["fork_depth"] += fork_depths(group)
+        columns["calls"] += [len(trajectory.calls) for trajectory in group.trajectories]
     return columns
 
 

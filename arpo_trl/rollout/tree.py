@@ -72,6 +72,7 @@ class Trajectory:
         tool_turns (`int`): Turns whose calls were answered.
         resamples (`bool`): Whether the next segment re-samples the one that a fork left.
         truncated (`bool`): Whether it ran into a length or call limit.
+        out_of_turns (`bool`): Whether that was the call limit: its last calls were not made.
     """
 
     row: int
@@ -90,6 +91,7 @@ class Trajectory:
     tool_turns: int = 0
     resamples: bool = False
     truncated: bool = False
+    out_of_turns: bool = False
 
     @property
     def own_ids(self) -> list[int]:
@@ -120,6 +122,7 @@ class Trajectory:
             tool_turns=place.tool_turns,
             resamples=True,
             truncated=False,
+            out_of_turns=False,
         )
 
 

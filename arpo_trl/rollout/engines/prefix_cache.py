@@ -19,11 +19,15 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode
+from transformers.generation import utils as generation
 from transformers.utils import logging
 
 from ...scoring.prefix_tree import shared_prefixes
 
 logger = logging.get_logger(__name__)
+
+# The argument of `generate` and of a forward that takes a cache; transformers deprecated the name that it had before
+CACHE = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
 
 _FREED = (torch.empty(0), torch.empty(0))
 
@@ -198,7 +202,7 @@ class PrefixCache:
         kept = self._kept(model)
         cache = self._gather(model, found, width - 1, release=True)
         self._blocks = kept
-        output = generate(input_ids=input_ids, past_key_values=cache, **arguments)
+        output = generate(input_ids=input_ids, **arguments, **{CACHE: cache})
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         end = cache.get_seq_length()  # the last token has been sampled but not read
         rows = [ids[width - length : end] for ids, length in zip(output.cpu().numpy(), lengths, strict=True)]
@@ -244,7 +248,7 @@ class PrefixCache:
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             logits_to_keep=1,
         )
