@@ -68,7 +68,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
 
     With tools, reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`,
-    `error`, `seconds`, `cached`, `shared`) and `model_text` (the text of the model's own tokens, without tool results).
+    `error`, `seconds`, `shared`, `merged`, `cached`, `refused`) and `model_text` (the text of the model's own tokens, without tool results).
     A row on which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one
     changes in place is its own.
 
@@ -261,6 +261,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
             )
         self._groups = self._empty_groups(len(prompts))
+        self._row_tools.begin(self._groups)
         if self.model.training:  # evaluation, which never branches, leaves the decisions of training as they are
             step = self.state.global_step
             self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
@@ -277,7 +278,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                     copy_state=self._row_tools.copy,
                     keep=self._engine.keep,
                     anyone=self._anyone,
-                    on_wave=lambda wave: _show(bar, wave),
+                    on_wave=lambda wave: self._waved(bar, wave),
                     timed=self._reporter.timed,
                 ),
                 self._branching,
@@ -295,16 +296,21 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         for trajectory in trajectories:
             prompt_ids[trajectory.row] = trajectory.prompt_ids
         conversational = is_conversational({"prompt": prompts[0]})
-        executed = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
+        own_calls = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
         return (
             [trajectory.tool_mask for trajectory in trajectories],
             [self._protocol.completion(trajectory.turns, conversational) for trajectory in trajectories],
             [trajectory.completion_ids for trajectory in trajectories],
             [trajectory.logprobs for trajectory in trajectories] if logprobs is not None else None,
-            len(executed),
-            sum(call.error is not None for call in executed),
+            len(own_calls),
+            sum(call.error is not None for call in own_calls),
             [[] for _ in trajectories],
         )
+
+    def _waved(self, bar: tqdm, wave: Wave) -> None:
+        self._row_tools.next_wave()
+        bar.update(wave.index - bar.n)
+        bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)
 
     def _empty_groups(self, num_rows: int) -> list[Group]:
         """The groups that this process fills; evaluation never branches."""
@@ -340,7 +346,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
-            self._row_tools.close_copies()
+            self._row_tools.end()
         if self.rollout_func is not None:
             return output
         if self.mask_truncated_completions:
@@ -398,8 +404,3 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 "write (`hf auth login`) and call `trainer.push_to_hub()` again."
             )
             raise
-
-
-def _show(bar: tqdm, wave: Wave) -> None:
-    bar.update(wave.index - bar.n)
-    bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)

@@ -57,12 +57,12 @@ def main(seed: int, output_dir: Path, steps: int) -> dict:
         name: entropies_after_tool(path, tokenizer, output_dir)
         for name, path in (("cold start", cold), ("ARPO", final))
     }
-    executed, saved = (sum(entry[f"tools/calls_{kind}"] for entry in log) for kind in ("executed", "saved"))
+    kinds = ("made", "executed", "merged", "shared")
+    calls = {f"calls_{kind}": int(sum(entry[f"tools/calls_{kind}"] for entry in log)) for kind in kinds}
     summary = {
         "sft_accuracy": sft["accuracy"],
         "arpo_accuracy": arpo["accuracy"],
-        "calls_executed": int(executed),
-        "calls_saved": int(saved),
+        **calls,
         "shared_token_fraction": sum(entry["arpo/shared_token_fraction"] for entry in log) / len(log),
         "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,
@@ -223,7 +223,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
         interval = f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
         print(f"{name:>12}  {interval:>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}")
     print(
-        f"\nTraining executed {summary['calls_executed']} tool calls and saved {summary['calls_saved']} by sharing; "
+        f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were executed: "
+        f"{summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by forks. "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
         f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, arpo/.\n"
         f"To look into the rollouts: python -m arpo_trl.viewer {output_dir}"

@@ -195,7 +195,7 @@ def run(
     Train one arm and write what came of it to `<directory>/runs/<world>-<arm>-<seed>.json`.
 
     Returns:
-        `Path`: that file. Its `steps` hold, for each optimiser step, tool calls executed and saved, tokens sampled, and
+        `Path`: that file. Its `steps` hold, for each optimiser step, tool calls made and executed, tokens sampled, and
         seconds of processor time and of wall-clock; its `evaluations` the held-out accuracy after some of them.
     """
     import torch
@@ -439,14 +439,19 @@ def answer_once(model, tokenizer, tools, questions: list[dict]) -> list:
 
 
 def count_rollouts(directory: Path) -> list[dict]:
-    """For each step: calls executed and saved, tokens sampled, and where forks left (calls before them, by number)."""
+    """For each step: calls made and what became of them, tokens sampled, and where forks left (calls before, by number)."""
+    from arpo_trl.rollout.metrics import CALL_KINDS
+    from arpo_trl.rollout.record import call_kind
+
     counts = []
     for path in sorted(directory.iterdir()):
-        step = {"calls_executed": 0, "calls_saved": 0, "tokens_sampled": 0, "forks_after_call": {}, "rows": {}}
+        step = {"calls_made": 0, "tokens_sampled": 0, "forks_after_call": {}, "rows": {}}
+        step |= {f"calls_{kind}": 0 for kind in CALL_KINDS}
         for row in map(json.loads, path.read_text().splitlines()):
             shared = sum(call["shared"] for call in row["tool_calls"])
-            step["calls_saved"] += shared
-            step["calls_executed"] += len(row["tool_calls"]) - shared
+            step["calls_made"] += len(row["tool_calls"])
+            for call in row["tool_calls"]:
+                step[f"calls_{call_kind(call)}"] += 1
             step["tokens_sampled"] += sum(row["tool_mask"][row["fork_token"] or 0 :])
             step["rows"][row["kind"]] = step["rows"].get(row["kind"], 0) + 1
             if row["kind"] == "fork":

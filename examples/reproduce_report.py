@@ -684,7 +684,7 @@ def _compact(run: dict) -> dict:
     kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
     spent = {
         quantity: [round(x, 1) for x, _ in curve(run, quantity)]
-        for quantity in ("calls_executed", "calls_saved", "tokens_sampled", "cpu_seconds")
+        for quantity in ("calls_executed", "calls_shared", "tokens_sampled", "cpu_seconds")
     }
     return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
 

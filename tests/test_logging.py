@@ -57,7 +57,7 @@ def events(logged):
 # ---------------------------------------------------------------------------------------------- metrics and backends
 
 
-@pytest.mark.parametrize("name", ["arpo/forks", "arpo/entropy_after_tool", "tools/calls_saved", "tools/add/calls"])
+@pytest.mark.parametrize("name", ["arpo/forks", "arpo/entropy_after_tool", "tools/calls_shared", "tools/add/calls"])
 def test_tensorboard_has_the_metrics_under_train_and_eval(events, logged, name):
     expected = logs(logged, name)
     assert len(expected) == 3

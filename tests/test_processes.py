@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from processes_script import resumable
 from transformers import AutoModelForCausalLM
+
+from arpo_trl.rollout.metrics import CALL_KINDS
+from arpo_trl.rollout.record import call_kind
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -131,8 +134,9 @@ def test_metrics_are_those_of_all_processes(runs, name):
     for step, log in enumerate(run.logs):
         records = run.records(0, step) + run.records(1, step)
         calls = [call for record in records for call in record["tool_calls"]]
-        assert log["tools/calls_executed"] == sum(not call["shared"] for call in calls)
-        assert log["tools/calls_saved"] == sum(call["shared"] for call in calls)
+        kinds = Counter(map(call_kind, calls))
+        assert {kind: log[f"tools/calls_{kind}"] for kind in CALL_KINDS} == {kind: kinds[kind] for kind in CALL_KINDS}
+        assert log["tools/calls_made"] == len(calls) > kinds["executed"] > 0
         size = 1 + max(record["row"] for record in records)
         for kind, metric in (("initial", "initial"), ("fork", "forks"), ("supplement", "supplements")):
             per_group = sum(record["kind"] == kind for record in records) * size / len(records)

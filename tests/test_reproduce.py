@@ -24,7 +24,7 @@ from arpo_trl import ARPOConfig  # noqa: E402
 def made_up(world="easy", arm="arpo", seed=0, accuracies=(0.5, 0.7, 0.8), calls=10, compared_at=2):
     """A run of one step between two evaluations, each of which executes `calls` calls."""
     steps = len(accuracies) - 1
-    step = {"calls_executed": calls, "calls_saved": 2, "tokens_sampled": 100, "cpu_seconds": 1.0}
+    step = {"calls_executed": calls, "calls_shared": 2, "tokens_sampled": 100, "cpu_seconds": 1.0}
     step |= {"forks_after_call": {} if arm == "grpo" else {"1": 3, "2": 1}}
     evaluations = [
         {"step": i, "accuracy": value, **{f"pass@{k}": value for k in (1, 3, 5)}} for i, value in enumerate(accuracies)

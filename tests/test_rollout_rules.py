@@ -157,7 +157,7 @@ def test_a_tool_that_always_fails_is_read_by_the_model(tmp_path):
     assert "no network" in records[0]["tool_calls"][0]["error"]
     log = trainer.state.log_history[0]
     assert log["tools/s/calls"] == log["tools/s/failures"] == 1
-    assert log["tools/calls_saved"] == 1
+    assert log["tools/calls_shared"] == 1
 
 
 def test_the_call_limit_holds_per_row_and_counts_shared_calls(tmp_path):
@@ -245,11 +245,14 @@ def test_records_are_complete(tmp_path):
     assert set(records[0]["segments"][0]) == {
         *("start", "end", "entropy", "entropy_gap", "branch_probability", "forks"),
     }
-    assert set(records[0]["tool_calls"][0]) == {"name", "arguments", "result", "error", "seconds", "cached", "shared"}
+    assert set(records[0]["tool_calls"][0]) == {
+        *("name", "arguments", "result", "error", "seconds", "shared", "merged", "cached", "refused"),
+    }
     assert list(records[0]["rewards"].values()) == [float(len("A<s>q</s>" + RESULT + "xc"))]
     log = trainer.state.log_history[0]
     expected = {"arpo/initial": 1, "arpo/forks": 1, "arpo/supplements": 0, "arpo/fork_rate": 1.0}
-    expected |= {"tools/calls_executed": 1, "tools/calls_saved": 1, "tools/s/cache_hits": 0}
+    expected |= {"tools/calls_made": 2, "tools/calls_executed": 1, "tools/calls_shared": 1, "tools/calls_merged": 0}
+    expected |= {"tools/calls_cached": 0, "tools/calls_refused": 0, "tools/s/executed": 1, "tools/s/cached": 0}
     assert {name: log[name] for name in expected} == expected
     tokens = len(records[0]["completion_ids"])
     assert log["arpo/shared_token_fraction"] == pytest.approx(records[1]["fork_token"] / (2 * tokens))
@@ -315,7 +318,7 @@ def test_expansion_forks_from_rows_that_have_ended_where_they_were_unsure(tmp_pa
         assert row["tool_mask"] == root["tool_mask"] and not row["truncated"]
     assert [segment["forks"] for segment in root["segments"]] == [None, 0, 3]
     log = trainer.state.log_history[0]
-    assert (log["tools/calls_executed"], log["tools/calls_saved"]) == (2, 6)
+    assert (log["tools/calls_made"], log["tools/calls_executed"], log["tools/calls_shared"]) == (8, 2, 6)
     assert (log["arpo/forks"], log["arpo/supplements"]) == (3, 0)
 
 

@@ -252,7 +252,9 @@ def test_metrics_count_what_is_shared_once():
         "arpo/entropy_initial": 0.5,
         "arpo/entropy_after_tool": 1.5,
         "tools/calls_executed": 2,
-        "tools/calls_saved": 1,
+        "tools/calls_made": 3,
+        "tools/calls_shared": 1,
+        "tools/calls_merged": 0,  # of records from before calls were merged
         "tools/search/calls": 1,
         "tools/python/failures": 1,
         "completions/mean_length": 9,  # model tokens: 8 and, for this test, 10
@@ -540,7 +542,7 @@ def test_two_rows_side_by_side_share_what_came_before_the_fork(visit, tmp_path):
 def test_a_metric_over_the_steps(visit, sample_run, sample_page):
     page = visit(sample_page, "step=1")
     rows = read_file(sample_run / "rollouts" / "step-000001.jsonl")[0]
-    executed = sum(not each["shared"] for row in rows for each in row["tool_calls"])
+    executed = sum(not (each["shared"] or each["cached"]) for row in rows for each in row["tool_calls"])
     page.locator("#metric").select_option("tools/calls_executed")
     assert page.locator("#metric-value").text_content() == f"{executed} at step 1"
     assert page.locator("#chart circle").count() == 3

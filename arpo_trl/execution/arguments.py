@@ -5,6 +5,7 @@ exception.
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,3 +18,12 @@ def bound_arguments(function: Callable, arguments: dict[str, Any]) -> dict[str, 
         return arguments
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def canonical_json(value: Any) -> str | None:
+    """Return `value` as JSON whose objects have their keys in order, so that equal values are equal texts; `None` for what
+    JSON cannot hold."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return None

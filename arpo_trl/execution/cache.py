@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .arguments import canonical_json
+
 logger = logging.getLogger(__name__)
 
 # Seconds that a look-up and a store wait for the file. A call waits for its look-up; nobody waits for a store
@@ -65,7 +67,7 @@ class ToolCache:
 
     def get(self, tool: str, arguments: dict[str, Any]) -> str | list | None:
         """Return the remembered answer (text or content blocks), or `None`."""
-        key = _dumps(arguments)
+        key = canonical_json(arguments)
         if key is None:
             return None
         row = self._execute(
@@ -79,7 +81,7 @@ class ToolCache:
 
     def set(self, tool: str, arguments: dict[str, Any], result: str | list) -> None:
         """Remember an answer. What JSON cannot hold, such as an image, is left out."""
-        key, text = _dumps(arguments), _dumps(result)
+        key, text = canonical_json(arguments), canonical_json(result)
         if key is not None and text is not None:
             self._execute(
                 _STORE_PATIENCE,
@@ -141,13 +143,6 @@ def _connect(path: Path, patience: float) -> sqlite3.Connection:
                 connection.close()
                 raise
             time.sleep(0.01)
-
-
-def _dumps(value: Any) -> str | None:
-    try:
-        return json.dumps(value, sort_keys=True)
-    except (TypeError, ValueError, RecursionError):
-        return None
 
 
 def _loads(text: str) -> Any:

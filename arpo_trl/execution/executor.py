@@ -53,8 +53,12 @@ class ToolCall:
         result (`str` or `list`, *optional*): What the model reads: the tool's answer, or the text of its error.
         error (`str`, *optional*): What went wrong; `None` for a call that succeeded. A protocol sets it before the call
             is run where the model's text could not be understood; such a call is answered without running anything.
-        seconds (`float`): Time that the tool ran, all attempts together; waiting for a free place is left out.
-        cached (`bool`): Whether the answer came from the cache, or from the same call made at the same time.
+        seconds (`float`): Time that the tool ran for this call, all attempts together; waiting for a free place is left
+            out. 0 for a call that did not run it.
+        merged (`bool`): Whether another row of the group made the same call, whose answer this is.
+        cached (`bool`): Whether the answer came from the tool's cache, or from the same call that was on its way there.
+        refused (`bool`): Whether the call was answered with an error and ran nothing: it could not be understood, there is
+            no such tool, or it was over a limit.
     """
 
     name: str
@@ -62,7 +66,9 @@ class ToolCall:
     result: str | list | None = None
     error: str | None = None
     seconds: float = 0.0
+    merged: bool = False
     cached: bool = False
+    refused: bool = False
 
 
 class ToolExecutor:
@@ -213,12 +219,14 @@ class _Life:
     async def execute(self, call: ToolCall, function: Callable | None, available: list[str]) -> None:
         if call.error is not None:
             call.result = call.error if call.result is None else call.result
+            call.refused = True
             return
         limit = None
         try:
             if self.closing:
                 raise asyncio.CancelledError
             if function is None:
+                call.refused = True
                 tools = f" Available: {', '.join(available)}." if available else ""
                 raise ValueError(f"Tool {call.name} not found.{tools}")
             options = tool_options(function)
@@ -293,7 +301,11 @@ class _Life:
         places = self.places[home]
         timeout = self.timeout if options.timeout is None else options.timeout
         running = None
-        await places.enter()
+        try:
+            await places.enter()
+        except RuntimeError:
+            call.refused = not call.seconds  # an earlier attempt may have run
+            raise
         try:
             async with contextlib.nullcontext() if is_async(function) else self.threads:
                 running = await self.start(home, function, call.arguments, options)

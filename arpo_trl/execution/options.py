@@ -26,6 +26,7 @@ class ToolOptions:
     max_result_tokens: int | None = None
     max_calls_per_row: int | None = None
     process: bool = False
+    deterministic: bool = False
 
 
 _DEFAULTS = ToolOptions()
@@ -47,6 +48,7 @@ def tool(
     max_result_tokens: int | None = None,
     max_calls_per_row: int | None = None,
     process: bool = False,
+    deterministic: bool | None = None,
 ) -> Callable:
     """Attach options to a tool, as a decorator or around an existing function, coroutine function or bound method.
 
@@ -77,6 +79,10 @@ def tool(
             Run the tool in worker processes, killed at its time-out. The one way to end a function that hangs inside C
             code, such as a network call without a time-out of its own or a regular expression. Needs a sync function
             that can be imported by its name and keeps no state in memory: each worker has its own copy of the module.
+        deterministic (`bool`, *optional*):
+            Whether the answer depends on the arguments alone and a call changes nothing. The trainer then executes equal
+            calls of the rows of one group once, and all of them read the one answer. By default what `function` says of
+            itself, as the tools of this package do, and `True` for a tool with a cache.
 
     Returns:
         `Callable`: The tool with its options, sync or async as it was.
@@ -101,6 +107,7 @@ def tool(
             max_result_tokens=max_result_tokens,
             max_calls_per_row=max_calls_per_row,
             process=process,
+            deterministic=deterministic,
         )
     if not callable(function) or not hasattr(function, "__name__"):
         raise TypeError(
@@ -125,7 +132,16 @@ def tool(
         importable_name(function)
     if isinstance(cache, str | os.PathLike):
         cache = ToolCache(cache)
-    options = ToolOptions(timeout=timeout, retries=retries, cache=cache, process=process, **limits)
+    if deterministic is None:
+        deterministic = cache is not None or tool_options(function).deterministic
+    elif not isinstance(deterministic, bool):
+        raise ValueError(f"`deterministic` must be True, False or None, not {deterministic!r}.")
+    if cache is not None and not deterministic:
+        raise ValueError(
+            "`deterministic=False` contradicts `cache`, which remembers answers that depend on the arguments alone. Leave "
+            "one of them out."
+        )
+    options = ToolOptions(timeout, retries, cache, **limits, process=process, deterministic=deterministic)
 
     async def call_async(*args: Any, **kwargs: Any) -> Any:
         return await function(*args, **kwargs)

@@ -16,8 +16,10 @@ from transformers.utils import logging
 from ..execution.errors import error_repr
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
+from ..execution.options import tool_options
 from .loop import refuse_calls_over_limit
-from .tree import Trajectory
+from .merging import CallMerger
+from .tree import Group, Trajectory
 
 logger = logging.get_logger(__name__)
 
@@ -101,7 +103,9 @@ class RowTools:
     def __init__(self, trainer: Any, executor: ToolExecutor, forks: bool):
         self._trainer = trainer
         self._executor = executor
-        self._copies: list[Any] = []  # made for the forks of the rollout that is going on
+        self._merger = CallMerger(executor.submit)
+        self._group_of: dict[int, int] = {}  # row to group of the rollout that is going on
+        self._copies: list[Any] = []  # made for its forks
         if trainer.environment_factories is not None:
             for name, tools in trainer._env_tools.items():
                 environment = trainer._environment_pool[name][0]
@@ -112,6 +116,10 @@ class RowTools:
         # Environments of different names may have methods of the same name
         self.names = list(dict.fromkeys(tool.__name__ for tool in trainer.tools))
 
+    def begin(self, groups: Sequence[Group]) -> None:
+        """A rollout of `groups` begins."""
+        self._group_of = {row: index for index, group in enumerate(groups) for row in group.rows}
+
     def of(self, trajectory: Trajectory) -> dict[str, Callable]:
         """The tools that a row may call, by name."""
         row = trajectory.row
@@ -119,13 +127,31 @@ class RowTools:
         return {name: tool for name, tool in tools.items() if name in self.names}
 
     def submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
-        """Start the calls of one turn."""
+        """Start the calls of one turn. Those of a stateful environment run one after another, in the model's order."""
         tools = self.of(trajectory)
         refuse_calls_over_limit(calls, trajectory, tools)
         pairs = [(call, tools.get(call.name)) for call in calls]
-        if self._trainer.environments is not None:  # a stateful environment is called in the order of the model's text
-            return self._executor.submit_in_order(pairs)
-        return [self._executor.submit(call, tool) for call, tool in pairs]
+        group = self._group_of[trajectory.row]
+        if self._trainer.environments is None:
+            return [self._merger.submit(group, *pair) for pair in pairs]
+        alone = [self._stands_alone(tool, trajectory.row) for _, tool in pairs]
+        in_order = iter(
+            self._executor.submit_in_order([pair for pair, is_alone in zip(pairs, alone, strict=True) if not is_alone])
+        )
+        return [
+            self._merger.submit(group, *pair) if is_alone else next(in_order)
+            for pair, is_alone in zip(pairs, alone, strict=True)
+        ]
+
+    def _stands_alone(self, tool: Callable | None, row: int) -> bool:
+        """Whether a tool neither changes nor reads the environment of its row, so that its calls may come at any time."""
+        if tool is None or getattr(tool, "__self__", None) is self._trainer.environments[row]:
+            return False
+        return tool_options(tool).deterministic
+
+    def next_wave(self) -> None:
+        """The calls of a wave have been started."""
+        self._merger.next_wave()
 
     def copy(self, parent: Trajectory, fork: Trajectory) -> bool:
         """Give a fork a copy of its parent's environment; `False`, after one warning, where none can be made."""
@@ -147,7 +173,8 @@ class RowTools:
             }
         return True
 
-    def close_copies(self) -> None:
-        """Close the environments that were copied for forks."""
+    def end(self) -> None:
+        """The rollout has been scored: close the environments that were copied for forks, and forget all answers."""
+        self._merger.clear()
         close_environments(self._copies, self._executor)
         self._copies.clear()

@@ -3,7 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from .record import call_kind, call_records
 from .tree import Group
+
+CALL_KINDS = ("shared", "merged", "cached", "refused", "executed")
+"""What becomes of the calls that rows make; each call is of one kind."""
+_PARTS = ("calls", "failures", "merged", "cached", "executed")
+"""Counts of one tool, calls before a fork left out."""
 
 
 def rollout_sums(groups: Sequence[Group]) -> defaultdict[str, float]:
@@ -30,17 +36,15 @@ def rollout_sums(groups: Sequence[Group]) -> defaultdict[str, float]:
                 if segment.forks is not None:
                     sums["decisions"] += 1
                     sums["decided_forks"] += segment.forks
-            for own in trajectory.calls:
-                if own.shared:
-                    sums["calls_saved"] += 1
+            for call in call_records(trajectory):
+                kind, name = call_kind(call), call["name"]
+                sums[f"calls_{kind}"] += 1
+                if kind == "shared":
                     continue
-                call = own.call
-                sums["calls_executed"] += 1
-                sums["calls_failed"] += call.error is not None
-                sums[f"{call.name}/calls"] += 1
-                sums[f"{call.name}/failures"] += call.error is not None
-                sums[f"{call.name}/cache_hits"] += call.cached
-                sums[f"{call.name}/seconds"] += call.seconds
+                sums[f"{name}/calls"] += 1
+                sums[f"{name}/failures"] += call["error"] is not None
+                sums[f"{name}/{kind}"] += 1
+                sums[f"{name}/seconds"] += call["seconds"]
     return sums
 
 
@@ -59,8 +63,8 @@ def sum_names(tools: Iterable[str]) -> list[str]:
     """Names of the sums, the same on every process, in a fixed order."""
     names = ["groups", "initial", "fork", "supplement", "tokens", "shared_tokens", "entropy_initial"]
     names += ["initial_segments", "entropy_after_tool", "entropy_gap", "later_segments", "decisions", "decided_forks"]
-    names += ["calls_saved", "calls_executed", "calls_failed", "prefix_cache_queries", "prefix_cache_hits"]
-    return names + [f"{tool}/{part}" for tool in tools for part in ("calls", "failures", "cache_hits", "seconds")]
+    names += ["prefix_cache_queries", "prefix_cache_hits", *(f"calls_{kind}" for kind in CALL_KINDS)]
+    return names + [f"{tool}/{part}" for tool in tools for part in (*_PARTS, "seconds")]
 
 
 def rollout_metrics(sums: Mapping[str, float], slowest: Sequence[float], tools: Sequence[str]) -> dict[str, float]:
@@ -84,12 +88,11 @@ def rollout_metrics(sums: Mapping[str, float], slowest: Sequence[float], tools: 
         "arpo/prefix_cache_hit_rate": ("prefix_cache_hits", "prefix_cache_queries"),
     }
     metrics = {name: sums[above] / sums[below] for name, (above, below) in means.items() if sums[below]}
-    metrics["tools/calls_executed"] = sums["calls_executed"]
-    metrics["tools/calls_saved"] = sums["calls_saved"]
+    metrics["tools/calls_made"] = sum(sums[f"calls_{kind}"] for kind in CALL_KINDS)
+    metrics |= {f"tools/calls_{kind}": sums[f"calls_{kind}"] for kind in CALL_KINDS}
     for tool, longest in zip(tools, slowest, strict=True):
-        calls = sums[f"{tool}/calls"]
-        metrics |= {f"tools/{tool}/{part}": sums[f"{tool}/{part}"] for part in ("calls", "failures", "cache_hits")}
-        if calls:
-            metrics |= {f"tools/{tool}/seconds_mean": sums[f"{tool}/seconds"] / calls}
+        metrics |= {f"tools/{tool}/{part}": sums[f"{tool}/{part}"] for part in _PARTS}
+        if executed := sums[f"{tool}/executed"]:
+            metrics |= {f"tools/{tool}/seconds_mean": sums[f"{tool}/seconds"] / executed}
             metrics |= {f"tools/{tool}/seconds_max": longest}
     return metrics

@@ -91,6 +91,20 @@ def call_records(trajectory: Trajectory) -> list[dict[str, Any]]:
     return [{**vars(own.call), "shared": own.shared} for own in trajectory.calls]
 
 
+def call_kind(call: Mapping[str, Any]) -> str:
+    """
+    What became of a call that a row made, of which `"executed"` alone ran a tool.
+
+    Args:
+        call (`Mapping[str, Any]`): As records hold it; what an older record lacks is false.
+
+    Returns:
+        `str`: `"shared"` (a row made it before a fork left), `"merged"` (another row of the group made the same call),
+        `"cached"`, `"refused"` (answered with an error at once) or `"executed"`.
+    """
+    return next((kind for kind in ("shared", "merged", "cached", "refused") if call.get(kind)), "executed")
+
+
 def write_records(
     output_dir: str | os.PathLike, records: Sequence[dict], step: int, rank: int, world_size: int, append: bool
 ) -> None:

@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass
 class CallOfRow:
-    """A tool call as one row sees it. `shared`: an ancestor executed it before the fork."""
+    """A tool call as one row sees it. `shared`: an ancestor made it before the fork."""
 
     call: ToolCall
     shared: bool = False

@@ -51,7 +51,8 @@ def _fault_of_parts(row: dict[str, Any]) -> str | None:
             return f"segments[{index}] is not a stretch of completion_ids behind the one before it"
         end = segment["end"]
     for index, call in enumerate(row["tool_calls"]):
-        fault = _fault_of_fields(call, _CALL, f"tool_calls[{index}]")
+        fields = _CALL | {name: check for name, check in _CALL_NOW.items() if name in call}
+        fault = _fault_of_fields(call, fields, f"tool_calls[{index}]")
         if fault:
             return fault
     for name, (check, wanted) in _OF_AN_EVALUATION.items():
@@ -156,6 +157,7 @@ _CALL = {
     "cached": _BOOLEAN,
     "shared": _BOOLEAN,
 }
+_CALL_NOW = {"merged": _BOOLEAN, "refused": _BOOLEAN}  # absent from older records
 _OF_AN_EVALUATION = {
     "question": _TEXT,
     "answer": _ANYTHING,

@@ -21,6 +21,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..rollout.record import call_kind
 from .records import Row, find_benchmarks, find_steps, group_rows, question_groups, read_file, step_metrics
 
 MAX_TRAJECTORIES = 20_000
@@ -269,8 +270,8 @@ def _place_calls(calls: list[dict], gaps: list[str]) -> tuple[list[list[dict]], 
 
 def _call(call: dict) -> dict:
     """A call as the page shows it."""
-    keys = ("name", "arguments", "error", "seconds", "cached", "shared")
-    return {key: call[key] for key in keys} | {"result": _text(call["result"])}
+    keys = ("name", "arguments", "error", "seconds")
+    return {key: call[key] for key in keys} | {"kind": call_kind(call), "result": _text(call["result"])}
 
 
 def _text(result: Any) -> str:

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 _FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
 _SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
-_CALL = ("name", "arguments", "result", "error", "seconds", "cached")
+_CALL = ("name", "arguments", "result", "error", "seconds", "merged", "cached", "refused")
 
 
 def find_steps(run_dir: Path) -> dict[int, list[Path]]:
@@ -177,7 +177,7 @@ def _rolled_out(rows: list[Row]) -> Group:
             completion_ids=row["completion_ids"],
             segments=[Segment(**{key: segment[key] for key in _SEGMENT}) for segment in row["segments"]],
             calls=[
-                CallOfRow(ToolCall(**{key: call[key] for key in _CALL}), shared=call["shared"])
+                CallOfRow(ToolCall(**{key: call[key] for key in _CALL if key in call}), shared=call["shared"])
                 for call in row["tool_calls"]
             ],
         )

@@ -99,8 +99,12 @@ function callFacts(call) {
   return joined([
     call.error != null && "failed",
     call.seconds != null && (call.seconds < 0.001 ? "under 1 ms" : `${number(call.seconds)} s`),
-    call.cached && "from cache",
-    call.shared && "shared, not run again",
+    {
+      shared: "shared, not run again",
+      merged: "merged with another row's, not run again",
+      cached: "from cache",
+      refused: "not run",
+    }[call.kind],
   ]);
 }
 

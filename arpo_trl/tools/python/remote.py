@@ -15,6 +15,7 @@ executor's (`tool(remote.python, retries=3)`). Failures of the server that may p
 import inspect
 
 from ...execution.errors import TransientToolError
+from ...execution.options import tool
 from ..search.http import _JSONClient
 from . import worker as python_worker
 from .sandbox import NO_OUTPUT, PythonError, code_to_run, cut_output
@@ -73,6 +74,7 @@ class RemoteSandbox:
         self.max_output_chars = max_output_chars
         self._http = _JSONClient(url.rstrip("/") + "/run_code", timeout + _QUEUE_SECONDS)
 
+    @tool(deterministic=True)
     def python(self, code: str) -> str:
         """
         Runs Python code and returns what it prints and the value of its last expression.

@@ -47,6 +47,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...execution.errors import TransientToolError
+from ...execution.options import tool
 from ...source_code import source_code
 from . import system_calls
 from . import worker as python_worker
@@ -142,6 +143,7 @@ class PythonSandbox:
                 raise RuntimeError(f"PythonSandbox cannot use bwrap here: {error} {_WAYS_ON}") from None
             raise
 
+    @tool(deterministic=True)
     def python(self, code: str) -> str:
         """
         Runs Python code and returns what it prints and the value of its last expression.

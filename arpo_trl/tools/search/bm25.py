@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from ...execution.options import tool
 from .passages import (
     Passage,
     format_passages,
@@ -127,6 +128,7 @@ class PassageSearch:
         found = self.rank(query, self.top_k if top_k is None else top_k)
         return [Passage(position, self.passages[position].as_py(), score) for position, score in found]
 
+    @tool(deterministic=True)
     def search(self, query: str) -> str:
         """Search a collection of passages and return those that fit the query best.
 

@@ -29,6 +29,7 @@ from typing import Any
 import httpx2
 
 from ...execution.errors import TransientToolError
+from ...execution.options import tool
 from ...execution.retries import is_transient, retry_after
 from .passages import NO_RESULTS, format_passages
 
@@ -80,6 +81,7 @@ class RetrieveClient:
             )
         return [row[:top_k] for row in texts]
 
+    @tool(deterministic=True)
     def search(self, query: str) -> str:
         """Search a collection of passages and return those that fit the query best.
 
@@ -115,6 +117,7 @@ class SerperSearch:
         self.top_k = _checked_top_k(top_k)
         self._http = _JSONClient(base_url.rstrip("/") + "/search", timeout, {"X-API-KEY": api_key})
 
+    @tool(deterministic=True)
     def search(self, query: str) -> str:
         """Search the web and return the pages that fit the query best.
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from os import PathLike
 
+from ...execution.options import tool
 from .bm25 import BM25Search, words
 from .passages import NO_RESULTS
 
@@ -77,6 +78,7 @@ class ReplaySearch:
         scored = [(candidate, self.similarity(query, candidate)) for candidate in candidates]
         return max(scored, key=lambda pair: pair[1], default=None)
 
+    @tool(deterministic=True)
     def search(self, query: str) -> str:
         """Search the web and return the pages that fit the query best.
 

@@ -144,6 +144,7 @@ class Browser:
         self._ssl_context = ssl_context or ssl.create_default_context()
         self._readers = ToolExecutor()
 
+    @tool(deterministic=True)
     def browse(self, url: str) -> str:
         """Open a web page and return its text.
 
