@@ -331,7 +331,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             for function, name in zip(functions, self.reward_func_names, strict=True)
         ]
         try:
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            with self._reporter.timed("rewards"):
+                rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward

@@ -347,11 +347,15 @@ def test_python_block(before, text, runs, small, request):
 
 
 def test_the_metrics_of_the_page_are_those_that_are_logged():
+    from arpo_trl.reporting import PHASES
     from arpo_trl.rollout.metrics import rollout_metrics, sum_names
+    from arpo_trl.scoring.tally import NotPacked, chunk_counts, scoring_metrics
 
     page = (ROOT / "docs" / "records.md").read_text("utf-8")
     sums = dict.fromkeys(sum_names(["<name>"]), 1.0)
     logged = set(rollout_metrics(sums, [1.0], ["<name>"]))
+    logged |= set(scoring_metrics(chunk_counts(1, 1, NotPacked("<reason>", ""))))
+    logged |= {f"arpo/seconds/{phase}" for phase in PHASES}
     rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith(("| `arpo/", "| `tools/"))]
     told = {name.replace("…", "tools/<name>") for row in rows for name in re.findall(r"`(.+?)`", row)}
     assert told == logged

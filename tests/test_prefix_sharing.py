@@ -441,7 +441,7 @@ def test_prompt_learning_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(build(QWEN3), config)
-    assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu"))
+    assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu")).text
 
 
 def test_flex_attention_of_a_split_model_is_refused():
@@ -449,7 +449,7 @@ def test_flex_attention_of_a_split_model_is_refused():
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 0, "lm_head": 0}
     assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
     model.hf_device_map["lm_head"] = 1
-    assert "split over devices" in prefix_sharing.unsupported_reason(model, torch.device("cuda"))
+    assert "split over devices" in prefix_sharing.unsupported_reason(model, torch.device("cuda")).text
     model.set_attn_implementation("sdpa")
     assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
 
