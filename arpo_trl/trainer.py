@@ -190,6 +190,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self._delegates:
             check_images(self, protocol, self._branches)
         self.share_prefixes = args.prefix_sharing
+        self.keep_groups_together = args.keep_groups_together
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,

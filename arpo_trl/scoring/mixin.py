@@ -26,7 +26,7 @@ from accelerate.utils import gather_object
 from trl.extras.profiling import profiling_context
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from .prefix_tree import sibling_order
+from .prefix_tree import group_order, sibling_order
 from .shared_prefix import rows_may_change_micro_batch, shared_prefix_logps, why_not_packed
 from .tally import NotPacked, chunk_counts, scoring_metrics
 
@@ -44,9 +44,13 @@ class SharedPrefixMixin:
 
     Attributes:
         share_prefixes (`bool`): Whether to share at all; `False` is TRL's own method to the bit.
+        keep_groups_together (`bool`): Whether the shuffle of a generation batch deals whole groups, rather than rows, to
+            optimiser steps and micro-batches, whether prefixes are shared or not. `False` leaves each row in the
+            optimiser step that TRL's shuffle has put it into.
     """
 
     share_prefixes: bool = True
+    keep_groups_together: bool = False
     _ordered_inputs: list | None = None  # the buffered inputs that have been put into order
     _loss_seconds: float = 0.0  # of the optimiser step so far
 
@@ -58,6 +62,7 @@ class SharedPrefixMixin:
     _metrics: Any
     _buffered_inputs: Any
     _step: int
+    num_generations: int
     loss_type: str
     top_entropy_quantile: float
     _entropy_bonus_enabled: bool
@@ -91,11 +96,8 @@ class SharedPrefixMixin:
         if not self.model.training or batches is self._ordered_inputs:
             return inputs
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if math.gcd(steps, accumulation) == 1 or not self.share_prefixes or self._why_not_packed() is not None:
-            return inputs  # there is no other micro-batch to go to, or no use
-        if not rows_may_change_micro_batch(self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled):
-            return inputs
-        # TRL has shuffled the rows of this generation batch; siblings come together again within each optimiser step
+        if not self.keep_groups_together and (math.gcd(steps, accumulation) == 1 or not self._may_reorder()):
+            return inputs  # there is no other micro-batch to go to, or no use, or it would be another loss
         rows = [
             torch.cat([prompt[prompt_mask.bool()], completion[completion_mask.bool()]]).cpu().numpy()
             for batch in batches
@@ -104,9 +106,20 @@ class SharedPrefixMixin:
                 strict=True,
             )
         ]
-        order = sibling_order(rows, steps, accumulation)
+        # TRL has shuffled the rows of this generation batch
+        order = list(range(len(rows)))
+        if self.keep_groups_together:
+            order = group_order(rows, torch.cat([batch["group"] for batch in batches]).tolist())
+        # Siblings come together within each optimiser step
+        order = [order[place] for place in sibling_order([rows[row] for row in order], steps, accumulation)]
         self._buffered_inputs = self._ordered_inputs = reordered(batches, order)
         return self._buffered_inputs[self._step % steps]
+
+    def _may_reorder(self) -> bool:
+        """Whether rows that share a prefix gain from standing in one micro-batch, and the loss does not depend on it."""
+        if not self.share_prefixes or self._why_not_packed() is not None:
+            return False
+        return rows_may_change_micro_batch(self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -176,16 +189,19 @@ class SharedPrefixMixin:
         logps, entropies = zip(*chunks, strict=True)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    # Metrics
-
     def _generate_and_score_completions(self, inputs):
         self._scoring_seconds.clear()
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if self.model.training and self.keep_groups_together:  # a column that TRL shuffles and splits with the others
+            first = self.accelerator.process_index * len(inputs)
+            output["group"] = torch.arange(first, first + len(inputs)) // self.num_generations
         metrics = self._metrics["train" if self.model.training else "eval"]
         scored = [phase for name, phase in _COMPARED.items() if name in output]
         for phase, seconds in zip(scored, self._scoring_seconds, strict=False):
             metrics[f"arpo/seconds/{phase}"].append(seconds)
         return output
+
+    # Metrics
 
     def compute_loss(self, *args, **kwargs):
         started = time.perf_counter()
