@@ -80,6 +80,12 @@ class ARPOConfig(GRPOConfig):
             compared with each other are computed in one way. Rows that share a prefix are brought into one
             micro-batch, except where the loss depends on which rows a micro-batch holds (`loss_type="bnpo"`,
             `top_entropy_quantile` < 1, the entropy bonus). Set it to `False` for results that equal TRL's to the bit.
+        keep_groups_together (`bool`, *optional*, defaults to `False`):
+            Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser steps and
+            micro-batches, so that more prefixes can be shared; a group that does not fit is cut along its tree. Where a
+            generation batch is one optimiser step and the loss does not depend on which rows a micro-batch holds, the
+            rows of a step are the same without it, and prefix sharing brings groups together anyway. Elsewhere it
+            changes training: each row is still equally likely to be in each step, but a step sees fewer prompts.
 
         > Parameters that control generation with vLLM
 
@@ -188,6 +194,13 @@ class ARPOConfig(GRPOConfig):
         metadata={
             "help": "Whether tokens that rows share are computed once rather than once a row, in rollouts and in the "
             "training step, where that is supported and pays."
+        },
+    )
+    keep_groups_together: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser steps "
+            "and micro-batches."
         },
     )
 

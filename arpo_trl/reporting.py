@@ -9,7 +9,7 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ logger = logging.get_logger(__name__)
 
 USELESS_ROLLOUTS = 5
 """Training rollouts in a row that teach nothing before a warning says so."""
+
+# Phases whose seconds are metrics. TRL profiles the last four itself, under the names of its methods.
+PHASES = ("sample", "parse", "tools", "wait", "rewards", "old_logps", "ref_logps", "loss")
 
 
 class Reporter:
@@ -58,9 +61,9 @@ class Reporter:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Time a phase of the rollout: a metric, and under TRL's own profiling names where these are reported."""
+        """Time a phase of the rollout: a metric, and, unless TRL profiles it itself, one of TRL's profiling names."""
         started = time.perf_counter()
-        with profiling_context(self._trainer, phase):
+        with nullcontext() if phase == "rewards" else profiling_context(self._trainer, phase):
             yield
         self._waves += phase == "sample"  # a wave samples once
         self._seconds[phase] += time.perf_counter() - started

@@ -191,6 +191,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self._delegates:
             check_images(self, protocol, self._branches)
         self.share_prefixes = args.prefix_sharing
+        self.keep_groups_together = args.keep_groups_together
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,
@@ -333,7 +334,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             for function, name in zip(functions, self.reward_func_names, strict=True)
         ]
         try:
-            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            with self._reporter.timed("rewards"):
+                rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         finally:
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward

@@ -4,11 +4,15 @@ one run and interleaved, medians of several repeats.
 
     python benchmarks/prefix_sharing.py --json outputs/prefix_sharing.json
     python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
+    python benchmarks/prefix_sharing.py --cases
 
 Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
 finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
 holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared micro-batch that needs no
 more memory than row by row at 4. Memory is the peak of the resident set, each measurement in a process of its own.
+
+Last, and alone with `--cases` without a name, tokens are counted: those that the recipes of `examples/configs` compute in
+a rollout batch, as TRL's shuffle of rows leaves them and with whole groups.
 
 Not covered: the optimiser, generation, and anything but a CPU unless `--device cuda` is given.
 """
@@ -26,12 +30,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, Qwen3Config
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from arpo_trl.scoring.prefix_tree import Cost, pack, sibling_order
+from arpo_trl.scoring.prefix_tree import Cost, group_order, pack, sibling_order
 from arpo_trl.scoring.shared_prefix import shared_prefix_logps
 
 VOCABULARY = 1030
@@ -211,9 +216,75 @@ def headline(lines: list[dict]) -> dict:
     }
 
 
+def recipe_rows(rng: np.random.Generator, groups: int, rows: int, prompt: int, completion: int) -> list:
+    """Groups of which half the rows are roots; each is forked once, after 500 to 3,000 tokens of its completion."""
+    found = []
+    for _ in range(groups):
+        start = rng.integers(0, VOCABULARY, prompt)
+        roots = [np.r_[start, rng.integers(0, VOCABULARY, completion)] for _ in range(rows // 2)]
+        cuts = prompt + rng.integers(500, 3000, len(roots))
+        forks = [
+            np.r_[root[:cut], rng.integers(0, VOCABULARY, len(root) - cut)]
+            for root, cut in zip(roots, cuts, strict=True)
+        ]
+        found += roots + forks
+    return found
+
+
+def computed_fraction(rows: list, order: list[int], micro_batch: int, prompt: int) -> float:
+    """Tokens that packed micro-batches compute, of those of their rows."""
+    computed = 0
+    for start in range(0, len(order), micro_batch):
+        own = [rows[row] for row in order[start : start + micro_batch]]
+        computed += len(pack(own, [prompt] * len(own), Cost(token=1, pair=0, call=0)).input_ids)
+    return computed / sum(map(len, rows))
+
+
+def count_recipe(path: Path, micro_batch: int | None = None, prompt: int = 1500, completion: int = 4000) -> dict:
+    """
+    Count the tokens of one process in a rollout batch of a recipe: rows as TRL shuffles them, brought together within each
+    optimiser step (which the loss has to allow), and dealt as whole groups. Another micro-batch has as many rows a step.
+    """
+    recipe = yaml.safe_load(path.read_text())
+    size = micro_batch or recipe["per_device_train_batch_size"]
+    step = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    batch = recipe["per_device_train_batch_size"] * recipe["steps_per_generation"]
+    group = recipe["num_generations"]
+    rng = np.random.default_rng(0)
+    rows = recipe_rows(rng, batch // group, group, prompt, completion)
+    shuffle = [int(row) for row in rng.permutation(batch)]
+
+    def within_steps(order: list[int]) -> list[int]:
+        places = sibling_order([rows[row] for row in order], batch // size, step // size)
+        return [order[place] for place in places]
+
+    dealt = group_order([rows[row] for row in shuffle], [row // group for row in shuffle])
+    orders = {
+        "shuffled rows": shuffle,
+        "together within a step": within_steps(shuffle),
+        "whole groups": within_steps([shuffle[place] for place in dealt]),
+    }
+    counts = {name: computed_fraction(rows, order, size, prompt) for name, order in orders.items()}
+    return {"recipe": path.stem, "micro_batch": size, "rows_a_step": step, **counts}
+
+
+def count_recipes() -> list[dict]:
+    """Each recipe as it stands, and the first of deep search at other micro-batches."""
+    folder = Path(__file__).parents[1] / "examples" / "configs"
+    lines = [count_recipe(path) for path in sorted(folder.glob("*.yaml")) if "cold_start" not in path.stem]
+    lines += [count_recipe(folder / "qwen3-8b_deep_search.yaml", size) for size in (4, 8, 16)]
+    print(f"\n{'tokens computed, of all':<27}{'micro-batch':>11}{'shuffled':>10}{'in a step':>10}{'whole groups':>13}")
+    for line in lines:
+        print(
+            f"{line['recipe']:<27}{line['micro_batch']:>11}{line['shuffled rows']:>10.0%}"
+            f"{line['together within a step']:>10.0%}{line['whole groups']:>13.0%}"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 128")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8])
@@ -226,7 +297,10 @@ def main() -> None:
         case, side, micro_batch = args.peak_of
         return print_peak(case, side, int(micro_batch), args)
 
-    print(f"{'case':<21}{'side':<12}{'micro-batch':>11}{'seconds':>9}{'CPU s':>8}{'peak MiB':>10}{'x':>7}{'x CPU':>7}")
+    if args.cases:
+        print(
+            f"{'case':<21}{'side':<12}{'micro-batch':>11}{'seconds':>9}{'CPU s':>8}{'peak MiB':>10}{'x':>7}{'x CPU':>7}"
+        )
     results = []
     for case in args.cases:
         result = measure(case, args)
@@ -248,11 +322,12 @@ def main() -> None:
                 f" {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
                 flush=True,
             )
+    recipes = count_recipes()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {"hidden": args.hidden, "layers": args.layers, "device": args.device, "repeats": args.repeats}
         settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        args.json.write_text(json.dumps({"settings": settings, "cases": results}, indent=2) + "\n")
+        args.json.write_text(json.dumps({"settings": settings, "cases": results, "recipes": recipes}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

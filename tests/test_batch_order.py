@@ -217,6 +217,30 @@ def test_rows_that_share_a_prefix_come_together_if_the_loss_does_not(tokenizer, 
     assert not log()
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_whole_groups_are_dealt_where_asked_for(tokenizer, tmp_path, log, accumulation, loss_type):
+    # Four micro-batches of four rows a generation batch, four or two optimiser steps. Weights do not move.
+    settings = {"gradient_accumulation_steps": accumulation, "steps_per_generation": 4, "loss_type": loss_type}
+    settings |= {"max_steps": 4 // accumulation, "learning_rate": 0.0}
+    together, alone, stock = (
+        train(tokenizer, tmp_path / name, prefix_sharing=sharing, keep_groups_together=keep, **settings)
+        for name, sharing, keep in (("together", True, True), ("alone", False, True), ("stock", False, False))
+    )
+    assert prompts_together(together) == [1, 1, 1, 1] and min(prompts_together(stock)) > 1
+    for ours, row_by_row in zip(together._buffered_inputs, alone._buffered_inputs, strict=True):
+        assert torch.equal(ours["completion_ids"], row_by_row["completion_ids"]), "whether prefixes are shared or not"
+    rows = [
+        sorted(map(tuple, torch.cat([batch["completion_ids"] for batch in trainer._buffered_inputs]).tolist()))
+        for trainer in (together, stock)
+    ]
+    assert rows[0] == rows[1], "the same rows in all"
+    for ours, row_by_row in zip(together.state.log_history, alone.state.log_history, strict=True):
+        for name in {"loss", "grad_norm"} & ours.keys():
+            assert ours[name] == pytest.approx(row_by_row[name], rel=1e-3, abs=1e-6)
+    assert not log()
+
+
 def test_rows_may_change_micro_batch(log):
     assert rows_may_change_micro_batch("dapo", 1.0, False)
     assert not rows_may_change_micro_batch("bnpo", 1.0, False)

@@ -1,6 +1,7 @@
 """The recipes of examples/configs: each parses as its script parses it, and trains on the rows that its sources name."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_training(path):
     assert script.tools == ["search", "python"]
     cold_start = next(cold for cold in COLD_STARTS if model_of(cold) == model_of(path))
     assert model.model_name_or_path == yaml.safe_load(cold_start.read_text())["output_dir"]
+
+
+def test_recipes_keep_groups_together_and_compute_fewer_tokens():
+    path = EXAMPLES.parent / "benchmarks" / "prefix_sharing.py"
+    count = runpy.run_path(str(path))["count_recipe"]
+    recipe = EXAMPLES / "configs" / "qwen3-8b_deep_search.yaml"
+    assert all(yaml.safe_load(path.read_text())["keep_groups_together"] for path in TRAINING)
+    for micro_batch, target in ((2, 0.72), (8, 0.62)):
+        counts = count(recipe, micro_batch)
+        assert counts["whole groups"] <= target < counts["together within a step"] <= counts["shuffled rows"]
 
 
 @pytest.mark.parametrize("path", COLD_STARTS, ids=lambda path: path.stem)

@@ -368,12 +368,16 @@ def test_python_block(before, text, runs, small, request):
 def test_the_metrics_of_the_page_are_those_that_are_logged():
     from collections import defaultdict
 
+    from arpo_trl.reporting import PHASES
     from arpo_trl.rollout.metrics import rollout_metrics, sum_names
     from arpo_trl.rollout.observations import KINDS, PLACES, Observations, observation_metrics
+    from arpo_trl.scoring.tally import NotPacked, chunk_counts, scoring_metrics
 
     page = (ROOT / "docs" / "records.md").read_text("utf-8")
     sums = dict.fromkeys(sum_names(["<name>"]), 1.0)
     logged = set(rollout_metrics(sums, [1.0], ["<name>"]))
+    logged |= set(scoring_metrics(chunk_counts(1, 1, NotPacked("<reason>", ""))))
+    logged |= {f"arpo/seconds/{phase}" for phase in PHASES}
     everything = Observations(defaultdict(lambda: 1.0), [1.0], [1.0], [1], [1.0])
     logged |= {"arpo/waves", *observation_metrics(everything)}
     prefixes = ("| `arpo/", "| `tools/", "| `completions/")

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import logging
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl.scoring import shared_prefix as prefix_sharing
-from arpo_trl.scoring.prefix_tree import Cost, pack, shared_prefixes, sibling_order
+from arpo_trl.scoring.prefix_tree import Cost, group_order, pack, shared_prefixes, sibling_order
 from arpo_trl.scoring.shared_prefix import MODEL_TYPES, forward_cost, shared_prefix_logps
 
 SHAPE = {
@@ -441,7 +442,7 @@ def test_prompt_learning_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(build(QWEN3), config)
-    assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu"))
+    assert "prompt-learning" in prefix_sharing.unsupported_reason(model, torch.device("cpu")).text
 
 
 def test_flex_attention_of_a_split_model_is_refused():
@@ -449,7 +450,7 @@ def test_flex_attention_of_a_split_model_is_refused():
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 0, "lm_head": 0}
     assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
     model.hf_device_map["lm_head"] = 1
-    assert "split over devices" in prefix_sharing.unsupported_reason(model, torch.device("cuda"))
+    assert "split over devices" in prefix_sharing.unsupported_reason(model, torch.device("cuda")).text
     model.set_attn_implementation("sdpa")
     assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
 
@@ -472,6 +473,26 @@ def test_sibling_order_stays_within_a_step(steps_per_generation, accumulation, p
         assert sorted(order[start : start + part]) == list(range(start, start + part))
         families = [row % 3 for row in order[start : start + part]]
         assert families == sorted(families)
+
+
+def test_group_order_by_hand():
+    # Two groups of one prompt each; in the first, rows 0 and 5 are siblings, and so are rows 2 and 4
+    rows = [np.array(row) for row in ([1, 7, 1], [2, 1], [1, 3, 1], [2, 2], [1, 3, 2], [1, 7, 2])]
+    order = group_order(rows, [8, 9, 8, 9, 8, 8])
+    assert order == [0, 5, 2, 4, 1, 3]
+    # Of a group that is cut in two, siblings stay together; the row that the shuffle put first is in the first part
+    assert group_order([rows[row] for row in (4, 0, 5, 2)], [0] * 4) == [0, 1, 2, 3]
+    assert group_order([], []) == []
+
+
+def test_each_row_is_equally_likely_to_be_in_each_step():
+    rows = [np.array(row) for row in ([1, 1], [1, 2], [1, 3], [2, 1], [2, 2], [2, 3])]
+    places = np.zeros((6, 6), dtype=int)
+    for shuffle in itertools.permutations(range(6)):
+        order = group_order([rows[row] for row in shuffle], [shuffle[place] // 3 for place in range(6)])
+        for place, row in enumerate(order):
+            places[shuffle[row], place] += 1
+    assert (places == 120).all()
 
 
 def test_sibling_order_wants_a_whole_generation_batch():

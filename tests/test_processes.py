@@ -174,6 +174,12 @@ def test_prefix_sharing_leaves_the_weights_as_they_are(runs):
     shared, stock = runs["agent-shared"].weights[0], runs["agent-stock"].weights[0]
     assert torch.allclose(shared, stock, atol=1e-5)
     assert not torch.equal(shared, stock), "prefixes were shared"
+    told = [
+        [{name: log[name] for name in log if name.startswith("arpo/") and "fraction" in name} for log in facts["logs"]]
+        for facts in runs["agent-shared"].facts
+    ]
+    assert told[0] == told[1], "of the tokens of both processes"
+    assert told[0][0]["arpo/packed_token_fraction"] == 1 and told[0][0]["arpo/computed_token_fraction"] < 1
 
 
 def test_sharding_does_what_data_parallel_does(runs, sharded):

@@ -139,6 +139,33 @@ def sibling_order(
     ]
 
 
+def group_order(rows: Sequence[np.ndarray], groups: Sequence[int]) -> list[int]:
+    """
+    Put the rows of each group next to each other, so that parts of the batch hold whole groups where these fit.
+
+    The groups follow one another in the order in which a row of each comes first, so the order of a uniform shuffle of
+    rows makes a uniform shuffle of groups. Within a group siblings are neighbours, beginning with that first row: a group
+    that is cut is cut along its tree, and each of its rows is equally likely to be in the first part.
+
+    Args:
+        rows (`Sequence[np.ndarray]`): Token ids (prompt and completion, no padding) of each row of a shuffled
+            generation batch.
+        groups (`Sequence[int]`): Group of each row.
+
+    Returns:
+        `list[int]`: a permutation: the row to put at each place.
+    """
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    order = []
+    for own in members.values():
+        siblings = [own[place] for place in shared_prefixes([rows[row] for row in own])[0]]
+        first = siblings.index(own[0])
+        order += siblings[first:] + siblings[:first]
+    return order
+
+
 def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) -> PrefixTree:
     """
     Lay rows out as a prefix tree; a prefix too short to be worth a masked attention call is computed again.

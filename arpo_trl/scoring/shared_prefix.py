@@ -17,6 +17,7 @@ What it does not do:
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .prefix_tree import Cost, PrefixTree, pack, unpadded
+from .tally import NotPacked, chunk_counts
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -185,7 +187,7 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
-def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
+def unsupported_reason(model: nn.Module, device: torch.device) -> NotPacked | None:
     """
     Why the rows of `model` have to be scored one by one; `None` if they can share prefixes.
 
@@ -194,57 +196,67 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
         device (`torch.device`): Where it runs.
 
     Returns:
-        `str` or `None`
+        [`~arpo_trl.scoring.tally.NotPacked`] or `None`
     """
     chain = _unwrapped(model)
     config = chain[-1].config
     if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+        known = ", ".join(sorted(MODEL_TYPES))
+        return NotPacked("model_type", f"model type {config.model_type!r} is not one of {known}")
     implementation = config._attn_implementation
     if implementation != "sdpa" and (implementation != "flex_attention" or device.type != "cuda"):
-        return f"attention {implementation!r} on {device.type}; use attn_implementation='sdpa'"
+        return NotPacked("attention", f"attention {implementation!r} on {device.type}; use attn_implementation='sdpa'")
     if implementation == "flex_attention" and len(set((getattr(chain[-1], "hf_device_map", None) or {}).values())) > 1:
-        return "attention 'flex_attention' on a model that is split over devices; use attn_implementation='sdpa'"
+        return NotPacked(
+            "attention",
+            "attention 'flex_attention' on a model that is split over devices; use attn_implementation='sdpa'",
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
     if kinds & _LENGTH_DEPENDENT_ROPE:
-        return "its rotary embedding depends on the length of the batch"
+        return NotPacked("rotary_embedding", "its rotary embedding depends on the length of the batch")
     if any(_is_compiled(module) for module in model.modules()):
-        return "the model is compiled"
+        return NotPacked("compiled", "the model is compiled")
     if any(isinstance(module, nn.DataParallel) for module in chain):
-        return "DataParallel splits a batch by rows; launch with `accelerate launch`"
+        return NotPacked("data_parallel", "DataParallel splits a batch by rows; launch with `accelerate launch`")
     adapters = [adapter for module in chain[:-1] for adapter in getattr(module, "peft_config", {}).values()]
     if any(adapter.is_prompt_learning for adapter in adapters):
-        return "a prompt-learning adapter adds tokens to each row"
+        return NotPacked("prompt_learning", "a prompt-learning adapter adds tokens to each row")
     return None
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.warning(message)
+def _log_once(message: str, level: int = logging.WARNING) -> None:
+    logger.log(level, message)
 
 
-def shares_prefixes(model: nn.Module, device: torch.device, aux_loss: bool = False) -> bool:
+def why_not_packed(
+    model: nn.Module, device: torch.device, aux_loss: bool = False, images: bool = False
+) -> NotPacked | None:
     """
-    Whether nothing speaks against sharing prefixes; the first time that something does, it is logged.
+    What speaks against sharing prefixes, if anything does; the first time, it is logged.
 
     Args:
         model (`nn.Module`): Model, wrapped or not.
         device (`torch.device`): Where it runs.
         aux_loss (`bool`, *optional*, defaults to `False`): Whether its load-balancing loss is part of the objective.
+        images (`bool`, *optional*, defaults to `False`): Whether the rows have images.
 
     Returns:
-        `bool`
+        [`~arpo_trl.scoring.tally.NotPacked`] or `None`
     """
     reason = unsupported_reason(model, device)
     if reason is None and aux_loss:
-        reason = (
+        reason = NotPacked(
+            "router_loss",
             "the load-balancing loss counts every token of every row, those that rows share included; "
-            "router_aux_loss_coef=0 leaves it out"
+            "router_aux_loss_coef=0 leaves it out",
         )
+    if reason is None and images:
+        reason = NotPacked("images", "the rows have images")
     if reason is not None:
-        _log_once(f"Prefix sharing is off, rows are scored one by one: {reason}.")
-    return reason is None
+        _log_once(f"Prefix sharing is off, rows are scored one by one: {reason.text}.")
+    return reason
 
 
 def rows_may_change_micro_batch(loss_type: str, top_entropy_quantile: float, entropy_bonus: bool) -> bool:
@@ -298,6 +310,34 @@ def forward_cost(config: PreTrainedConfig, device_type: str) -> Cost:
     )
 
 
+def packed_tree(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    only_if_cheaper: bool = True,
+) -> PrefixTree | NotPacked:
+    """The prefix tree that [`shared_prefix_logps`] scores, or why it scores none; arguments as there."""
+    device = input_ids.device
+    reason = why_not_packed(model, device)
+    if reason is not None:
+        return reason
+    ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
+    prompt_lengths = mask[:, :-logits_to_keep].sum(1)
+    stretches = mask[:, 0].astype(int) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    if (prompt_lengths == 0).any():
+        return NotPacked("no_prompt", "a row has no prompt to predict its first token from")
+    if (stretches > 1).any():
+        return NotPacked("mask", "the attention mask of a row has holes")
+    cost = forward_cost(_unwrapped(model)[-1].config, device.type)
+    tree = pack(unpadded(ids, mask), prompt_lengths.tolist(), cost)
+    if not tree.segments:
+        return NotPacked("no_completion", "all completions are masked")
+    if only_if_cheaper and tree.cost > _MARGIN * cost.batch(len(ids), ids.shape[1], padded=not mask.all()):
+        return NotPacked("cost", "the rows of a micro-batch share too little for it to pay")
+    return tree
+
+
 def shared_prefix_logps(
     model: nn.Module,
     input_ids: torch.Tensor,
@@ -305,6 +345,7 @@ def shared_prefix_logps(
     logits_to_keep: int,
     compute_entropy: bool = False,
     only_if_cheaper: bool = True,
+    counts: Counter[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """
     Per-token log-probabilities and entropies of completions from one forward over their prefix tree.
@@ -323,28 +364,26 @@ def shared_prefix_logps(
         only_if_cheaper (`bool`, *optional*, defaults to `True`): Whether to decline where the modelled cost promises
             no gain. In bfloat16 packed rows differ from rows scored one by one by its rounding, so `False` is for
             log-probabilities that are compared with those of the same rows in another chunk.
+        counts (`Counter[str]`, *optional*): Where the counts of this chunk are added
+            ([`~arpo_trl.scoring.tally.chunk_counts`]).
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None] | None`: log-probabilities and entropies of shape `(B, C)`, 0 where a
         token is masked; `None` if sharing does not pay or is not supported.
     """
     device = input_ids.device
-    if not shares_prefixes(model, device):
-        return None
-    config = _unwrapped(model)[-1].config
-    ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
-    prompt_lengths = mask[:, :-logits_to_keep].sum(1)
-    stretches = mask[:, 0].astype(int) + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
-    if (prompt_lengths == 0).any() or (stretches > 1).any():  # nothing to predict from, or holes
-        return None
-    cost = forward_cost(config, device.type)
-    tree = pack(unpadded(ids, mask), prompt_lengths.tolist(), cost)
-    if not tree.segments:
-        return None
-    if only_if_cheaper and tree.cost > _MARGIN * cost.batch(len(ids), ids.shape[1], padded=not mask.all()):
+    tree = packed_tree(model, input_ids, attention_mask, logits_to_keep, only_if_cheaper)
+    if counts is not None:
+        scored = int(attention_mask[:, -logits_to_keep:].sum())
+        outcome = tree if isinstance(tree, NotPacked) else len(tree.input_ids)
+        counts.update(chunk_counts(scored, input_ids.numel(), outcome))
+    if isinstance(tree, NotPacked):
+        _log_once(f"Some rows are scored one by one: {tree.text}.", logging.INFO)
         return None
 
-    index = np.zeros((len(ids), logits_to_keep), dtype=np.int64)
+    config = _unwrapped(model)[-1].config
+    prompt_lengths = attention_mask[:, :-logits_to_keep].sum(1).tolist()
+    index = np.zeros((len(input_ids), logits_to_keep), dtype=np.int64)
     for row, (slots, prompt_length) in enumerate(zip(tree.slots, prompt_lengths, strict=True)):
         index[row, : len(slots[prompt_length - 1 :])] = slots[prompt_length - 1 :]
     packed = {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "shift_labels": tree.labels}
