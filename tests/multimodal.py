@@ -39,6 +39,13 @@ def build(family: str):
     return trl_suite.vision_models()[MODELS[family]]()
 
 
+def thought_text(processor) -> str:
+    """What a turn begins with: the thought that the template has opened, if any."""
+    message = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    opened = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return "I ask.\n</think>\n\n" if opened.endswith("<think>\n") else ""
+
+
 def call_text(processor, city: str) -> str:
     """A turn that calls `weather`, as the processor's template writes it, up to the token that ends it."""
     text = processor.chat_template
@@ -48,7 +55,7 @@ def call_text(processor, city: str) -> str:
         return f'<|tool_call>call:weather{{city:<|"|>{city}<|"|>}}<tool_call|><|tool_response>'
     else:
         call = f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
-    return call + "<|im_end|>"
+    return thought_text(processor) + call + "<|im_end|>"
 
 
 def end_text(processor) -> str:
@@ -111,7 +118,7 @@ def asks_then_answers(model, processor, tags: bool = False):
     called = "<weather>X</weather>" if tags else call_text(processor, "X")
     (chosen,) = ids("X")
     asking = [letters if token == chosen else token for token in ids(called)]
-    answering = [letters, letters, *ids(end_text(processor))]
+    answering = [letters, letters, *ids(("" if tags else thought_text(processor)) + end_text(processor))]
     told = ids("sun in ")
 
     def write(context: list[int]) -> list:

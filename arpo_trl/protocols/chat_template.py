@@ -118,7 +118,11 @@ def _template_fault(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fine_tu
     """The end of a sentence that begins with "The chat template"."""
     if tokenizer.chat_template is None:
         return "is missing"
-    if not supports_tool_calling(tokenizer):
+    try:
+        knows_tools = supports_tool_calling(tokenizer)
+    except Exception:  # one written for text alone, say, to which a processor hands blocks
+        knows_tools = False
+    if not knows_tools:
         return "knows no tools"
     try:
         if not fine_tuning and not _has_parser(tokenizer):
