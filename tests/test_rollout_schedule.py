@@ -18,9 +18,7 @@ SLOW, FAST = 10, 20  # the prompts of two groups
 SECONDS = 20  # after which a test gives up
 
 
-def run(
-    sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, rule="bernoulli", **settings
-):
+def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, rule="bernoulli", **settings):
     """Run a rollout with `sample(contexts)` and tools that are threads running `call(trajectory)`."""
     with ThreadPoolExecutor(8) as pool:
 
