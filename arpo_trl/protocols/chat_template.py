@@ -44,6 +44,7 @@ class ChatTemplateProtocol(ToolProtocol):
         schemas: dict[str, Any] = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
         try:
             message = writable(parse_response(self.tokenizer, ids, prefix=context, **schemas))
+            _cut_end(message, self.tokenizer, ids[-1])
         except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
             message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
@@ -60,6 +61,13 @@ class ChatTemplateProtocol(ToolProtocol):
 
     def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
         return [copied(turn) for turn in turns if turn]
+
+
+def _cut_end(message: dict, tokenizer: PreTrainedTokenizerBase, last: int) -> None:
+    """Take the token that ends the turn out of its text. TRL's parser knows the tokenizer's EOS, and there are others."""
+    end = tokenizer.added_tokens_decoder.get(last)
+    if end is not None and end.special and isinstance(message.get("content"), str):
+        message["content"] = message["content"].removesuffix(end.content)
 
 
 def _structured_call(call: dict) -> ToolCall:

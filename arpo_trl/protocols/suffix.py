@@ -22,7 +22,8 @@ def suffix_renderer(
 
     TRL renders a dummy conversation and cuts it after the tokenizer's EOS token, since a template goes on with more than
     that, such as a line break. Some templates end a turn that holds calls with another token (`<turn|>`,
-    `<|observation|>`), and that one is what the model has written last. So the cut is there.
+    `<|observation|>`), and that one is what the model has written last. So the cut is there. Gemma 4's template names a
+    result without an id after the turn's last call, so each gets an id, which keeps its own name.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Renders.
@@ -67,7 +68,8 @@ def suffix_renderer(
             chat_template=chat_template,
             chat_template_kwargs=kwargs,
         )
-        ids = GRPOTrainer._get_tool_suffix_ids(renderer, list(messages))
+        told = [{**message, "tool_call_id": str(index)} for index, message in enumerate(messages)]
+        ids = GRPOTrainer._get_tool_suffix_ids(renderer, told)
         return ids[1:] if ids[:1] == [last] else ids  # the results begin with the token that the model ended with
 
     return suffix_ids
