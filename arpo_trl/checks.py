@@ -1,5 +1,7 @@
 """What cannot work is refused here, with the argument's name, its value and the remedy, before a model loads if possible."""
 
+import typing
+from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import is_matplotlib_available
@@ -69,17 +71,22 @@ def check_arguments(
 
 def check_columns(dataset: Any, argument: str) -> None:
     """Refuse columns whose names are those of what reward functions are told of a rollout."""
+    taken = {"tool_calls", "model_text"} & _columns(dataset)
+    if taken:
+        name = min(taken)
+        raise ValueError(
+            f"`{argument}` has a column {name!r}, the name under which reward functions get what the rollout did. "
+            f"Rename it: `dataset.rename_column({name!r}, 'expected_{name}')`."
+        )
+
+
+def _columns(dataset: Any) -> set[str]:
+    """Names of a data set's columns; of all of them, where it is a dict of several."""
+    if dataset is None:
+        return set()
     if isinstance(dataset, dict):
-        for part in dataset.values():
-            check_columns(part, argument)
-    elif dataset is not None:
-        taken = {"tool_calls", "model_text"} & set(dataset.column_names or next(iter(dataset), ()))
-        if taken:
-            name = min(taken)
-            raise ValueError(
-                f"`{argument}` has a column {name!r}, the name under which reward functions get what the rollout did. "
-                f"Rename it: `dataset.rename_column({name!r}, 'expected_{name}')`."
-            )
+        return set().union(*map(_columns, dataset.values()))
+    return set(dataset.column_names or next(iter(dataset), ()))
 
 
 def check_generation(args: ARPOConfig) -> None:
@@ -88,20 +95,50 @@ def check_generation(args: ARPOConfig) -> None:
         refuse_unfit_settings(args.generation_kwargs)
 
 
-def check_images(trainer: Any, protocol: type[ToolProtocol], branches: bool) -> None:
-    """Refuse to branch with a vision-language model, whose tools may return images."""
-    if not protocol.structured or branches:
-        raise ValueError(
-            f"`model` ({type(trainer.model).__name__}) is a vision-language model, whose rollouts with tools do not "
-            f"branch: use a text model, or set `num_initial_generations={trainer.num_generations}` and "
-            "`tool_protocol='chat_template'`, which is GRPO."
-        )
+def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig, **datasets: Any) -> None:
+    """
+    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose calls
+    are plain text.
+
+    Args:
+        protocol (`type[ToolProtocol]`): How tools are spoken to.
+        branches (`bool`): Whether a group has forks.
+        args ([`ARPOConfig`]): Named in the error.
+        **datasets: By the name of the argument. An evaluation never branches.
+
+    Raises:
+        ValueError: Names the column and what to do.
+    """
+    for argument, dataset in datasets.items():
+        images = {"image", "images"} & _columns(dataset)
+        if images and (not protocol.structured or (branches and argument == "train_dataset")):
+            raise ValueError(f"`{argument}` has a column {min(images)!r}, but {image_remedy(args)}")
+
+
+def image_remedy(args: ARPOConfig) -> str:
+    """The end of a sentence that tells of an image where there can be none."""
+    return (
+        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or set "
+        f"`num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
+    )
+
+
+def may_return_images(tool: Callable) -> bool:
+    """Whether a tool may return content blocks, images among them: unless its type hint says that it returns text."""
+    try:
+        returns = typing.get_type_hints(tool).get("return")
+    except Exception:  # a hint that cannot be resolved
+        return True
+    return (typing.get_origin(returns) or returns) not in (str, int, float, bool, dict)
 
 
 def explain_template_error(
-    trainer: Any, protocol: type[ToolProtocol], tools: list, environment_factory: object
+    trainer: Any, protocol: type[ToolProtocol], tools: list, environment_factory: object, processing_class: Any
 ) -> None:
     """Say what to do where TRL has refused a chat template that knows no tools; otherwise nothing."""
     speaks = protocol.structured and (tools or environment_factory is not None)
-    if speaks and hasattr(trainer, "_tokenizer") and not trainer._is_vlm:
-        check_chat_template(trainer._tokenizer)
+    if speaks and hasattr(trainer, "_tokenizer"):
+        # TRL does not keep the processor of a multimodal checkpoint before it has looked at the template
+        speaker = processing_class if trainer._is_vlm else trainer._tokenizer
+        if speaker is not None:
+            check_chat_template(speaker)

@@ -21,6 +21,8 @@ from .checks import (
     check_generation,
     check_images,
     explain_template_error,
+    image_remedy,
+    may_return_images,
 )
 from .config import ARPOConfig
 from .execution.errors import error_repr
@@ -28,6 +30,7 @@ from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
+from .protocols.suffix import suffix_renderer
 from .random_state import kept_random_state
 from .reporting import Reporter
 from .rewards.guard import guarded
@@ -72,11 +75,15 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     A row on which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one
     changes in place is its own.
 
-    A vision-language model with tools is sampled by TRL's own loop, which does not branch.
+    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in prompts
+    and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations == num_generations`,
+    rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint such as `-> str`
+    rules out. Where rollouts branch, data with images is refused, and the model reads an error in place of the image
+    that a tool returns.
 
-    What it does not do: vision-language models with tools together with branching or the tags protocol, `rollout_func`
-    together with branching, transformers' continuous batching together with branching, stateful environments with the
-    tags protocol or a rule of expansion. Each is refused at construction.
+    What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
+    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol or
+    a rule of expansion. Each is refused at construction.
 
     Example:
 
@@ -181,15 +188,15 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         except ValueError:
-            explain_template_error(self, protocol, tools, environment_factory)  # says more than TRL does
+            explain_template_error(
+                self, protocol, tools, environment_factory, processing_class
+            )  # says more than TRL does
             raise
         if not protocol.structured:
             self.tools = self._standalone_tools = tools
         self._branches = args.num_initial_generations < args.num_generations
-        # Tools of a vision-language model may return images, which TRL's own loop puts into the row
-        self._delegates = self._is_vlm and bool(self.tools)
-        if self._delegates:
-            check_images(self, protocol, self._branches)
+        if self._is_vlm and self.tools:
+            check_images(protocol, self._branches, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.share_prefixes = args.prefix_sharing
         self.keep_groups_together = args.keep_groups_together
         self._executor = ToolExecutor(
@@ -198,8 +205,15 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
         )
         self._row_tools = RowTools(self, self._executor, forks=self._branches)
+        # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
+        # decided with each one: its prompts may hold images, and so may what these tools return
+        self._tools_return_images = (
+            self._is_vlm and protocol.structured and not self._branches and any(map(may_return_images, self.tools))
+        )
+        self._delegates = False
         self._reporter = Reporter(self, self._row_tools.names)
-        self._protocol = protocol(self._tokenizer, self._row_tools.names, self._get_tool_suffix_ids)
+        suffix_ids = suffix_renderer(self.processing_class, self.chat_template, self.chat_template_kwargs)
+        self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_ids)
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
@@ -216,9 +230,15 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if not self._protocol.schema_in_prompt:
             self.tools = []
         try:
-            return super()._tokenize_prompts(prompts)
+            outputs = super()._tokenize_prompts(prompts)
         finally:
             self.tools = tools
+        if self._is_vlm and tools:
+            images = self._anyone(outputs[1] is not None)
+            if images and not (self._protocol.structured and (not self._branches or not self.model.training)):
+                raise ValueError(f"A prompt holds an image, but {image_remedy(self.args)}")
+            self._delegates = images or self._tools_return_images
+        return outputs
 
     def _generate(self, prompts):
         outputs = super()._generate(prompts)

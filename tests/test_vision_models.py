@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 import trl_suite
 from datasets import Dataset
@@ -115,15 +114,6 @@ def test_a_tool_may_answer_with_an_image(tmp_path, monkeypatch):
     assert {name: own[name] for name in same} == {name: stock[name] for name in same}
     for left, right in zip(arpo.model.parameters(), grpo.model.parameters(), strict=True):
         assert torch.equal(left, right)
-
-
-def test_with_branching_or_tags_it_is_refused(tmp_path, monkeypatch):
-    for settings in ({"num_initial_generations": 1}, {"num_initial_generations": 2, "tool_protocol": "tags"}):
-        with pytest.raises(ValueError, match="is a vision-language model, whose rollouts with tools do not branch"):
-            train(
-                *(ARPOTrainer, ARPOConfig, tmp_path, monkeypatch, PROMPT, lambda **kwargs: [0.0, 1.0], [screenshot]),
-                **settings,
-            )
 
 
 def test_images_in_the_prompt_and_no_tools(tmp_path, monkeypatch):

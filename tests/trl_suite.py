@@ -195,11 +195,21 @@ def qwen3_5_settings(tokens: Any, **mixture: Any) -> dict[str, Any]:
     return {"text_config": text, "vision_config": vision, **qwen_tokens(tokens)}
 
 
+def has_torchvision() -> bool:
+    import transformers as tf
+
+    return tf.utils.is_torchvision_available()
+
+
 def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
     """Name → what makes the model and its processor."""
     import transformers as tf
 
     text = {**SMALL, "hidden_size": 16}
+
+    def video_processor(name: str) -> Any:
+        """The only part of a processor that there is not without torchvision."""
+        return getattr(tf, name)() if has_torchvision() else None
 
     def qwen_image_processor() -> Any:
         return tf.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=64 * 64)
@@ -212,16 +222,32 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
             text_config=settings, vision_config={"depth": 2, "num_heads": 4, **vision}, **qwen_tokens(tokens)
         )
         processor = getattr(tf, f"{family}Processor")(
-            qwen_image_processor(), tokens, tf.Qwen2VLVideoProcessor(), chat_template=tokens.chat_template
+            qwen_image_processor(),
+            tokens,
+            video_processor("Qwen2VLVideoProcessor"),
+            chat_template=tokens.chat_template,
         )
         return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
 
     def qwen3_5(family: str, template: str, **mixture: Any) -> tuple[Any, Any]:
         tokens = qwen_tokenizer(template)
         config = getattr(tf, f"{family}Config")(**qwen3_5_settings(tokens, **mixture))
+        return getattr(tf, f"{family}ForConditionalGeneration")(config), qwen3_processor(tokens)
+
+    def qwen3_processor(tokens: Any) -> Any:
         images = tf.Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
-        processor = tf.Qwen3VLProcessor(images, tokens, tf.Qwen3VLVideoProcessor(), chat_template=tokens.chat_template)
-        return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
+        videos = video_processor("Qwen3VLVideoProcessor")
+        return tf.Qwen3VLProcessor(images, tokens, videos, chat_template=tokens.chat_template)
+
+    def qwen3_vl() -> tuple[Any, Any]:
+        tokens = qwen_tokenizer("qwen3_vl")
+        rope = {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "rope_type": "default", "rope_theta": 1e6}
+        settings = {**text, "vocab_size": len(tokens), "head_dim": 8, "rope_parameters": rope, **ids_of(tokens)}
+        vision = {"hidden_size": 16, "depth": 2, "num_heads": 4, "intermediate_size": 32, "out_hidden_size": 16}
+        config = tf.Qwen3VLConfig(
+            text_config=settings, vision_config={**vision, "deepstack_visual_indexes": [0]}, **qwen_tokens(tokens)
+        )
+        return tf.Qwen3VLForConditionalGeneration(config), qwen3_processor(tokens)
 
     def gemma3() -> tuple[Any, Any]:
         tokens = plain_tokenizer(
@@ -247,7 +273,9 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
     def gemma4() -> tuple[Any, Any]:
         named = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>"}
         named |= {"boa_token": "<|audio>", "eoa_token": "<audio|>", "audio_token": "<|audio|>"}
-        tokens = plain_tokenizer("gemma4_v5", "<turn|>", "<|turn>", "<|video|>", *named.values(), **named)
+        marks = ["<|turn>", "<turn|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>"]
+        marks += ["<tool_response|>", '<|"|>', "<|channel>", "<channel|>", "<|think|>", "<|video|>"]
+        tokens = plain_tokenizer("gemma4_v5", "<eos>", *marks, *named.values(), **named)
         settings = {**text, "vocab_size": len(tokens), "head_dim": 8, "global_head_dim": 8, **ids_of(tokens)}
         settings |= {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
         settings |= {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(tokens)}
@@ -266,11 +294,14 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
             tf.Gemma4AudioFeatureExtractor(),
             tf.Gemma4ImageProcessor(max_soft_tokens=70, image_seq_length=70),
             tokens,
-            tf.Gemma4VideoProcessor(),
+            video_processor("Gemma4VideoProcessor"),
             chat_template=tokens.chat_template,
             image_seq_length=70,
         )
-        return tf.Gemma4ForConditionalGeneration(config), processor
+        model = tf.Gemma4ForConditionalGeneration(config)
+        ends = tokens.convert_tokens_to_ids(["<eos>", "<turn|>", "<|tool_response>"])
+        model.generation_config.eos_token_id = ends
+        return model, processor
 
     def llava(family: str) -> tuple[Any, Any]:
         tokens = plain_tokenizer("llava_next", "</s>", "<image>", image_token="<image>")
@@ -299,7 +330,11 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
     return {
         "Qwen2VLForConditionalGeneration": lambda: qwen_vl("Qwen2VL", {"hidden_size": 16, "embed_dim": 64}),
         "Qwen2_5_VLForConditionalGeneration": lambda: qwen_vl("Qwen2_5_VL", qwen2_5_vision),
+        "Qwen3VLForConditionalGeneration": qwen3_vl,
+        "Qwen3_5ForConditionalGeneration": lambda: qwen3_5("Qwen3_5", "qwen3_5_think"),
         "Qwen3_5ForConditionalGeneration-NoThink": lambda: qwen3_5("Qwen3_5", "qwen3_5_nothink"),
+        "Qwen3_5ForConditionalGeneration-3.6": lambda: qwen3_5("Qwen3_5", "qwen3_6"),
+        "Qwen3_5ForConditionalGeneration-3.8": lambda: qwen3_5("Qwen3_5", "qwen3_8"),
         "Qwen3_5MoeForConditionalGeneration-3.6": lambda: qwen3_5("Qwen3_5Moe", "qwen3_6", **experts),
         "Gemma3ForConditionalGeneration": gemma3,
         "Gemma4ForConditionalGeneration": gemma4,

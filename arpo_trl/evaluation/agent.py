@@ -2,22 +2,21 @@
 
 The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits, same engines.
 
-What is not here: several processes, and entropies on vLLM.
+What is not here: several processes, entropies on vLLM, and images.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from types import SimpleNamespace
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from trl import GRPOTrainer
-from trl.data_utils import is_conversational
+from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
+from ..protocols.suffix import suffix_renderer
 from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
 from ..rollout.rules import BranchRule
@@ -30,7 +29,8 @@ class Agent:
 
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, or the
+            processor of a multimodal checkpoint, which is then asked in text alone.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
         tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
         max_completion_length (`int`): Tokens of a completion, tool results included.
@@ -46,7 +46,7 @@ class Agent:
     def __init__(
         self,
         model: Any,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         tools: Sequence[Callable] = (),
         tool_protocol: str = "chat_template",
         max_completion_length: int = 1024,
@@ -62,6 +62,10 @@ class Agent:
         entropy_window: int = 20,
     ):
         self.model = model
+        self.processing_class = tokenizer
+        # A multimodal checkpoint's tokenizer is in its processor, which renders messages
+        self._multimodal = isinstance(tokenizer, ProcessorMixin)
+        tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
         self.tokenizer = tokenizer
         self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
         self.batch_size = batch_size
@@ -74,17 +78,11 @@ class Agent:
         if self.tools:
             warn_of_another_protocol(tokenizer, tool_protocol)
         if self.tools and protocol.structured:
-            self.chat_template = tool_chat_template(tokenizer)
-        # The one piece of TRL's trainer that renders results into tokens needs nothing but these
-        renderer: Any = SimpleNamespace(
-            processing_class=tokenizer,
-            _tokenizer=tokenizer,
-            _is_vlm=False,
-            chat_template=self.chat_template,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+            self.chat_template = tool_chat_template(self.processing_class)
         self.protocol = protocol(
-            tokenizer, list(self.tools), lambda messages: GRPOTrainer._get_tool_suffix_ids(renderer, messages)
+            tokenizer,
+            list(self.tools),
+            suffix_renderer(self.processing_class, self.chat_template, self.chat_template_kwargs),
         )
         self.sampling = {
             "temperature": temperature,
@@ -146,8 +144,8 @@ class Agent:
         """The tokens that a prompt becomes."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
-        return self.tokenizer.apply_chat_template(
-            prompt,
+        ids: Any = self.processing_class.apply_chat_template(
+            prepare_multimodal_messages(prompt) if self._multimodal else prompt,
             tools=list(self.tools.values()) if self.protocol.schema_in_prompt and self.tools else None,
             chat_template=self.chat_template,
             add_generation_prompt=True,
@@ -155,6 +153,7 @@ class Agent:
             return_dict=False,
             **self.chat_template_kwargs,
         )
+        return ids[0] if self._multimodal else ids
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         refuse_calls_over_limit(calls, trajectory, self.tools)

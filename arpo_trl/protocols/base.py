@@ -33,8 +33,8 @@ class ToolProtocol(ABC):
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
         tool_names (`Sequence[str]`): Names of the tools.
-        suffix_ids (`Callable[[list[dict]], list[int]]`, *optional*): TRL's rendering of tool messages into tokens by
-            the chat template, `GRPOTrainer._get_tool_suffix_ids`.
+        suffix_ids (`Callable[..., list[int]]`, *optional*): Renders tool messages into tokens by the chat template, as
+            TRL does (`suffix.py`); takes them and, optionally, the last token of the turn that they follow.
 
     Class attributes:
         schema_in_prompt (`bool`): Whether the chat template renders the tools into the prompt.
@@ -54,7 +54,7 @@ class ToolProtocol(ABC):
         self,
         tokenizer: PreTrainedTokenizerBase,
         tool_names: Sequence[str] = (),
-        suffix_ids: Callable[[list[dict]], list[int]] | None = None,
+        suffix_ids: Callable[..., list[int]] | None = None,
     ):
         self.tokenizer = tokenizer
         self.tool_names = list(tool_names)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.chat_template_utils import (
     add_response_schema,
     get_training_chat_template,
@@ -31,8 +31,8 @@ class ChatTemplateProtocol(ToolProtocol):
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with a response template or schema.
         tool_names (`Sequence[str]`): Not used.
-        suffix_ids (`Callable[[list[dict]], list[int]]`): TRL's rendering of tool messages into tokens,
-            `GRPOTrainer._get_tool_suffix_ids`.
+        suffix_ids (`Callable[[list[dict], int], list[int]]`): Renders the tool messages that follow a turn, which ended
+            with that token, into tokens (`suffix.py`).
     """
 
     schema_in_prompt = True
@@ -44,6 +44,7 @@ class ChatTemplateProtocol(ToolProtocol):
         schemas: dict[str, Any] = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
         try:
             message = writable(parse_response(self.tokenizer, ids, prefix=context, **schemas))
+            _cut_end(message, self.tokenizer, ids[-1])
         except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
             message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
@@ -56,10 +57,17 @@ class ChatTemplateProtocol(ToolProtocol):
         messages = self.results_turn(calls)
         for message in messages:
             message["content"] = defuse(self.tokenizer, message["content"])
-        return self.suffix_ids(messages)
+        return self.suffix_ids(messages, written[-1]) if written else self.suffix_ids(messages)
 
     def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
         return [copied(turn) for turn in turns if turn]
+
+
+def _cut_end(message: dict, tokenizer: PreTrainedTokenizerBase, last: int) -> None:
+    """Take the token that ends the turn out of its text. TRL's parser knows the tokenizer's EOS, and there are others."""
+    end = tokenizer.added_tokens_decoder.get(last)
+    if end is not None and end.special and isinstance(message.get("content"), str):
+        message["content"] = message["content"].removesuffix(end.content)
 
 
 def _structured_call(call: dict) -> ToolCall:
@@ -69,12 +77,13 @@ def _structured_call(call: dict) -> ToolCall:
     return ToolCall(str(call["function"]["name"]), call["function"]["arguments"])
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool = False) -> None:
+def check_chat_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fine_tuning: bool = False) -> None:
     """
     Refuse a chat template that cannot tell a model of tools, or that TRL cannot parse or train with.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer whose template is looked at.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Tokenizer, or processor
+            of a multimodal checkpoint, whose template is looked at.
         fine_tuning (`bool`): Whether it is for supervised fine-tuning, which parses nothing, but has to find the
             assistant's tokens in a conversation.
 
@@ -85,21 +94,27 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool = 
     if fault is None:
         return
     fitting = _fitting_templates(tokenizer, fine_tuning)
+    text, kind = _text_tokenizer(tokenizer), "tokenizer" if tokenizer is _text_tokenizer(tokenizer) else "processor"
     copied = "."
     if fitting:
         copied = (
-            f"; or give the tokenizer one of TRL's templates that end a turn with {tokenizer.eos_token!r} (of "
+            f"; or give the {kind} one of TRL's templates that end a turn with {text.eos_token!r} (of "
             f"{', '.join(fitting)} the one that the model knows best) and save it into the checkpoint: "
-            f"`tokenizer.chat_template = (importlib.resources.files('trl') / 'chat_templates' / '{fitting[0]}.jinja')"
+            f"`{kind}.chat_template = (importlib.resources.files('trl') / 'chat_templates' / '{fitting[0]}.jinja')"
             ".read_text()`."
         )
     raise ValueError(
-        f"The chat template of {tokenizer.name_or_path or 'the tokenizer'!r} {fault}, but "
+        f"The chat template of {text.name_or_path or f'the {kind}'!r} {fault}, but "
         f"`tool_protocol='chat_template'` speaks to tools through it. Set `tool_protocol='tags'`{copied}"
     )
 
 
-def tool_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _text_tokenizer(processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer in a processor, or the tokenizer itself."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+
+
+def tool_chat_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> str | None:
     """As TRL's trainer does: have `tokenizer` parse tool calls; the template to use in place of its own, if any."""
     check_chat_template(tokenizer)
     if not _has_parser(tokenizer):
@@ -107,15 +122,19 @@ def tool_chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if is_chat_template_prefix_preserving(tokenizer) else get_training_chat_template(tokenizer)
 
 
-def _template_fault(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool) -> str | None:
+def _template_fault(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fine_tuning: bool) -> str | None:
     """The end of a sentence that begins with "The chat template"."""
     if tokenizer.chat_template is None:
         return "is missing"
-    if not supports_tool_calling(tokenizer):
+    try:
+        knows_tools = supports_tool_calling(tokenizer)
+    except Exception:  # one written for text alone, say, to which a processor hands blocks
+        knows_tools = False
+    if not knows_tools:
         return "knows no tools"
     try:
         if not fine_tuning and not _has_parser(tokenizer):
-            add_response_schema(copy.copy(tokenizer))
+            add_response_schema(_copied(tokenizer))
     except ValueError:
         return "is none whose tool calls TRL can parse"
     try:
@@ -126,20 +145,32 @@ def _template_fault(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool) -> st
     return None
 
 
-def _has_parser(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema"))
+def _copied(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> Any:
+    """A copy that may be given another template and parser."""
+    own = copy.copy(tokenizer)
+    if isinstance(own, ProcessorMixin):
+        own.tokenizer = copy.copy(own.tokenizer)
+    return own
 
 
-def _fitting_templates(tokenizer: PreTrainedTokenizerBase, fine_tuning: bool) -> list[str]:
+def _has_parser(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> bool:
+    return any(
+        getattr(_text_tokenizer(tokenizer), name, None) is not None
+        for name in ("response_template", "response_schema")
+    )
+
+
+def _fitting_templates(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fine_tuning: bool) -> list[str]:
     """Names of TRL's templates that know tools and end a turn as the tokenizer does."""
-    if not tokenizer.eos_token:
+    eos = _text_tokenizer(tokenizer).eos_token
+    if not eos:
         return []
     fitting = []
     for file in sorted((importlib.resources.files("trl") / "chat_templates").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".jinja") and not file.name.endswith("_training.jinja"):
-            candidate = copy.copy(tokenizer)
+            candidate = _copied(tokenizer)
             candidate.chat_template = file.read_text(encoding="utf-8")
-            ends_alike = tokenizer.eos_token in candidate.chat_template
+            ends_alike = eos in candidate.chat_template
             if ends_alike and _template_fault(candidate, fine_tuning) is None:
                 fitting.append(file.name.removesuffix(".jinja"))
     return fitting

@@ -35,7 +35,7 @@ class TagsProtocol(ToolProtocol):
         self,
         tokenizer: PreTrainedTokenizerBase,
         tool_names: Sequence[str] = (),
-        suffix_ids: Callable[[list[dict]], list[int]] | None = None,
+        suffix_ids: Callable[..., list[int]] | None = None,
     ):
         super().__init__(tokenizer, tool_names, suffix_ids)
         self.stop_strings = [f"</{name}>" for name in tool_names]

@@ -133,6 +133,17 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
     return samples
 
 
+def forget_image_positions(model: PreTrainedModel) -> None:
+    """
+    Models of Qwen's vision family keep, from one `generate` to the next, by how much the images of each row shift its
+    positions, and add that to the rows of any later call that begins with a cache. Rows of a rollout are other rows, in
+    another number, and hold text alone.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 class TransformersEngine(Engine):
     """
     Samples with `generate`, and keeps the keys and values of a rollout while its tools run.
@@ -174,6 +185,7 @@ class TransformersEngine(Engine):
         if idle:
             contexts, limits = [[self._idle_token]], [1]
         model = self._model()
+        forget_image_positions(model)
         recorded = recorded_generation(
             model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
         )

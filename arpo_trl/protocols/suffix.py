@@ -1,0 +1,75 @@
+"""Tool results as tokens, up to where the model goes on: TRL's rendering, from the token on that has ended the turn."""
+
+import functools
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
+
+_NO_TOKEN = -1
+
+
+def suffix_renderer(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    chat_template: str | None = None,
+    chat_template_kwargs: Any = None,
+) -> Callable[..., list[int]]:
+    """
+    What renders tool messages into tokens by the chat template.
+
+    TRL renders a dummy conversation and cuts it after the tokenizer's EOS token, since a template goes on with more than
+    that, such as a line break. Some templates end a turn that holds calls with another token (`<turn|>`,
+    `<|observation|>`), and that one is what the model has written last. So the cut is there. Gemma 4's template names a
+    result without an id after the turn's last call, so each gets an id, which keeps its own name.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Renders.
+        chat_template (`str`, *optional*): In place of its own template.
+        chat_template_kwargs (`dict`, *optional*): Passed to the template.
+
+    Returns:
+        `Callable[[list[dict], int | None], list[int]]`: takes the tool messages of one turn and the last token of the
+        turn, and returns what follows.
+    """
+    multimodal = isinstance(processing_class, ProcessorMixin)
+    eos = (processing_class.tokenizer if multimodal else processing_class).eos_token_id
+    kwargs = chat_template_kwargs or {}
+
+    def count(messages: list[dict[str, Any]], token: int) -> int:
+        ids: Any = processing_class.apply_chat_template(
+            prepare_multimodal_messages(messages) if multimodal else messages,
+            tokenize=True,
+            chat_template=chat_template,
+            return_dict=False,
+            **kwargs,
+        )
+        return (ids[0] if multimodal else ids).count(token)
+
+    @functools.cache
+    def in_turn(token: int, name: str) -> bool:
+        """Whether the template renders the token into a turn that calls the tool of that name."""
+        call = {"type": "function", "function": {"name": name, "arguments": {}}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": "dummy"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        return count(messages, token) > count(messages[:1], token)
+
+    def suffix_ids(messages: Sequence[dict[str, Any]], last: int | None = None) -> list[int]:
+        name = messages[0]["name"]
+        cut = next((token for token in (last, eos) if token is not None and in_turn(token, name)), _NO_TOKEN)
+        renderer: Any = SimpleNamespace(
+            processing_class=processing_class,
+            _tokenizer=SimpleNamespace(eos_token_id=cut),
+            _is_vlm=multimodal,
+            chat_template=chat_template,
+            chat_template_kwargs=kwargs,
+        )
+        told = [{**message, "tool_call_id": str(index)} for index, message in enumerate(messages)]
+        ids = GRPOTrainer._get_tool_suffix_ids(renderer, told)
+        return ids[1:] if ids[:1] == [last] else ids  # the results begin with the token that the model ended with
+
+    return suffix_ids

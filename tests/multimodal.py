@@ -1,0 +1,128 @@
+"""Tiny multimodal checkpoints with their processors, made to write what a test says.
+
+Models and processors are those of `trl_suite.py`. No test here has a video, so no video processor is needed, which alone
+needs torchvision.
+"""
+
+from collections.abc import Callable
+
+import torch
+import trl_suite
+from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
+
+MODELS = {
+    "Qwen3-VL": "Qwen3VLForConditionalGeneration",
+    "Qwen3.5": "Qwen3_5ForConditionalGeneration",
+    "Qwen3.5, no thinking": "Qwen3_5ForConditionalGeneration-NoThink",
+    "Qwen3.6": "Qwen3_5ForConditionalGeneration-3.6",
+    "Qwen3.8": "Qwen3_5ForConditionalGeneration-3.8",
+    "Gemma 4": "Gemma4ForConditionalGeneration",
+}
+"""Name of the family → of the model in `trl_suite.vision_models`."""
+
+
+def weather(city: str) -> str:
+    """
+    Weather.
+
+    Args:
+        city: Where.
+    """
+    return f"sun in {city}"
+
+
+def build(family: str):
+    """A model with random weights and its processor, the same in every call."""
+    if not trl_suite.has_torchvision():
+        ProcessorMixin.check_argument_for_proper_class = lambda *args: None
+    torch.manual_seed(0)
+    return trl_suite.vision_models()[MODELS[family]]()
+
+
+def thought_text(processor) -> str:
+    """What a turn begins with: the thought that the template has opened, if any."""
+    message = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+    opened = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    return "I ask.\n</think>\n\n" if opened.endswith("<think>\n") else ""
+
+
+def call_text(processor, city: str) -> str:
+    """A turn that calls `weather`, as the processor's template writes it, up to the token that ends it."""
+    text = processor.chat_template
+    if "<function=" in text:
+        call = f"<tool_call>\n<function=weather>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
+    elif "<|tool_call>" in text:
+        return f'<|tool_call>call:weather{{city:<|"|>{city}<|"|>}}<tool_call|><|tool_response>'
+    else:
+        call = f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+    return thought_text(processor) + call + "<|im_end|>"
+
+
+def end_text(processor) -> str:
+    return "<turn|>" if "<|tool_call>" in processor.chat_template else "<|im_end|>"
+
+
+class Script(LogitsProcessor):
+    """
+    Has each row write its own turn: one item a token, which is its id, or a list of ids to sample from.
+
+    Args:
+        turns (`list[list[int | list[int]]]`): Of each row.
+        start (`int`): Tokens of the contexts.
+    """
+
+    def __init__(self, turns, start: int):
+        self.turns = turns
+        self.start = start
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.size(1) - self.start
+        forced = torch.full_like(scores, -torch.inf)
+        for row, turn in enumerate(self.turns):
+            wanted = turn[step] if step < len(turn) else turn[-1]
+            forced[row, wanted] = scores[row, wanted]
+        return forced
+
+
+def scripted(model, write: Callable[[list[int]], list]):
+    """
+    Have `model.generate` write `write(context)` after each context. It is a method of a class, as a model's own is, so
+    that rollouts keep what they have read.
+    """
+
+    class Scripted(type(model)):
+        def generate(self, input_ids, attention_mask, logits_processor=None, **kwargs):
+            contexts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+            script = Script([write(context) for context in contexts], input_ids.size(1))
+            processors = LogitsProcessorList([script, *(logits_processor or [])])
+            return super().generate(
+                input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **kwargs
+            )
+
+    Scripted.__name__ = type(model).__name__
+    model.__class__ = Scripted
+    return model
+
+
+def asks_then_answers(model, processor, tags: bool = False):
+    """
+    A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters of
+    its choice, so that it is unsure where the result ends.
+    """
+    tokenizer = processor.tokenizer
+
+    def ids(text: str) -> list:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    letters = [ids(letter)[0] for letter in "abcdefgh"]
+    called = "<weather>X</weather>" if tags else call_text(processor, "X")
+    (chosen,) = ids("X")
+    asking = [letters if token == chosen else token for token in ids(called)]
+    answering = [letters, letters, *ids(("" if tags else thought_text(processor)) + end_text(processor))]
+    told = ids("sun in ")
+
+    def write(context: list[int]) -> list:
+        knows = any(context[place : place + len(told)] == told for place in range(len(context)))
+        return answering if knows else asking
+
+    return scripted(model, write)
