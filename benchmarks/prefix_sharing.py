@@ -6,9 +6,10 @@ one run and interleaved, medians of several repeats.
     python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
 
 Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
-finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
-holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared micro-batch that needs no
-more memory than row by row at 4. Memory is the peak of the resident set, each measurement in a process of its own.
+finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared
+micro-batch of 8 holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared
+micro-batch that needs no more memory than row by row at 4. Memory is the peak of the resident set, each measurement in
+a process of its own.
 
 Not covered: the optimiser, generation, and anything but a CPU unless `--device cuda` is given.
 """
@@ -243,9 +244,10 @@ def main() -> None:
             print(f"  → no sharing run fits the memory of row by row at {REFERENCE}")
         else:
             print(
-                f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; {result['ratio_to_best_row_by_row']:.2f}x"
-                f" the fastest row by row) at {result['memory_ratio']:.2f} of the memory; target {result['target']:.2f}x;"
-                f" {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
+                f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; "
+                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {result['memory_ratio']:.2f} "
+                f"of the memory; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
+                "padded tokens are distinct",
                 flush=True,
             )
     if args.json:

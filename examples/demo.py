@@ -225,8 +225,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     print(
         f"\nTraining executed {summary['calls_executed']} tool calls and saved {summary['calls_saved']} by sharing; "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
-        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, arpo/.\n"
-        f"To look into the rollouts: python -m arpo_trl.viewer {output_dir}"
+        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, "
+        f"arpo/.\nTo look into the rollouts: python -m arpo_trl.viewer {output_dir}"
     )
 
 
