@@ -23,7 +23,9 @@ def named(name: Any, table: Mapping[str, Any], setting: str, otherwise: str) -> 
         return table[name]
     module, _, attribute = str(name).partition(":")
     if not module or not attribute:
-        raise ValueError(f"`{setting}` is {name!r}; set it to one of {', '.join(map(repr, table))}, or to {otherwise}.")
+        raise ValueError(
+            f"`{setting}` is {name!r}; set it to one of {', '.join(map(repr, table))}, or to {otherwise}."
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:

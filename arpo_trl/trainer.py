@@ -60,8 +60,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
     Optimization](https://huggingface.co/papers/2507.19849).
 
-    After a tool result a model is unsure. ARPO measures that as the entropy of its next tokens and forks extra rollouts
-    there, which share the tokens and tool calls before the fork. It takes the arguments of [`~trl.GRPOTrainer`] and
+    After a tool result a model is unsure. ARPO measures that as the entropy of its next tokens and forks extra
+    trajectories there, which share the tokens and tool calls before the fork. It takes the arguments of [`~trl.GRPOTrainer`] and
     changes two things: how a group of completions is generated, and, with `advantage_attribution="hard"`, which
     advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
 
