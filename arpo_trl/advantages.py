@@ -1,6 +1,7 @@
 """Who gets which advantage: attribution over a tree of rows, as pure functions.
 
-An attribution of one's own is a function like [`hard_advantages`], named in the config as `"my_module:my_attribution"`.
+An attribution of one's own is a function like [`hard_advantages`], named in the config as
+`"my_module:my_attribution"`.
 """
 
 import math
@@ -68,7 +69,7 @@ def hard_advantages(
     def subtree(row: int) -> list[int]:
         return [row] + [below for child in children.get(row, []) for below in subtree(child)]
 
-    own: dict[int, list[Span]] = {}  # spans of the tokens that a row does not have from its parent
+    sampled: dict[int, list[Span]] = {}  # spans of the tokens that a row does not have from its parent
     left_at = [token or 0 for token in fork_tokens]
     for row, length in enumerate(lengths):
         start = left_at[row] if parents[row] is not None else 0
@@ -82,13 +83,13 @@ def hard_advantages(
             sharing = sharing + subtree(child)
         if start < end:
             spans.append(Span(start, end, _mean(advantages, sharing)))
-        own[row] = spans[::-1]
+        sampled[row] = spans[::-1]
 
     def spans_before(row: int, stop: int) -> list[Span]:
         """Spans of the first `stop` tokens of `row`."""
         parent = parents[row]
         inherited = [] if parent is None else spans_before(parent, min(stop, left_at[row]))
-        return inherited + [Span(s.start, min(s.end, stop), s.advantage) for s in own[row] if s.start < stop]
+        return inherited + [Span(s.start, min(s.end, stop), s.advantage) for s in sampled[row] if s.start < stop]
 
     return [spans_before(row, length) for row, length in enumerate(lengths)]
 
@@ -106,11 +107,11 @@ def tree_advantages(
     """
     Give each token what it adds: to the whole group, and to what was expected where its branch was entered.
 
-    With V the mean advantage of the rows that share a token, a token gets ½ [(V − V_group) + (V − V_before)]: V_group is
-    0, since advantages are centred on the group, and V_before is the V of the last token before the nearest fork that the
-    row has passed, V_group if it has passed none. It is the process reward of
-    [TreeRL](https://huggingface.co/papers/2506.11902), global plus local advantage, halved so that a row without forks has
-    GRPO's advantage, and without its factor 1/√n for a token of n rows.
+    With V the mean advantage of the rows that share a token, a token gets ½ [(V − V_group) + (V − V_before)]: V_group
+    is 0, since advantages are centred on the group, and V_before is the V of the last token before the nearest fork
+    that the row has passed, V_group if it has passed none. It is the process reward of
+    [TreeRL](https://huggingface.co/papers/2506.11902), global plus local advantage, halved so that a row without forks
+    has GRPO's advantage, and without its factor 1/√n for a token of n rows.
 
     Args and returns are those of [`hard_advantages`].
     """
@@ -141,16 +142,16 @@ def attribution(name: str) -> Attribution:
     found = named(name, ATTRIBUTIONS, "advantage_attribution", "a function of your own as 'my_module:my_attribution'")
     if not callable(found) or not takes(found, 4):
         raise ValueError(
-            f"`advantage_attribution` is {name!r}, which is no function of (advantages, parents, fork_tokens, lengths); "
-            "make it one like `arpo_trl.advantages.hard_advantages`."
+            f"`advantage_attribution` is {name!r}, which is no function of (advantages, parents, fork_tokens, "
+            "lengths); make it one like `arpo_trl.advantages.hard_advantages`."
         )
     return found
 
 
 def check_spans(spans: Sequence[Sequence[Span]], lengths: Sequence[int], name: str) -> None:
     """
-    Hold what an attribution returned to its promise: for each row, spans that cover it from its first token to its last,
-    each with a finite advantage.
+    Hold what an attribution returned to its promise: for each row, spans that cover it from its first token to its
+    last, each with a finite advantage.
 
     Args:
         spans (`Sequence[Sequence[Span]]`): What it returned.
@@ -162,20 +163,21 @@ def check_spans(spans: Sequence[Sequence[Span]], lengths: Sequence[int], name: s
     """
     if not isinstance(spans, Sequence) or len(spans) != len(lengths):
         raise ValueError(
-            f"`advantage_attribution` is {name!r}, which returned {_short(spans)} for {len(lengths)} rows; return a list "
-            "of spans for each."
+            f"`advantage_attribution` is {name!r}, which returned {_short(spans)} for {len(lengths)} rows; return a "
+            "list of spans for each."
         )
     for row, (row_spans, length) in enumerate(zip(spans, lengths, strict=True)):
         if not isinstance(row_spans, Sequence) or not all(isinstance(span, Span) for span in row_spans):
             raise ValueError(
-                f"`advantage_attribution` is {name!r}, which returned {_short(row_spans)} for row {row}; return a list of "
-                "`arpo_trl.advantages.Span`."
+                f"`advantage_attribution` is {name!r}, which returned {_short(row_spans)} for row {row}; return a "
+                "list of `arpo_trl.advantages.Span`."
             )
         bounds = [0, *(bound for span in row_spans for bound in (span.start, span.end)), length]
         if any(end != start for end, start in zip(bounds[::2], bounds[1::2], strict=True)):
             raise ValueError(
-                f"`advantage_attribution` is {name!r}, whose spans {[(span.start, span.end) for span in row_spans]} do not "
-                f"cover the {length} tokens of row {row}; return spans that follow each other from 0 to {length}."
+                f"`advantage_attribution` is {name!r}, whose spans {[(span.start, span.end) for span in row_spans]} "
+                f"do not cover the {length} tokens of row {row}; return spans that follow each other from 0 to "
+                f"{length}."
             )
         for span in row_spans:
             if not isinstance(span.advantage, int | float) or not math.isfinite(span.advantage):

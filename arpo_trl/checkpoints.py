@@ -88,11 +88,11 @@ def _missing(checkpoint: Path, names: set[str], save_only_model: bool) -> str | 
     if "latest" in names:  # DeepSpeed's own checkpoint, in the folder that this file names
         deepspeed = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
         return None if deepspeed and deepspeed in folders else "the folder that `latest` names is missing"
-    stems = {
+    file_names = {
         name.rsplit("/", 1)[-1].split(".")[0] for name in names if name.endswith((".safetensors", ".bin", ".json"))
     }
     sharded = any(folder.startswith("pytorch_model_fsdp") for folder in folders)
-    if not sharded and not stems & set(_WEIGHTS):
+    if not sharded and not file_names & set(_WEIGHTS):
         return "the model is missing"
     if save_only_model:
         return None

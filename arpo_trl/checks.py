@@ -1,4 +1,6 @@
-"""What cannot work is refused here, with the argument's name, its value and the remedy, before a model loads if possible."""
+"""What cannot work is refused here, with the argument's name, its value and the remedy, before a model loads if
+possible.
+"""
 
 import typing
 from collections.abc import Callable
@@ -30,8 +32,8 @@ def check_arguments(
     protocol = protocol_class(args.tool_protocol)
     if environment_factory is not None and not protocol.structured:
         raise ValueError(
-            f"`environment_factory` needs `tool_protocol='chat_template'`: {args.tool_protocol!r} has no place for the "
-            "tools of an environment. Set it, or pass the tools as `tools`."
+            f"`environment_factory` needs `tool_protocol='chat_template'`: {args.tool_protocol!r} has no place for "
+            "the tools of an environment. Set it, or pass the tools as `tools`."
         )
     reserved = protocol.reserved_names & {tool.__name__ for tool in tools}
     if reserved:
@@ -53,9 +55,9 @@ def check_arguments(
             f"`use_vllm`), {off}."
         )
     if environment_factory is not None and rule.expands:
-        told = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
+        named_rule = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
         raise ValueError(
-            f"`branch_rule={told}` forks from rows that have ended, and what `environment_factory` makes "
+            f"`branch_rule={named_rule}` forks from rows that have ended, and what `environment_factory` makes "
             f"cannot be taken back to an earlier tool result: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)

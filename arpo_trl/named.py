@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def named(name: Any, table: Mapping[str, Any], setting: str, own: str) -> Any:
+def named(name: Any, table: Mapping[str, Any], setting: str, otherwise: str) -> Any:
     """
     Look the value of a setting up.
 
@@ -14,7 +14,7 @@ def named(name: Any, table: Mapping[str, Any], setting: str, own: str) -> Any:
         name (`Any`): A key of `table`, or `"module:attribute"`.
         table (`Mapping[str, Any]`): What this package offers, by name.
         setting (`str`): Name of the argument, for errors.
-        own (`str`): What else it may be, for errors: `"a class of your own as 'my_module:MyRule'"`.
+        otherwise (`str`): What else it may be, for errors: `"a class of your own as 'my_module:MyRule'"`.
 
     Raises:
         ValueError: `name` is neither, or cannot be imported.
@@ -23,13 +23,15 @@ def named(name: Any, table: Mapping[str, Any], setting: str, own: str) -> Any:
         return table[name]
     module, _, attribute = str(name).partition(":")
     if not module or not attribute:
-        raise ValueError(f"`{setting}` is {name!r}; set it to one of {', '.join(map(repr, table))}, or to {own}.")
+        raise ValueError(
+            f"`{setting}` is {name!r}; set it to one of {', '.join(map(repr, table))}, or to {otherwise}."
+        )
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise ValueError(
-            f"`{setting}` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Put the folder of the "
-            f"module on PYTHONPATH, and name {own}."
+            f"`{setting}` is {name!r}, which cannot be imported ({type(error).__name__}: {error}). Put the folder of "
+            f"the module on PYTHONPATH, and name {otherwise}."
         ) from error
 
 

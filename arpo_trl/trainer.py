@@ -65,15 +65,16 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
     Optimization](https://huggingface.co/papers/2507.19849).
 
-    After a tool result a model is unsure. ARPO measures that as the entropy of its next tokens and forks extra rollouts
-    there, which share the tokens and tool calls before the fork. It takes the arguments of [`~trl.GRPOTrainer`] and
-    changes two things: how a group of completions is generated, and, with `advantage_attribution="hard"`, which
-    advantage a shared token gets. With `num_initial_generations == num_generations` and soft attribution it is GRPO.
+    After a tool result a model is unsure. ARPO measures that as the entropy of its next tokens and forks extra
+    trajectories there, which share the tokens and tool calls before the fork. It takes the arguments of
+    [`~trl.GRPOTrainer`] and changes two things: how a group of completions is generated, and, with
+    `advantage_attribution="hard"`, which advantage a shared token gets. With `num_initial_generations ==
+    num_generations` and soft attribution it is GRPO.
 
-    With tools, reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`, `result`,
-    `error`, `seconds`, `shared`, `merged`, `cached`, `refused`) and `model_text` (the text of the model's own tokens, without tool results).
-    A row on which one raises has no score, and the run goes on without it; one that raises on every row ends it. What one
-    changes in place is its own.
+    With tools, reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`,
+    `result`, `error`, `seconds`, `shared`, `merged`, `cached`, `refused`) and `model_text` (the text of the model's own
+    tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
+    raises on every row ends it. What one changes in place is its own.
 
     A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in prompts
     and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations == num_generations`,
@@ -105,9 +106,9 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*): See [`~trl.GRPOTrainer`].
         args ([`ARPOConfig`], *optional*): Configuration for this trainer. If `None`, a default configuration is used.
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
-        environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the row
-            it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been scored,
-            the copy is closed with its `close()` method if it has one. Neither method is a tool.
+        environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the
+            row it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been
+            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
             one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
@@ -182,7 +183,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 optimizers=optimizers,
                 quantization_config=quantization_config,
                 peft_config=peft_config,
-                # Where calls are plain text the chat template need not know tools, so TRL's check of it is not for them
+                # Where calls are plain text the chat template need not know tools, so TRL's check of it is not for
+                # them
                 tools=tools if protocol.structured else None,
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
@@ -263,8 +265,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         if self.tools and self.rollout_func is None and not self._delegates:
-            # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of a
-            # group starts from the prompt. What stands here until then must be a parseable response.
+            # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of
+            # a group starts from the prompt. What stands here until then must be a parseable response.
             placeholder = [[self._tokenizer.eos_token_id] for _ in prompt_ids]
             return placeholder, [[0.0] for _ in prompt_ids] if self._engine.tells_logprobs else None
         with without_unfit_settings(self.model):
@@ -309,7 +311,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                     tool_turns=self.max_tool_calling_iterations,
                     cut_afterwards=not self._branches,
                 ),
-                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
+                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not
+                # stopped
                 random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
                 self.eos_token_ids.__contains__,
                 eager=self.args.rollout_schedule == "eager",

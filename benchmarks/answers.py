@@ -2,9 +2,9 @@
 
     python benchmarks/answers.py [--data arpo_rl_reasoning_10k.parquet] [--truths 1000] [--runs 3] [--json PATH]
 
-Every truth is compared with itself by both sides in turn, in this process, in CPU seconds; the ratio is that of the medians.
-Then come random strings, of which the slowest reading is shown. Without `--data`, the truths are those of the tests. What is
-not measured: the worker processes, whose pipes cost both sides the same.
+Every truth is compared with itself by both sides in turn, in this process, in CPU seconds; the ratio is that of the
+medians. Then come random strings, of which the slowest reading is shown. Without `--data`, the truths are those of the
+tests. What is not measured: the worker processes, whose pipes cost both sides the same.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def cpu_seconds(compare, truths: list[str]) -> float:
 
 
 def slowest_reading(texts: list[str]) -> tuple[float, str]:
-    """CPU milliseconds and the text of what takes longest to normalise, to read beside a truth, or to normalise as words."""
+    """
+    CPU milliseconds and the text of what takes longest to normalise, to read beside a truth, or to normalise as words.
+    """
     slowest = (0.0, "")
     for text in texts:
         cleaned = clean_answer(text)

@@ -7,8 +7,9 @@ What a rollout costs beside the model and the tools: 64 groups of 16 rows of 4k 
 A real trainer fills and scores one generation batch, from prompts to the buffered inputs of its micro-batches, with
 everything on: branching, records, metrics, the order of siblings. Only sampling is not done: segments are drawn at
 random, and so are their entropies, and the tool returns at once. Turning tokens into text and back is no bookkeeping:
-TRL does as much. The parts are those of a profile, so they are slowed down by being watched. The last line says how long
-a step has to take for the bookkeeping to be 2 % of it, and how long one takes here, measured on one row and scaled up.
+TRL does as much. The parts are those of a profile, so they are slowed down by being watched. The last line says how
+long a step has to take for the bookkeeping to be 2 % of it, and how long one takes here, measured on one row and
+scaled up.
 """
 
 import argparse
@@ -155,14 +156,16 @@ def main() -> None:
     ours = sum(parts[part] for part in OURS.values())
     step = seconds_of_step(trainer._tokenizer, 512, tokens // len(rows), len(rows))
     print(
-        f"{args.prompts} groups of {ROWS} rows, {tokens / len(rows):.0f} tokens a row, {sum(len(row.calls) for row in rows)} calls read\n"
+        f"{args.prompts} groups of {ROWS} rows, {tokens / len(rows):.0f} tokens a row, "
+        f"{sum(len(row.calls) for row in rows)} calls read\n"
     )
     for part, seconds in parts.items():
         print(f"{part:<30}{seconds:>8.2f} s")
     print(f"{'bookkeeping (the last five)':<30}{ours:>8.2f} s")
     print(f"{'whole batch, TRL included':<30}{taken[True]:>8.2f} s ({taken[False]:.2f} s unwatched)\n")
     print(
-        f"2 % of a step of {ours / 0.02:.0f} s. Forward and backward here, hidden size 512: {step:.0f} s, so {ours / step:.2%}"
+        f"2 % of a step of {ours / 0.02:.0f} s. Forward and backward here, hidden size 512: {step:.0f} s, so "
+        f"{ours / step:.2%}"
     )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

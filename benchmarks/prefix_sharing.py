@@ -7,9 +7,10 @@ one run and interleaved, medians of several repeats.
     python benchmarks/prefix_sharing.py --cases
 
 Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
-finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared micro-batch of 8
-holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared micro-batch that needs no
-more memory than row by row at 4. Memory is the peak of the resident set, each measurement in a process of its own.
+finding the tree are part of the time of the sharing side. Micro-batch sizes are tried on both sides: a shared
+micro-batch of 8 holds about the tokens of a row-by-row one of 4, so the headline compares the fastest shared
+micro-batch that needs no more memory than row by row at 4. Memory is the peak of the resident set, each measurement in
+a process of its own.
 
 Last, and alone with `--cases` without a name, tokens are counted: those that the recipes of `examples/configs` compute in
 a rollout batch, as TRL's shuffle of rows leaves them and with whole groups.
@@ -317,9 +318,10 @@ def main() -> None:
             print(f"  → no sharing run fits the memory of row by row at {REFERENCE}")
         else:
             print(
-                f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; {result['ratio_to_best_row_by_row']:.2f}x"
-                f" the fastest row by row) at {result['memory_ratio']:.2f} of the memory; target {result['target']:.2f}x;"
-                f" {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
+                f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; "
+                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {result['memory_ratio']:.2f} "
+                f"of the memory; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
+                "padded tokens are distinct",
                 flush=True,
             )
     recipes = count_recipes()

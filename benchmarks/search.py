@@ -3,9 +3,10 @@
     python benchmarks/search.py                      # 1,000,000 passages; about 4 GB of memory
     python benchmarks/search.py --passages 100000 --json outputs/search.json
 
-Passages are synthetic: words drawn by Zipf's law from a vocabulary of 500,000, 60 words a passage. A query is six words
-of one passage, so there is a right answer, and the share of queries that find it is printed too. The reference is bm25s
-called directly on the same index (`retrieve`, one query at a time), so that the two latencies come from one run.
+Passages are synthetic: words drawn by Zipf's law from a vocabulary of 500,000, 60 words a passage. A query is six
+words of one passage, so there is a right answer, and the share of queries that find it is printed too. The reference
+is bm25s called directly on the same index (`retrieve`, one query at a time), so that the two latencies come from one
+run.
 
 Times are CPU seconds, which other work on the machine disturbs least, except for load, which is wall-clock time.
 """

@@ -4,9 +4,9 @@ One wave of tool calls against TRL: 64 rows that each call a tool which waits a 
     python benchmarks/tools.py --json outputs/tools.json
     python benchmarks/tools.py --rows 16 --seconds 0.2
 
-Both sides are a trainer's own `_generate`, from prompts to token ids and mask: `GRPOTrainer` with its own tool loop and
-`ARPOTrainer` without forks, on the same prompts, tools and tokenizer. Only the model is not run: where each trainer asks
-for tokens it is handed the same tool call, then the same answer. Both must return the same tokens.
+Both sides are a trainer's own `_generate`, from prompts to token ids and mask: `GRPOTrainer` with its own tool loop
+and `ARPOTrainer` without forks, on the same prompts, tools and tokenizer. Only the model is not run: where each
+trainer asks for tokens it is handed the same tool call, then the same answer. Both must return the same tokens.
 
 A second table says what a call costs beyond the tool itself, with a tool that does nothing.
 """

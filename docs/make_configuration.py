@@ -22,9 +22,9 @@ HEAD = """\
 <!-- Made by docs/make_configuration.py from the docstring of ARPOConfig: change that, and run the script. -->
 
 `ARPOConfig` has every parameter of TRL's [`GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig)
-and the ones below. On the command line of `examples/arpo.py` each is a flag of the same name; in a YAML file given with
-`--config`, a key. Symbols in parentheses are those of the [paper](https://huggingface.co/papers/2507.19849). A value that
-cannot work is refused when the object is made: see [troubleshooting](troubleshooting.md).
+and the ones below. On the command line of `examples/arpo.py` each is a flag of the same name; in a YAML file given
+with `--config`, a key. Symbols in parentheses are those of the [paper](https://huggingface.co/papers/2507.19849). A
+value that cannot work is refused when the object is made: see [troubleshooting](troubleshooting.md).
 """
 
 ENTRY = re.compile(r"(\w+) \(`(.+?)`(?:, \*optional\*)?(?:, defaults to `(.+?)`)?\):\n((?: {4}.*\n?)+)")

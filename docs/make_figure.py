@@ -2,7 +2,8 @@
 
     python docs/make_figure.py
 
-The entropies are made up; gap, probability and who gets the forks are computed from them by the code that training runs.
+The entropies are made up; gap, probability and who gets the forks are computed from them by the code that training
+runs.
 """
 
 import math
@@ -69,7 +70,8 @@ def figure() -> str:
                     8, below + 18, f"fork of {row}", "small"
                 )
                 parts.append(
-                    f'<path class="shared" d="M{RESULT} {y} C{RESULT} {below} {RESULT} {below} {RESULT + 14} {below}"/>'
+                    f'<path class="shared" d="M{RESULT} {y} C{RESULT} {below} {RESULT} {below} '
+                    f'{RESULT + 14} {below}"/>'
                 )
                 parts += _line(RESULT + 14, below, END - 40, "model")
                 parts += _text(LEFT, below + 4, "tokens and tool call shared with its parent", "small")

@@ -92,7 +92,9 @@ def checkpoint_bytes(shape: Shape, tokens: int) -> int:
 
 
 def block_bytes(shape: Shape, tokens: int) -> int:
-    """What one block holds while it is computed again: about 8 vectors of `hidden`, 3 of `intermediate`, in bfloat16."""
+    """
+    What one block holds while it is computed again: about 8 vectors of `hidden`, 3 of `intermediate`, in bfloat16.
+    """
     return 2 * (8 * shape.hidden + 3 * shape.intermediate) * tokens
 
 

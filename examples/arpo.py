@@ -13,8 +13,8 @@ python examples/arpo.py \
     --output_dir Qwen2.5-3B-ARPO
 ```
 
-With LoRA, add `--use_peft --lora_r 32 --lora_alpha 16`; with vLLM, `--use_vllm`; to the Hub, `--push_to_hub`. From a file:
-`python examples/arpo.py --config recipe.yaml`. On several devices: `accelerate launch examples/arpo.py …`.
+With LoRA, add `--use_peft --lora_r 32 --lora_alpha 16`; with vLLM, `--use_vllm`; to the Hub, `--push_to_hub`. From a
+file: `python examples/arpo.py --config recipe.yaml`. On several devices: `accelerate launch examples/arpo.py …`.
 """
 
 from dataclasses import dataclass, field
@@ -34,8 +34,8 @@ class ARPOScriptArguments(ToolArguments, ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Reward functions: names from arpo_trl.rewards, or dotted paths. By default the paper's reward for "
-            "the protocol: 'arpo_reward' (tags) or 'arpo_chat_reward' (chat_template)."
+            "help": "Reward functions: names from arpo_trl.rewards, or dotted paths. By default the paper's reward "
+            "for the protocol: 'arpo_reward' (tags) or 'arpo_chat_reward' (chat_template)."
         },
     )
 

@@ -226,8 +226,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
         f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were executed: "
         f"{summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by forks. "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
-        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, arpo/.\n"
-        f"To look into the rollouts: python -m arpo_trl.viewer {output_dir}"
+        f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, "
+        f"arpo/.\nTo look into the rollouts: python -m arpo_trl.viewer {output_dir}"
     )
 
 

@@ -11,12 +11,12 @@ python examples/evaluate.py \
 python -m arpo_trl.viewer evaluation
 ```
 
-A benchmark is read from `<data_dir>/<name>.jsonl` (.json, .parquet, .csv) or `<data_dir>/<name>/`, or else from the Hub;
-`gsm8k=FILE` names the file. docs/evaluation.md tells where each comes from and how it is scored. For questions of your
-own, with a column `prompt` and an `answer`: `--dataset_name questions.jsonl --score exact_match_reward`.
+A benchmark is read from `<data_dir>/<name>.jsonl` (.json, .parquet, .csv) or `<data_dir>/<name>/`, or else from the
+Hub; `gsm8k=FILE` names the file. docs/evaluation.md tells where each comes from and how it is scored. For questions of
+your own, with a column `prompt` and an `answer`: `--dataset_name questions.jsonl --score exact_match_reward`.
 
-Writes to `--output_dir`: `records/<name>.jsonl` (a line a completion, as soon as its question is done: started again, the
-script goes on where it stopped), `results.json`, `results.md` and, where matplotlib is installed, `results.png`.
+Writes to `--output_dir`: `records/<name>.jsonl` (a line a completion, as soon as its question is done: started again,
+the script goes on where it stopped), `results.json`, `results.md` and, where matplotlib is installed, `results.png`.
 
 Does NOT sample in several processes: start one for each part of the benchmarks, with an `--output_dir` each.
 """
@@ -51,7 +51,8 @@ class EvaluationArguments(SamplingArguments):
     """Arguments of the script."""
 
     benchmarks: list[str] = field(
-        default_factory=list, metadata={"help": "Names from arpo_trl.evaluation.benchmarks, or name=file, name=hub id."}
+        default_factory=list,
+        metadata={"help": "Names from arpo_trl.evaluation.benchmarks, or name=file, name=hub id."},
     )
     data_dir: str | None = field(default=None, metadata={"help": "Folder of local benchmark files."})
     system_prompt: str | None = field(
@@ -74,8 +75,8 @@ class EvaluationArguments(SamplingArguments):
     tool_protocol: str | None = field(
         default=None,
         metadata={
-            "help": "'chat_template', 'tags' or 'my_module:MyProtocol'; by default the one that the checkpoint says it "
-            "speaks, or 'chat_template'."
+            "help": "'chat_template', 'tags' or 'my_module:MyProtocol'; by default the one that the checkpoint says "
+            "it speaks, or 'chat_template'."
         },
     )
     num_generations: int = field(default=1, metadata={"help": "Completions for each question."})

@@ -6,8 +6,8 @@
 
 Every question needs three look-ups, each known only from the result before it, and a subtraction. A search finds two
 pages: one that answers, and one about a namesake or, for most births, a rumour with another year ("was perhaps in").
-Four calls are all that `MAX_CALLS` allows, so that a wasted one costs the answer. Demonstrations go wrong in more ways,
-and more often, than the demo's.
+Four calls are all that `MAX_CALLS` allows, so that a wasted one costs the answer. Demonstrations go wrong in more
+ways, and more often, than the demo's.
 
 As in `demo_world.py`, nothing here trains, searches the web or runs code.
 """

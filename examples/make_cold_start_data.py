@@ -11,13 +11,13 @@ python examples/make_cold_start_data.py \
 python examples/sft_cold_start.py --dataset_name traces.jsonl --tool_protocol chat_template …
 ```
 
-The model samples with the very tools and protocol that training will use. A trace is kept if it ran into no limit, if the
-reward is at least `--min_score` (by default: good format and a right answer), and if no call in it failed. Of a
+The model samples with the very tools and protocol that training will use. A trace is kept if it ran into no limit, if
+the reward is at least `--min_score` (by default: good format and a right answer), and if no call in it failed. Of a
 question's traces those with different calls come first, then the shorter ones.
 
-Every question's samples go to `<output_path>.samples.jsonl` as soon as they are done; started again, the script goes on
-where it stopped. `--output_path` is written at the end, in TRL's conversational format: `messages`, and for the chat
-template `tools`.
+Every question's samples go to `<output_path>.samples.jsonl` as soon as they are done; started again, the script goes
+on where it stopped. `--output_path` is written at the end, in TRL's conversational format: `messages`, and for the
+chat template `tools`.
 
 Does NOT look at how a right answer was found: a lucky guess is kept.
 """

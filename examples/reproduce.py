@@ -7,10 +7,10 @@ python examples/reproduce.py --workers 2        # train what is missing, then wr
 python examples/reproduce.py --report_only      # write them from the runs that are there
 ```
 
-Every arm starts from the same cold start (one for each world), fills groups of M = 16 (but `small`), sees the same questions
-in the same order, is asked the same held-out questions, and is compared after the same number of optimiser steps. A seed chooses the
-order of the questions and what is sampled. A finished run is one JSON file and is not run again; a run that was killed
-starts anew.
+Every arm starts from the same cold start (one for each world), fills groups of M = 16 (but `small`), sees the same
+questions in the same order, is asked the same held-out questions, and is compared after the same number of optimiser
+steps. A seed chooses the order of the questions and what is sampled. A finished run is one JSON file and is not run
+again; a run that was killed starts anew.
 
 Held-out accuracy is that of answers sampled at temperature 1, but most of it is not sampled: see [`ask`].
 
@@ -22,8 +22,8 @@ Arms that do not branch run in ARPOTrainer with N = M, which is TRL's GRPOTraine
 - `dapo`: TRL's `loss_type="dapo"`, a mean over all tokens, and a clip range that is wider above (0.28). DAPO's dynamic
   sampling is not in TRL, and its overlong penalty has nothing to act on here.
 - `rloo`: TRL's RLOOTrainer takes no tools. This is its gradient by TRL's GRPO loss: rewards centred on the mean of the
-  group and not scaled, summed over tokens (`loss_type="dr_grpo"`, `scale_rewards="none"`). The leave-one-out advantage is
-  M / (M − 1) times the centred reward, and the sum a constant times TRL's: factors that Adam takes out.
+  group and not scaled, summed over tokens (`loss_type="dr_grpo"`, `scale_rewards="none"`). The leave-one-out advantage
+  is M / (M − 1) times the centred reward, and the sum a constant times TRL's: factors that Adam takes out.
 
 Every batch is used for one optimiser step, so no ratio is ever clipped.
 
@@ -42,32 +42,36 @@ from pathlib import Path
 
 # What was expected, and what decides it. Written before the runs; the rules are applied in reproduce_report.py.
 #
-# This is the second grid. In the first one (seeds 0 to 4, the same worlds and settings) accuracy was read from 200 to 1000
-# sampled answers, whose noise of 1.5 to 3.5 points hid every difference, and an arm that was level with GRPO at the end
-# counted as one that never gets there. What was changed before this grid was run: how accuracy is read, seeds that the
-# first grid had not seen, more steps for the arms that are compared with GRPO, t intervals for means, and the arms that
-# expand. It was started anew once, when 14 runs of `grpo`, `arpo` and `random` in the demo's world had been seen and a bias in
-# how accuracy was read was found. While it ran, its list was put into another order and shortened (to three seeds of
-# `hard_credit`; `n4` in the harder world, a soft `expansion` and two sweeps left out); no rule and no arm was changed.
+# This is the second grid. In the first one (seeds 0 to 4, the same worlds and settings) accuracy was read from 200 to
+# 1000 sampled answers, whose noise of 1.5 to 3.5 points hid every difference, and an arm that was level with GRPO at
+# the end counted as one that never gets there. What was changed before this grid was run: how accuracy is read, seeds
+# that the first grid had not seen, more steps for the arms that are compared with GRPO, t intervals for means, and the
+# arms that expand. It was started anew once, when 14 runs of `grpo`, `arpo` and `random` in the demo's world had been
+# seen and a bias in how accuracy was read was found. While it ran, its list was put into another order and shortened
+# (to three seeds of `hard_credit`; `n4` in the harder world, a soft `expansion` and two sweeps left out); no rule and
+# no arm was changed.
 #
-# 1. Calls. ARPO reaches GRPO's final held-out accuracy with at most half of the tool calls that GRPO executed to get there.
-#    Decided by the ratio of calls in pairs of one world and seed: it holds if the median over seeds is 0.5 or less and its
-#    95 % bootstrap interval lies below 1. A curve is first made non-decreasing (isotonic regression) and read between
-#    evaluations along straight lines; GRPO's own cost is read in the same way. The other arms train on for `MORE_STEPS`, so
-#    that one that is a step behind GRPO is told from one that never gets there. Those that still do not count as infinite.
-# 2. End. After the same number of steps ARPO is at or above GRPO: the mean difference of accuracy in pairs is 0 or more.
-# 3. Entropy. Branching by entropy ends above branching at random: the 95 % interval of the mean difference lies above 0; or
-#    it reaches the control's accuracy with fewer calls: the interval of the median ratio to the control lies below 1.
+# 1. Calls. ARPO reaches GRPO's final held-out accuracy with at most half of the tool calls that GRPO executed to get
+#    there. Decided by the ratio of calls in pairs of one world and seed: it holds if the median over seeds is 0.5 or
+#    less and its 95 % bootstrap interval lies below 1. A curve is first made non-decreasing (isotonic regression) and
+#    read between evaluations along straight lines; GRPO's own cost is read in the same way. The other arms train on
+#    for `MORE_STEPS`, so that one that is a step behind GRPO is told from one that never gets there. Those that still
+#    do not count as infinite.
+# 2. End. After the same number of steps ARPO is at or above GRPO: the mean difference of accuracy in pairs is 0 or
+#    more.
+# 3. Entropy. Branching by entropy ends above branching at random: the 95 % interval of the mean difference lies above
+#    0; or it reaches the control's accuracy with fewer calls: the interval of the median ratio to the control lies
+#    below 1.
 # 4. Soft. Soft attribution ends above hard: the interval of the mean difference lies above 0.
 # 5. Spikes. After a tool result the model's entropy is higher than before it: the mean over the first six tokens after
 #    is larger than over the last six before it, at the cold start.
 #
-# The improvement (`expansion`) is held to rules 1 and 2, and to rule 3 against its control `expansion_random` and against
-# `small`, GRPO with half of the rows. Expected, from runs on seeds 100 to 102: half of GRPO's calls or fewer to GRPO's
-# accuracy, clearly so in the harder world, and an end about a point below GRPO after the same number of steps. What it is
-# was chosen on those seeds, but on the same cold starts and held-out questions, among N = 1, 2, 4; one, two, three or
-# fifteen rounds; nodes by entropy alone, by its sum, by entropy per call, at random; soft, hard and tree attribution, and
-# one that compares a branch with its siblings alone.
+# The improvement (`expansion`) is held to rules 1 and 2, and to rule 3 against its control `expansion_random` and
+# against `small`, GRPO with half of the rows. Expected, from runs on seeds 100 to 102: half of GRPO's calls or fewer
+# to GRPO's accuracy, clearly so in the harder world, and an end about a point below GRPO after the same number of
+# steps. What it is was chosen on those seeds, but on the same cold starts and held-out questions, among N = 1, 2, 4;
+# one, two, three or fifteen rounds; nodes by entropy alone, by its sum, by entropy per call, at random; soft, hard and
+# tree attribution, and one that compares a branch with its siblings alone.
 
 STEPS = 30  # optimiser steps after which arms are compared
 MORE_STEPS = 12  # that all arms but GRPO go on for
@@ -97,9 +101,9 @@ ARMS = {
     "hard_credit": {"advantage_attribution": "hard"},
     "dapo": {"num_initial_generations": 16, "loss_type": "dapo", "epsilon_high": 0.28},
     "rloo": {"num_initial_generations": 16, "loss_type": "dr_grpo", "scale_rewards": "none"},
-    # The improvement: few rows from the prompt, forks anywhere in the finished tree, in proportion to entropy per call, and,
-    # as in AT²PO, the value of a turn as its advantage, which is what hard attribution is. Its control draws the nodes at
-    # random
+    # The improvement: few rows from the prompt, forks anywhere in the finished tree, in proportion to entropy per
+    # call, and, as in AT²PO, the value of a turn as its advantage, which is what hard attribution is. Its control
+    # draws the nodes at random
     "expansion": {"num_initial_generations": 2, "branch_rule": "expansion", "advantage_attribution": "hard"},
     "expansion_random": {
         "num_initial_generations": 2,
@@ -292,17 +296,17 @@ def ask(model, tokenizer, tools, world, questions: int) -> dict:
     """
     Held-out accuracy of answers sampled at temperature 1, with little of the noise of sampling.
 
-    Nearly all right answers begin, word for word, with the faultless demonstration. Its probability is a product over its
-    tokens, so it is computed. Sampled is only the correction: the share of answers that are right less the share that begin
-    so, which is the share of those that are right in another way. It takes one answer to each question (the same random
-    numbers at every evaluation), and five where a run has come to answer in another way. The sum has the expectation of
-    plain sampling, whose standard error for 300 answers would be 2 to 3 points.
+    Nearly all right answers begin, word for word, with the faultless demonstration. Its probability is a product over
+    its tokens, so it is computed. Sampled is only the correction: the share of answers that are right less the share
+    that begin so, which is the share of those that are right in another way. It takes one answer to each question (the
+    same random numbers at every evaluation), and five where a run has come to answer in another way. The sum has the
+    expectation of plain sampling, whose standard error for 300 answers would be 2 to 3 points.
 
     Returns:
-        `dict`: `accuracy`; its parts `demonstrated` and `otherwise`; `sampled`, the plain accuracy of the same samples, to
-        compare; `pass@k`, from 1 − (1 − p)^k of each question, in which every answer that is not the demonstration has the
-        same chance to be right; `calls_per_completion` and `truncated` of the samples; `example` of what is right in
-        another way, or `None`.
+        `dict`: `accuracy`; its parts `demonstrated` and `otherwise`; `sampled`, the plain accuracy of the same
+        samples, to compare; `pass@k`, from 1 − (1 − p)^k of each question, in which every answer that is not the
+        demonstration has the same chance to be right; `calls_per_completion` and `truncated` of the samples; `example`
+        of what is right in another way, or `None`.
     """
     import torch
 
@@ -347,7 +351,9 @@ def ask(model, tokenizer, tools, world, questions: int) -> dict:
 
 
 def demonstration_probabilities(model, tokenizer, world, questions: list, batch_size: int = 50) -> list[float]:
-    """For each question, the probability that an answer sampled at temperature 1 begins with its faultless demonstration."""
+    """
+    For each question, the probability that an answer sampled at temperature 1 begins with its faultless demonstration.
+    """
     import torch
 
     from arpo_trl.data import tags_sft_features
@@ -374,8 +380,8 @@ def demonstration_probabilities(model, tokenizer, world, questions: list, batch_
 
 def right_otherwise(demonstrations: list[str], records: list[dict]) -> tuple[float, str | None]:
     """
-    Share of answers that are right less the share that begin with the demonstration, and an answer that is right but does
-    not. A demonstration that goes on until it is wrong makes the share smaller.
+    Share of answers that are right less the share that begin with the demonstration, and an answer that is right but
+    does not. A demonstration that goes on until it is wrong makes the share smaller.
     """
     difference, answers, example = 0, 0, None
     for demonstration, record in zip(demonstrations, records, strict=True):

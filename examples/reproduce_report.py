@@ -1,9 +1,9 @@
 """
-From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict in the page is typed by
-hand: each verdict is decided here, from the intervals, by rules that were written down before the runs.
+From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict in the page is
+typed by hand: each verdict is decided here, from the intervals, by rules that were written down before the runs.
 
-What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close to
-the range of the seeds.
+What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close
+to the range of the seeds.
 """
 
 import itertools
@@ -67,7 +67,8 @@ def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0)
     """What `run` spent, as a fraction of what `base` spent, until the accuracy that `base` has at the end.
 
     Args:
-        run, base (`dict`): Two runs from one cold start. The end of `base` is where arms are compared; `run` may be longer.
+        run, base (`dict`): Two runs from one cold start. The end of `base` is where arms are compared; `run` may be
+            longer.
         quantity (`str`): What is spent.
         share_of_gain (`float`): Below 1: until `base` had that share of its gain over the cold start.
 
@@ -102,7 +103,9 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. One value has none."""
+    """
+    95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. One value has none.
+    """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return -INFINITY, INFINITY
@@ -350,9 +353,9 @@ def calls_claim(runs: Runs, world: str, arm: str, base: str = "grpo") -> tuple[b
     holds = e["value"] <= 0.5 and e["high"] < 1
     reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, base))
     return holds, (
-        f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} seeds; to 90 % of its "
-        f"gain: {ratio(result['calls_90'])}. The same number of steps executed {ratio(result['calls_total'])} of the calls."
-        + trained_on(runs, world, arm, base)
+        f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} "
+        f"seeds; to 90 % of its gain: {ratio(result['calls_90'])}. The same number of steps executed "
+        f"{ratio(result['calls_total'])} of the calls." + trained_on(runs, world, arm, base)
     )
 
 
@@ -368,8 +371,8 @@ def trained_on(runs: Runs, world: str, arm: str, base: str = "grpo") -> str:
         sum(step["calls_executed"] for step in run["steps"]) / total(other, "calls_executed") for run, other in longer
     ]
     return (
-        f" Trained on to step {max(steps)} it has executed {statistics.fmean(spent):.2f} of them and is {points(above)} points "
-        f"above the end of `{base}`."
+        f" Trained on to step {max(steps)} it has executed {statistics.fmean(spent):.2f} of them and is "
+        f"{points(above)} points above the end of `{base}`."
     )
 
 
@@ -476,9 +479,9 @@ def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
                 told.append(f"`{arm}` {result['calls_total']['value']:.2f}, {percent(early, 0)}")
         if told:
             lines.append(
-                f"- **Calls of a step in {NAMES[world]}**, GRPO = 1, and the share of forks that leave after the first call: "
-                f"{'; '.join(told)}. An initial row shares nothing, so that with N = M / 2 the paper's rule cannot go below half "
-                "even if every fork left after the last call."
+                f"- **Calls of a step in {NAMES[world]}**, GRPO = 1, and the share of forks that leave after the "
+                f"first call: {'; '.join(told)}. An initial row shares nothing, so that with N = M / 2 the paper's "
+                "rule cannot go below half even if every fork left after the last call."
             )
     for world in (world for world in worlds if world in starts):
         told = []
@@ -487,13 +490,14 @@ def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
                 low, middle, high = (0.5 + 0.2 * gaps[int(share * (len(gaps) - 1))] for share in (0.25, 0.5, 0.75))
                 told.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) after call {calls}")
         lines.append(
-            f"- **Probability of a fork in {NAMES[world]}**, α + β·ΔH with the defaults at the cold start, median and quartiles: "
-            f"{', '.join(told)}. For `random` it is 0.50. A row that asks for a fork with such a probability at each result has "
-            "mostly asked by its second, so that there is little left for entropy to choose."
+            f"- **Probability of a fork in {NAMES[world]}**, α + β·ΔH with the defaults at the cold start, median and "
+            f"quartiles: {', '.join(told)}. For `random` it is 0.50. A row that asks for a fork with such a "
+            "probability at each result has mostly asked by its second, so that there is little left for entropy to "
+            "choose."
         )
     lines.append(
-        "- **Soft and hard** give a shared token the same sum of advantages, and differ in how rows of different length weigh "
-        "in it, as long as no ratio is clipped; the more of a row is shared, the more that is."
+        "- **Soft and hard** give a shared token the same sum of advantages, and differ in how rows of different "
+        "length weigh in it, as long as no ratio is clipped; the more of a row is shared, the more that is."
     )
     return "\n".join(lines)
 
@@ -553,7 +557,9 @@ def supplements(runs: Runs, world: str, arm: str) -> float:
 
 
 def advice(runs: Runs, worlds: Sequence[str]) -> str:
-    """What the sweeps say of the defaults, decided by intervals of paired differences to `arpo` over 3 seeds or more."""
+    """
+    What the sweeps say of the defaults, decided by intervals of paired differences to `arpo` over 3 seeds or more.
+    """
     said = []
     for world in worlds:
         better, worse = [], []
@@ -596,8 +602,8 @@ def advice(runs: Runs, worlds: Sequence[str]) -> str:
             + "."
         )
     said.append(
-        "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says next to "
-        "nothing."
+        "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says "
+        "next to nothing."
     )
     return " ".join(said)
 
@@ -671,11 +677,12 @@ def measured(runs: Sequence[dict]) -> str:
         return ""
     apart = [entry["sampled"] - entry["accuracy"] for entry in read]
     return (
-        "The faultless demonstration of an answer is scored exactly, as the product of its tokens' probabilities; what is "
-        f"right in another way is sampled: {percent(statistics.median(entry['otherwise'] for entry in read))} of the answers "
-        f"(median of {len(read)} evaluations), {percent(max(entry['otherwise'] for entry in read), 0)} in the one run where "
-        "most are. The plain share of right answers among the same samples, mostly one a question, is on average "
-        f"{100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of {100 * statistics.pstdev(apart):.1f}."
+        "The faultless demonstration of an answer is scored exactly, as the product of its tokens' probabilities; "
+        f"what is right in another way is sampled: {percent(statistics.median(entry['otherwise'] for entry in read))} "
+        f"of the answers (median of {len(read)} evaluations), {percent(max(entry['otherwise'] for entry in read), 0)} "
+        "in the one run where most are. The plain share of right answers among the same samples, mostly one a "
+        f"question, is on average {100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of "
+        f"{100 * statistics.pstdev(apart):.1f}."
     )
 
 
@@ -740,9 +747,9 @@ start a world means that the intervals are over training runs, not over worlds."
         improvements(runs, worlds),
         "### Why",
         reasons(runs, worlds, starts),
-        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes three or four calls; its "
-        "budget by the entropy of the prompt, which `expansion` has in its own way, since the prompt is one of its nodes; "
-        "larger M.",
+        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes three or "
+        "four calls; its budget by the entropy of the prompt, which `expansion` has in its own way, since the prompt "
+        "is one of its nodes; larger M.",
         "## Arms",
         """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
 theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
@@ -752,8 +759,8 @@ attribution. The others are named by what they change; `examples/reproduce.py` h
     for world in worlds:
         parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
     parts += [
-        "Each batch is used for one optimiser step, so no ratio is clipped, and DAPO differs from GRPO only in how rows of "
-        "different length weigh.",
+        "Each batch is used for one optimiser step, so no ratio is clipped, and DAPO differs from GRPO only in how "
+        "rows of different length weigh.",
         "## Figures",
     ]
     for name, (_, caption) in FIGURES.items():

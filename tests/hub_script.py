@@ -1,4 +1,5 @@
-"""What `test_hub.py` launches with `HF_ENDPOINT` set: `tests/hub_script.py <folder> <agent>`. The stand-in is named there.
+"""What `test_hub.py` launches with `HF_ENDPOINT` set: `tests/hub_script.py <folder> <agent>`. The stand-in is named
+there.
 
 Each scenario is a run of its own in `<folder>/<scenario>`; errors go to `<folder>/<scenario>.error` as they are shown.
 """

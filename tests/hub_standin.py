@@ -1,5 +1,5 @@
-"""A stand-in for the Hub's API on loopback: what huggingface_hub asks for while it creates a repository, uploads to it and
-loads from it.
+"""A stand-in for the Hub's API on loopback: what huggingface_hub asks for while it creates a repository, uploads to it
+and loads from it.
 
 What is not here: Xet storage (set `HF_HUB_DISABLE_XET=1`), branches, organisations, quotas.
 """
@@ -30,7 +30,8 @@ class HubStandIn:
     Serves `repos` at `url`.
 
     Args:
-        tokens (`dict[str, float]`): Commits that each token is good for; after them it is refused, like an unknown one.
+        tokens (`dict[str, float]`): Commits that each token is good for; after them it is refused, like an unknown
+            one.
     """
 
     def __init__(self, tokens: dict[str, float]):

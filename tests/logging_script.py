@@ -1,5 +1,5 @@
-"""What `test_logging.py` launches: `tests/logging_script.py <folder> <agent>`. A process of its own, since trackio reads
-where to write when it is imported.
+"""What `test_logging.py` launches: `tests/logging_script.py <folder> <agent>`. A process of its own, since trackio
+reads where to write when it is imported.
 
 One run that logs to TensorBoard, trackio and Weights & Biases at once; what was logged goes to `<folder>/logs.json`.
 """

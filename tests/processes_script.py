@@ -1,7 +1,8 @@
-"""What `test_processes.py` and `test_hub.py` launch: `accelerate launch … tests/processes_script.py <scenarios> <folder> <agent>`.
+"""What `test_processes.py` and `test_hub.py` launch: `accelerate launch … tests/processes_script.py <scenarios>
+<folder> <agent>`.
 
-All scenarios of one launch run one after another, since starting costs more than running. Each process leaves what only
-it can know in `<folder>/<scenario>/process-<rank>.json`.
+All scenarios of one launch run one after another, since starting costs more than running. Each process leaves what
+only it can know in `<folder>/<scenario>/process-<rank>.json`.
 """
 
 import json
@@ -167,7 +168,8 @@ def resumable(folder: Path, checkpoint: str, reward=correct) -> ARPOTrainer:
 def main(names: str, folder: str, checkpoint: str):
     sharded = "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
     if sharded:
-        # Accelerate shards on accelerators alone and would quietly fall back to DDP; torch and DeepSpeed shard on CPU too
+        # Accelerate shards on accelerators alone and would quietly fall back to DDP; torch and DeepSpeed shard on CPU
+        # too
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
         PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
         FIXED["use_cpu"] = False

@@ -3,8 +3,10 @@
 import random
 
 PIECES = [
-    *r"\frac \dfrac \sqrt \text \left( \right) \{ \} \overline \dot \ldots \cdot \times \pi \infty \circ \le \ge \cup".split(),
-    *r"\in \pm \begin{pmatrix} \end{pmatrix} \\ & \mathbb{R} \boxed \textbf \textcolor{red} \langle \rangle \, \! \$ $".split(),
+    *r"\frac \dfrac \sqrt \text \left( \right) \{ \} \overline \dot \ldots \cdot \times \pi \infty \circ".split(),
+    *r"\le \ge \cup".split(),
+    *r"\in \pm \begin{pmatrix} \end{pmatrix} \\ & \mathbb{R} \boxed \textbf \textcolor{red} \langle \rangle".split(),
+    *r"\, \! \$ $".split(),
     *"{ } ( ) [ ] ^ _ + - * ** / = < > , . ; : ! % | ' \" ` ~ # ? @ & \\".split(),
     *"0 1 2 12 345 1.5 .5 1,234 1e5 1.5e-05 9**9**9 1/2 1_000 101_2 3:45 2024-01-05 0.(3)".split(),
     *"x y n i e A B C abc sqrt( Fraction( Matrix( exp( log( pi oo True None lambda j".split(),

@@ -174,7 +174,9 @@ def test_no_whole_checkpoint_and_no_checkpoint_at_all_are_errors(run, agent_dirs
 
 
 def test_sigterm_saves_a_checkpoint_that_resumes(saved, agent_dirs, tokenizer, tmp_path, monkeypatch):
-    """With `enable_jit_checkpoint`, an option of transformers; its seconds of waiting for a second signal are left out."""
+    """
+    With `enable_jit_checkpoint`, an option of transformers; its seconds of waiting for a second signal are left out.
+    """
 
     class AtOnce:
         def __init__(self, seconds, function):

@@ -1,4 +1,4 @@
-"""The recipes of examples/configs: each parses as its script parses it, and trains on the rows that its sources name."""
+"""The recipes of examples/configs: each parses as its script parses it, and trains on the rows that it names."""
 
 import re
 import runpy

@@ -365,7 +365,8 @@ def test_trace_becomes_calls_and_results():
     overshot = trace_messages("<search>q</search><<result>r</result>a")
     assert overshot == trace_messages("<search>q</search><result>r</result>a")
     call, told, said = trace_messages(
-        "<python>\n    for i in (1, 2):\n        print(i)\n</python><result>\n   a  b\n0  1  2\n</result><answer>3</answer>"
+        "<python>\n    for i in (1, 2):\n        print(i)\n</python><result>\n   a  b\n0  1  "
+        "2\n</result><answer>3</answer>"
     )
     assert call["tool_calls"][0]["function"]["arguments"] == {"code": "for i in (1, 2):\n    print(i)"}
     assert (told["content"], said["content"]) == ("   a  b\n0  1  2", "3")

@@ -128,7 +128,8 @@ def test_parameters_of_the_scaling_guide_are_those_of_transformers(name):
 
 def test_formulas_of_the_scaling_guide():
     scaling = maker("scaling")
-    # One block of one linear layer's worth by hand: hidden 2, one head of 1, so q, k, v, o are 2 × 1; feed-forward 2 × 3
+    # One block of one linear layer's worth by hand: hidden 2, one head of 1, so q, k, v, o are 2 × 1;
+    # feed-forward 2 × 3
     shape = scaling.Shape(layers=1, hidden=2, intermediate=3, heads=1, kv_heads=1, vocab=10, head_dim=1)
     linear, whole, adapter = 4 * 2 + 3 * 6, 26 + 2 * 2 + 2 + 2 * 20, 1 * (4 * 3 + 3 * 5)
 
@@ -175,6 +176,30 @@ def test_dotted_names_exist(page):
         functools.reduce(getattr, parts[length:], found)
 
 
+SOURCES = [
+    *sorted((ROOT / "arpo_trl").rglob("*.py")),
+    *(path for folder in ("examples", "benchmarks", "tests") for path in sorted((ROOT / folder).glob("*.py"))),
+    *sorted((ROOT / "notebooks").glob("*.ipynb")),
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_source_refers_to_exists(path):
+    text = path.read_text("utf-8")
+    for name in set(re.findall(r"\[`~(arpo_trl(?:\.\w+)+)`\]", text)):
+        parts = name.split(".")
+        paths = [ROOT.joinpath(*parts[:n]) for n in range(len(parts), 0, -1)]
+        module = next(path for path in paths if path.is_dir() or path.with_suffix(".py").exists())
+        source = (module / "__init__.py" if module.is_dir() else module.with_suffix(".py")).read_text("utf-8")
+        below = parts[len(module.relative_to(ROOT).parts) :]
+        assert not below or re.search(rf"\b{below[0]}\b", source), name
+    files = {file.name for folder in ("arpo_trl", "examples", "tests") for file in (ROOT / folder).rglob("*.py")}
+    for name in re.findall(r"`(\w+\.py)`", text) if path.is_relative_to(ROOT / "arpo_trl") else []:
+        assert name in files, name
+    for name in re.findall(r"`((?:docs|examples|benchmarks|arpo_trl)/[\w./]*\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+
+
 def test_settings_on_the_right_of_the_migration_table_exist():
     text = (ROOT / "docs" / "migration.md").read_text("utf-8")
     fields = ARPOConfig.__dataclass_fields__
@@ -189,7 +214,8 @@ def test_settings_on_the_right_of_the_migration_table_exist():
 @pytest.mark.parametrize("setting, table", [("branch_rule", BRANCH_RULES), ("advantage_attribution", ATTRIBUTIONS)])
 def test_the_table_of_methods_is_that_of_the_code(setting, table):
     rows = re.findall(
-        rf"^\| `{setting}=\"(\w+)\"` \| `([\w.]+)` \| .+ \| \[([\d.]+)\]\(https://huggingface.co/papers/([\d.]+)\) \|$",
+        rf"^\| `{setting}=\"(\w+)\"` \| `([\w.]+)` \| .+ "
+        r"\| \[([\d.]+)\]\(https://huggingface.co/papers/([\d.]+)\) \|$",
         (ROOT / "docs" / "concepts.md").read_text("utf-8"),
         re.MULTILINE,
     )

@@ -1,4 +1,6 @@
-"""Entropies, limits and stop strings inside a real `generate`; what vLLM answers (`vllm_engine/` has the engine itself)."""
+"""Entropies, limits and stop strings inside a real `generate`; what vLLM answers (`vllm_engine/` has the engine
+itself).
+"""
 
 from collections import Counter
 from math import nan

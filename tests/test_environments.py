@@ -1,4 +1,4 @@
-"""Environments of rows: whose methods are tools, what a fork copies, and when the copy is closed; and names of tools."""
+"""Environments of rows: whose methods are tools, what a fork copies, when the copy is closed; names of tools."""
 
 import asyncio
 import functools

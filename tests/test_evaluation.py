@@ -667,7 +667,9 @@ def test_a_judge_that_dies_costs_no_completion(script, agent_dirs, tmp_path):
 
 
 def test_a_run_killed_with_kill_9_goes_on(agent_dirs, tmp_path):
-    """The tool kills the process at a call in the middle, for good; what was finished is there and is not asked again."""
+    """
+    The tool kills the process at a call in the middle, for good; what was finished is there and is not asked again.
+    """
     counts = write_benchmarks(tmp_path / "data")
     (tmp_path / "deadly.py").write_text(
         "import os, signal\nimport tiny\n\n"

@@ -57,8 +57,8 @@ def called(text: str) -> tuple[str, str]:
     return chat(json.dumps({"text": text})), tags(text, "echo")
 
 
-# What the model writes first, in either protocol, and the error of the call that comes of it: "" for none, and None where
-# there is no call at all
+# What the model writes first, in either protocol, and the error of the call that comes of it: "" for none, and None
+# where there is no call at all
 CASES = {
     "half a call": ('<tool_call>\n{"name": "echo", "arguments": {"te<|im_end|>', "<echo>x<|im_end|>", None),
     "malformed": ("<tool_call>\n{name: echo}\n</tool_call><|im_end|>", tags("{a: 1"), (None, "JSON object with a, b")),
@@ -311,7 +311,9 @@ def test_a_reward_function_that_fails_once_is_called_again(caplog):
     ids=str,
 )
 def test_few_calls_find_the_rows_that_raise(wrap, bad, most):
-    """One bad row of 64: all, two halves at each of six sizes, and the 63 others. Many bad rows: about one call a row."""
+    """
+    One bad row of 64: all, two halves at each of six sizes, and the 63 others. Many bad rows: about one call a row.
+    """
     calls = []
 
     def judge(completions, **kwargs):
@@ -328,7 +330,9 @@ def test_few_calls_find_the_rows_that_raise(wrap, bad, most):
 
 @pytest.mark.parametrize("wrap", [lambda function: function, asynchronous], ids=["sync", "async"])
 def test_what_a_reward_function_changes_in_place_is_seen_by_nobody(wrap):
-    """Two rows share a message, as a fork and its parent do; the function changes it, then raises on the second row."""
+    """
+    Two rows share a message, as a fork and its parent do; the function changes it, then raises on the second row.
+    """
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "echo", "arguments": {"text": "x"}}}]}
     columns = {
         "prompts": [[{"role": "user", "content": "q"}]] * 2,
@@ -525,8 +529,8 @@ def test_the_reward_of_an_environment_is_guarded_too(tokenizer, tmp_path):
 
 def test_a_full_disk_costs_the_records_and_not_the_run(tokenizer, tmp_path, caplog):
     """
-    Writing to /dev/full fails as on a full disk: the tokenizer at step 0, the records at step 1. At step 2 the file cannot
-    be made, and at step 3 there is room.
+    Writing to /dev/full fails as on a full disk: the tokenizer at step 0, the records at step 1. At step 2 the file
+    cannot be made, and at step 3 there is room.
     """
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")

@@ -1,4 +1,4 @@
-"""What a run logs arrives in TensorBoard, trackio and Weights & Biases, which really run here, on this machine alone."""
+"""What a run logs arrives in TensorBoard, trackio and Weights & Biases, which really run here, on this machine."""
 
 import io
 import json
@@ -89,7 +89,9 @@ def test_trackio_has_the_metrics(logged):
 
 
 def test_columns_of_rows():
-    """Row 1 leaves row 0 after one call, row 2 leaves row 1 after two, row 3 starts afresh; then a group of its own."""
+    """
+    Row 1 leaves row 0 after one call, row 2 leaves row 1 after two, row 3 starts afresh; then a group of its own.
+    """
     calls = [CallOfRow(ToolCall("t")) for _ in range(3)]
     first = [
         Trajectory(0, [], calls=calls[:1]),

@@ -1,7 +1,7 @@
 r"""Answers in mathematics in the notations that models and data sets write them in.
 
-`tests/answers/math_pairs.json` holds pairs by kind, [truth, answer, whether it is right]; most were written before the code
-had seen them.
+`tests/answers/math_pairs.json` holds pairs by kind, [truth, answer, whether it is right]; most were written before the
+code had seen them.
 """
 
 import json

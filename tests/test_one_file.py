@@ -1,4 +1,4 @@
-"""`examples/arpo_in_one_file.py` is the library's algorithm: on the same random numbers it decides and credits alike."""
+"""`examples/arpo_in_one_file.py` is the library's algorithm: on the same random numbers it decides and credits so."""
 
 import ast
 import random

@@ -1,4 +1,4 @@
-"""A branching rule and an attribution of a user's own: the code of docs/extending.md, run by the trainer as it stands."""
+"""A branching rule and an attribution of a user's own: the code of docs/extending.md, run by the trainer."""
 
 import json
 import math
@@ -329,7 +329,7 @@ def test_a_named_attribution_reaches_the_loss_and_the_record(tmp_path, monkeypat
     [
         (
             "mine",
-            "set it to one of 'soft', 'hard', 'tree', or to a function of your own as 'my_module:my_attribution'",
+            f"set it to one of {', '.join(map(repr, ATTRIBUTIONS))}, or to a function of your own as 'my_module:my_",
         ),
         ("math:pi", "is no function of (advantages, parents, fork_tokens, lengths)"),
         ("math:sqrt", "is no function of (advantages, parents, fork_tokens, lengths)"),

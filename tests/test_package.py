@@ -1,5 +1,5 @@
-"""What is installed: the contents of the wheel, and the types that a user's own checker sees in it. And how the package is
-laid out: imports never run upwards, no file is long.
+"""What is installed: the contents of the wheel, and the types that a user's own checker sees in it. And how the
+package is laid out: imports never run upwards, no file is long.
 
 Types of the package itself are checked by `make lint`.
 """
@@ -98,7 +98,8 @@ def test_a_users_checker_sees_types(wheel, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- layout
 
-# From the ground up. A file imports from its own part (a folder, or a file beside the folders) and from the layers below.
+# From the ground up. A file imports from its own part (a folder, or a file beside the folders) and from the layers
+# below.
 LAYERS = [
     {"arpo_trl", "named", "plain_data", "random_state", "source_code"},  # the package's face has its version
     {"execution"},
@@ -121,7 +122,9 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
-    """The modules of the package that a file imports anywhere, in functions too; what only type checkers read is not."""
+    """
+    The modules of the package that a file imports anywhere, in functions too; what only type checkers read is not.
+    """
     tree = ast.parse(path.read_text("utf-8"))
     checked = [item for item in ast.walk(tree) if isinstance(item, ast.If) and "TYPE_CHECKING" in ast.dump(item.test)]
     skipped = {id(below) for item in checked for statement in item.body for below in ast.walk(statement)}

@@ -90,8 +90,8 @@ def test_a_group_split_over_both_makes_the_trees_of_its_parts(runs):
     assert run.tree(0) == [(0, "initial", None), (1, "fork", 0), (2, "supplement", None)]
     # There: B and C ask in the same wave for the one row left, and C is less sure than B
     assert run.tree(1) == [(3, "initial", None), (4, "initial", None), (5, "fork", 4)]
-    # Here: to the call, to the end, the fork, and two for the supplement. There: to the call, to the end, the fork, and
-    # two in which it has nothing to do but to join with a row of its own
+    # Here: to the call, to the end, the fork, and two for the supplement. There: to the call, to the end, the fork,
+    # and two in which it has nothing to do but to join with a row of its own
     assert [facts["batches"] for facts in run.facts] == [[1, 1, 1, 1, 1], [2, 2, 1, 1, 1]]
 
 

@@ -1,4 +1,4 @@
-"""The ways of speaking to tools: what is parsed, what the model reads, that nothing breaks them, and how one is added."""
+"""The ways of speaking to tools: what is parsed, what the model reads, that nothing breaks them, how one is added."""
 
 import copy
 import json
@@ -263,7 +263,9 @@ DEEP = 2000
 )
 @pytest.mark.parametrize("protocol", ["tags", "chat"])
 def test_json_bombs(request, tokenizer, protocol, arguments, expected):
-    """What cannot be read is an error (tags) or plain text (chat template, as TRL has it); the rest is fit to be read."""
+    """
+    What cannot be read is an error (tags) or plain text (chat template, as TRL has it); the rest is fit to be read.
+    """
     parser = request.getfixturevalue(protocol)
     if protocol == "tags":
         (call,) = parser.parse(tokenizer.encode(f"<plus>{arguments}</plus>"), [], {"plus": tiny.add}).calls
@@ -281,7 +283,9 @@ def test_json_bombs(request, tokenizer, protocol, arguments, expected):
 
 
 def test_a_result_goes_on_where_the_call_has_ended(tokenizer, tags):
-    """A token that closes the tag may hold the next "<": it is the model's, and the result's own tag goes on from it."""
+    """
+    A token that closes the tag may hold the next "<": it is the model's, and the result's own tag goes on from it.
+    """
     call = ToolCall("search", result="3")
     for written, rest in (
         ("<search>q</search>", "<result>3</result>"),
@@ -436,7 +440,7 @@ class TestAProtocolOfOnesOwn:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("mine", f"set it to one of {', '.join(map(repr, TOOL_PROTOCOLS))}, or to a class of your own as 'my_module:"),
+            ("mine", f"set it to one of {', '.join(map(repr, TOOL_PROTOCOLS))}, or to a class of your own as 'my_"),
             ("mine:", "set it to one of"),
             (":Mine", "set it to one of"),
             (None, "set it to one of"),

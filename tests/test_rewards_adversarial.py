@@ -1,7 +1,7 @@
 r"""Rows that the reward of the ARPO paper's released code scores wrongly, with the right score and the reason.
 
-`released` is what `deep_research.compute_score` of that code returns for `text`; it was measured once by running it, and
-is here as a number only.
+`released` is what `deep_research.compute_score` of that code returns for `text`; it was measured once by running it,
+and is here as a number only.
 """
 
 from dataclasses import dataclass, field
@@ -155,7 +155,8 @@ CASES = [
         [
             (
                 "model",
-                "<think>a</think><search>q</search><result>Paris</result><think>b</think><answer>\\boxed{Paris}</answer>",
+                "<think>a</think><search>q</search><result>Paris</result>"
+                "<think>b</think><answer>\\boxed{Paris}</answer>",
             )
         ],
         "Paris",

@@ -18,7 +18,9 @@ SLOW, FAST = 10, 20  # the prompts of two groups
 SECONDS = 20  # after which a test gives up
 
 
-def run(sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, rule="bernoulli", **settings):
+def run(
+    sample, call, eager, size=1, prompts=(SLOW, FAST), kept=None, branch_probability=1.0, rule="bernoulli", **settings
+):
     """Run a rollout with `sample(contexts)` and tools that are threads running `call(trajectory)`."""
     with ThreadPoolExecutor(8) as pool:
 
@@ -101,8 +103,8 @@ def test_a_fork_generates_while_the_tool_of_its_parent_runs():
 
 
 def test_supplements_wait_for_rows_whose_tools_still_run():
-    """Nothing forks, so the second row of a group is a supplement. The tool of the slow group's first row ends after the
-    fast group is full."""
+    """Nothing forks, so the second row of a group is a supplement. The tool of the slow group's first row ends after
+    the fast group is full."""
     fast_group_is_full = Event()
     order = []
 

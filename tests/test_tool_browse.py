@@ -188,13 +188,13 @@ def test_decoding(body, charset, text):
 
 @pytest.mark.parametrize(
     "label",
-    """unicode-1-1-utf-8 866 csisolatin2 iso88592 iso_8859-3:1988 latin4 cyrillic asmo-708 csiso88596e sun_eu_greek visual
-    iso-8859-8-i logical csisolatin6 iso885913 iso-8859-14 csisolatin9 iso-8859-16 cskoi8r koi koi8-ru csmacintosh mac
-    x-mac-roman dos-874 iso885911 tis-620 windows-874 x-cp1250 x-cp1251 ansi_x3.4-1968 iso-ir-100 iso88591 us-ascii
-    x-cp1252 windows-1253 l5 windows-1255 cp1256 windows-1257 x-cp1258 x-mac-cyrillic x-mac-ukrainian chinese csgb2312
-    csiso58gb231280 gb_2312-80 gb_2312 iso-ir-58 x-gbk big5-hkscs cn-big5 csbig5 x-x-big5 cseucpkdfmtjapanese x-euc-jp
-    csiso2022jp csshiftjis ms932 ms_kanji shift-jis windows-31j x-sjis cseuckr csksc56011987 iso-ir-149 korean
-    ks_c_5601-1989 ksc5601 ksc_5601 windows-949 utf-16be""".split(),
+    """unicode-1-1-utf-8 866 csisolatin2 iso88592 iso_8859-3:1988 latin4 cyrillic asmo-708 csiso88596e sun_eu_greek
+    visual iso-8859-8-i logical csisolatin6 iso885913 iso-8859-14 csisolatin9 iso-8859-16 cskoi8r koi koi8-ru
+    csmacintosh mac x-mac-roman dos-874 iso885911 tis-620 windows-874 x-cp1250 x-cp1251 ansi_x3.4-1968 iso-ir-100
+    iso88591 us-ascii x-cp1252 windows-1253 l5 windows-1255 cp1256 windows-1257 x-cp1258 x-mac-cyrillic x-mac-ukrainian
+    chinese csgb2312 csiso58gb231280 gb_2312-80 gb_2312 iso-ir-58 x-gbk big5-hkscs cn-big5 csbig5 x-x-big5
+    cseucpkdfmtjapanese x-euc-jp csiso2022jp csshiftjis ms932 ms_kanji shift-jis windows-31j x-sjis cseuckr
+    csksc56011987 iso-ir-149 korean ks_c_5601-1989 ksc5601 ksc_5601 windows-949 utf-16be""".split(),
 )
 def test_labels_of_the_web_are_known(label):
     assert browsing._known_charset(label) is not None

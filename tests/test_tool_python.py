@@ -226,7 +226,10 @@ def test_memory_of_all_processes_together(narrow):
 
 
 def test_a_program_that_is_started_does_not_count_with_the_memory_of_its_parent(narrow):
-    code = "import subprocess, sys\nx = b'1' * (80 << 20)\nfor _ in range(3): subprocess.run([sys.executable, '-S', '-c', ''])"
+    code = (
+        "import subprocess, sys\nx = b'1' * (80 << 20)\n"
+        "for _ in range(3): subprocess.run([sys.executable, '-S', '-c', ''])"
+    )
     assert narrow.python(code) == "(no output)"
 
 
@@ -249,7 +252,10 @@ def test_a_daemon_does_not_outlive_its_call(narrow):
 
     narrow.python("")
     before = processes()
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(100)\n    os._exit(0)\nprint('gone')"
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n"
+        "    if os.fork() == 0:\n        time.sleep(100)\n    os._exit(0)\nprint('gone')"
+    )
     assert narrow.python(code) == "gone"
     assert eventually(lambda: processes() <= before)
 

@@ -176,8 +176,8 @@ def test_ten_gigabytes_in_many_processes(sandbox):
         "import mmap; mmap.mmap(-1, 1 << 20)",  # shared by default
         "import mmap; mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | 0x40000)",  # from the machine's huge pages
         "assert libc.shmget(0, 1 << 20, 0o1600) >= 0, os.strerror(ctypes.get_errno())",
-        "import multiprocessing.shared_memory as m; [m.SharedMemory(create=True, size=60 << 20).buf.release() for _ in range(9)]; "
-        "[open(f'/dev/shm/{i}', 'wb').write(bytes(60 << 20)) for i in range(9)]",
+        "import multiprocessing.shared_memory as m; [m.SharedMemory(create=True, size=60 << 20).buf.release() for _ "
+        "in range(9)]; [open(f'/dev/shm/{i}', 'wb').write(bytes(60 << 20)) for i in range(9)]",
     ],
 )
 def test_memory_outside_of_processes(sandbox, code):
@@ -549,7 +549,7 @@ def test_every_system_call_that_is_not_listed_is_refused(sandbox):
     "call",
     [
         "libc.prctl(4, 1, 0, 0, 0)",  # PR_SET_DUMPABLE
-        "libc.setrlimit(4, ctypes.byref((ctypes.c_long * 2)(0, 0)))",  # RLIMIT_CORE: 0 would let a dump leave by a pipe
+        "libc.setrlimit(4, ctypes.byref((ctypes.c_long * 2)(0, 0)))",  # RLIMIT_CORE: 0 lets a dump leave by a pipe
         "libc.socketpair(30, 1, 0, (ctypes.c_int * 2)())",  # AF_TIPC, as one of many families
         "libc.fcntl(os.open('/python/worker.py', 0), 1024, 0)",  # F_SETLEASE
         "libc.fcntl(os.open('/python/lib', 0), 1026, 1)",  # F_NOTIFY
@@ -573,7 +573,10 @@ def test_no_core_dump_leaves_by_a_program_of_the_host(sandbox):
     look = look.format({"x86_64": 97, "aarch64": 163}[os.uname().machine])
     assert sandbox.python(look) == "1 1"
     assert sandbox.python("import ctypes\nctypes.CDLL(None).prctl(3, 0, 0, 0, 0)") == "0"
-    code = f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {look!r}], capture_output=True, text=True).stdout)"
+    code = (
+        "import subprocess, sys\n"
+        f"print(subprocess.run([sys.executable, '-c', {look!r}], capture_output=True, text=True).stdout)"
+    )
     assert sandbox.python(code) == "1 1"
 
 
@@ -619,7 +622,10 @@ def test_killing_and_seeing_other_processes(sandbox, canary):
     for pid in [-1, canary["process"].pid, os.getpid(), sandbox._bare._process.pid]:
         assert "No such process" in attack(sandbox, f"import os\nos.kill({pid}, 9)")
     assert sandbox.python("import os\nos.kill(0, 9)\nos.killpg(0, 9)\n'alive'") == "'alive'"
-    code = "import os\nfor pid in range(2, 70000):\n    try: os.kill(pid, 9); print(pid)\n    except ProcessLookupError: pass"
+    code = (
+        "import os\nfor pid in range(2, 70000):\n"
+        "    try: os.kill(pid, 9); print(pid)\n    except ProcessLookupError: pass"
+    )
     assert sandbox.python(code) == "(no output)"
 
 

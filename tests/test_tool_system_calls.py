@@ -1,5 +1,5 @@
-"""The filter of system calls, run by an interpreter of the kernel's classic BPF; what it keeps out of a real sandbox is in
-test_tool_python_attacks.py."""
+"""The filter of system calls, run by an interpreter of the kernel's classic BPF; what it keeps out of a real sandbox
+is in test_tool_python_attacks.py."""
 
 import errno
 import struct

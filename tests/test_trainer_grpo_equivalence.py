@@ -1,4 +1,4 @@
-"""GRPO is the special case: with N = M and soft attribution, ARPOTrainer does what TRL's GRPOTrainer does, to the bit."""
+"""GRPO is the special case: with N = M and soft attribution, ARPOTrainer does what GRPOTrainer does, to the bit."""
 
 import pytest
 import tiny

@@ -562,5 +562,5 @@ def test_a_vision_language_model_with_tools_does_not_branch(tokenizer, tmp_path)
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
     )
     processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*do not branch: use a text model"):
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*do not branch: use a text"):
         build({}, processor, tmp_path, "tags", model=LlavaForConditionalGeneration(config))

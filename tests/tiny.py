@@ -1,4 +1,5 @@
-"""A small world for tests: a tokenizer that speaks Qwen3's tool format, and a model trained on the spot to call a tool.
+"""A small world for tests: a tokenizer that speaks Qwen3's tool format, and a model trained on the spot to call a
+tool.
 
 Building takes some seconds, once a session (see `conftest.py`).
 """

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-WORDS = "the river was first crossed in winter so we need its year and the name of that bridge before we can answer".split()
+WORDS = (
+    "the river was first crossed in winter so we need its year and the name of that bridge before we can answer"
+).split()
 
 
 def write_run(

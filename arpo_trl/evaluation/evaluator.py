@@ -95,24 +95,24 @@ def _fill_scores(
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
     """Score `records`, whose `prompt_index` is a place in `rows` and `scored_with`, from what they hold."""
-    own = [rows[record["prompt_index"]] for record in records]
+    questions = [rows[record["prompt_index"]] for record in records]
     completions = [record["completion"] for record in records]
     own_ids = [own_tokens(record["completion_ids"], record["tool_mask"]) for record in records]
     texts = agent.tokenizer.batch_decode(own_ids, skip_special_tokens=True)
     for record, answer in zip(records, final_answers(completions, texts), strict=True):
         record["prediction"] = answer
     columns = {
-        "prompts": [row["prompt"] for row in own],
+        "prompts": [row["prompt"] for row in questions],
         "completions": completions,
         "completion_ids": [record["completion_ids"] for record in records],
         "tool_calls": [record["tool_calls"] for record in records],
         "model_text": texts,
-        **{name: [row[name] for row in own] for name in own[0] if name != "prompt"},
+        **{name: [row[name] for row in questions] for name in questions[0] if name != "prompt"},
     }
     # Copies, since a function may change what it is given
     scores = score(**copied(columns))
     verdicts = scores if correct is score else correct(**copied(columns))
-    for record, row, value, verdict in zip(records, own, scores, verdicts, strict=True):
+    for record, row, value, verdict in zip(records, questions, scores, verdicts, strict=True):
         record["answer"] = row.get("answer")
         record["scored_with"] = scored_with[record["prompt_index"]]
         record["score"] = value
@@ -131,8 +131,8 @@ def _ask(
     trajectories = agent.rollout([row["prompt"] for row in rows for _ in range(num_generations)])
     groups = []
     for start in range(0, len(trajectories), num_generations):
-        own = range(start, start + num_generations)
-        groups.append(Group(own, num_generations, num_generations, trajectories=trajectories[start : own.stop]))
+        places = range(start, start + num_generations)
+        groups.append(Group(places, num_generations, num_generations, trajectories=trajectories[start : places.stop]))
     records = rollout_records(0, groups, {}, [0.0] * len(trajectories), None)
     for place, (record, trajectory) in enumerate(zip(records, trajectories, strict=True)):
         row = rows[place // num_generations]

@@ -214,17 +214,17 @@ def _needed_later(
     groups: Sequence[Group], waiting: Sequence[Trajectory], pending: Sequence[_Step], rule: BranchRule
 ) -> list[list[int]]:
     """Contexts that are not in the next call of the engine but in a later one."""
-    later = [step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending]
+    contexts = [step.trajectory.prompt_ids + step.trajectory.completion_ids for step in pending]
     if rule.expands:
         busy = {trajectory.row for trajectory in waiting} | {step.trajectory.row for step in pending}
-        later += [
+        contexts += [
             row.prompt_ids + row.completion_ids[: row.starts[-1].tokens]  # no fork leaves behind that
             for group in groups
             if group.budget
             for row in group.trajectories
             if row.row not in busy and row.starts
         ]
-    return later
+    return contexts
 
 
 def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
@@ -285,9 +285,9 @@ def _decide(
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
         made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
-        own = [fork for fork in made if fork is not None]
-        step.segment.forks = len(own)
-        forks += own
+        copied = [fork for fork in made if fork is not None]
+        step.segment.forks = len(copied)
+        forks += copied
     return forks
 
 

@@ -19,10 +19,10 @@ def reward_columns(trajectories: Sequence[Trajectory], tokenizer: PreTrainedToke
     Returns:
         `dict[str, list]`: `tool_calls`, a list of dicts a row; `model_text`, the text of the model's own tokens.
     """
-    own = [trajectory.own_ids for trajectory in trajectories]
+    own_ids = [trajectory.own_ids for trajectory in trajectories]
     return {
         "tool_calls": [call_records(trajectory) for trajectory in trajectories],
-        "model_text": tokenizer.batch_decode(own, skip_special_tokens=True),
+        "model_text": tokenizer.batch_decode(own_ids, skip_special_tokens=True),
     }
 
 
@@ -46,14 +46,14 @@ def attribute(output: dict[str, Any], groups: Sequence[Group], name: str) -> lis
     for group in groups:
         first, rows = group.rows.start, group.trajectories
         lengths = [len(row.completion_ids) for row in rows]
-        own = attribution(name)(
+        group_spans = attribution(name)(
             [advantages[row] for row in group.rows],
             [None if row.parent is None else row.parent - first for row in rows],
             [row.fork_token for row in rows],
             lengths,
         )
-        check_spans(own, lengths, name)
-        spans += own
+        check_spans(group_spans, lengths, name)
+        spans += group_spans
     spread = output["advantages"].unsqueeze(1).repeat(1, output["completion_ids"].size(1))
     for index, row_spans in enumerate(spans):
         for span in row_spans:

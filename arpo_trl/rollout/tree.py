@@ -53,7 +53,7 @@ class Place(NamedTuple):
 @dataclass
 class Trajectory:
     """
-    One row of a group.
+    What the model and its tools write after one prompt; it stands in one row of a group.
 
     Args:
         row (`int`): Place among the rows of this process.

@@ -1,8 +1,8 @@
 """Tests with a real vLLM engine, on a CPU: `make test-vllm` makes an environment for them and runs them.
 
-Three things are not as vLLM has them: it computes in float32, so that its numbers can be compared with transformers'; it
-compiles nothing, which takes half a minute an engine and a C++ compiler; and weights stay as they are loaded, where the
-CPU engine would repack them for oneDNN into a form that no weight push can write to.
+Three things are not as vLLM has them: it computes in float32, so that its numbers can be compared with transformers';
+it compiles nothing, which takes half a minute an engine and a C++ compiler; and weights stay as they are loaded, where
+the CPU engine would repack them for oneDNN into a form that no weight push can write to.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What `test_server.py` launches on two processes: `accelerate launch … server_script.py <folder> <agent> <server>`."""
+"""What `test_server.py` launches, on two processes: `accelerate launch … server_script.py <folder> <agent> <url>`."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
 """Weights for a CPU server. TRL sends them over NCCL, which needs a GPU on both sides; here they go through a file.
 
-The class is vLLM's side (`--worker-extension-cls`), the function below the trainer's. All else of TRL's server mode is as
-it is: when weights are sent, under which names, and that the prefix cache is emptied.
+The class is vLLM's side (`--worker-extension-cls`), the function below the trainer's. All else of TRL's server mode is
+as it is: when weights are sent, under which names, and that the prefix cache is emptied.
 """
 
 import tempfile

@@ -17,7 +17,9 @@ CONFIG = str(HERE.parents[1] / "examples" / "accelerate_configs" / "multi_gpu.ya
 
 @pytest.fixture(scope="module", params=["chat_template", "tags"])
 def trained(request, agents, server, tmp_path_factory):
-    """A trainer after two steps, and the checkpoint it began with. The server starts with the other protocol's agent."""
+    """
+    A trainer after two steps, and the checkpoint it began with. The server starts with the other protocol's agent.
+    """
     protocol = request.param
     with pytest.MonkeyPatch.context() as patch:
         send_through_file(patch.setattr)

@@ -77,7 +77,8 @@ def sampled(logprobs: torch.Tensor, ids: list[int]) -> torch.Tensor:
 def entropy_errors(logprobs: torch.Tensor, told: list[float], top_k: int) -> torch.Tensor:
     """
     By how much the engine's entropies exceed the exact ones, which holds them within their bounds: an even tail is the
-    most unsure one that there can be, so the error is not below 0, and with r the mass of the tail not above r ln(V − K).
+    most unsure one that there can be, so the error is not below 0, and with r the mass of the tail not above r ln(V −
+    K).
     """
     logprobs = logprobs[: len(told)]
     errors = torch.tensor(told) - torch.special.entr(logprobs.exp()).sum(-1)

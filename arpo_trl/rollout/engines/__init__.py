@@ -100,5 +100,5 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         eos = model.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
     else:
         eos = model.generation_config.eos_token_id
-    own = eos if isinstance(eos, list) else [eos] if eos is not None else []
-    return sorted({tokenizer.eos_token_id, *own})
+    model_ends = eos if isinstance(eos, list) else [eos] if eos is not None else []
+    return sorted({tokenizer.eos_token_id, *model_ends})

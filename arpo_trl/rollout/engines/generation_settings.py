@@ -62,11 +62,11 @@ def followed_settings(model: PreTrainedModel, generation_config: GenerationConfi
         model ([`~transformers.PreTrainedModel`]): The model.
         generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed.
     """
-    own = vars(model.generation_config)
+    settings = vars(model.generation_config)
     return {
-        name: own[name]
+        name: settings[name]
         for name, handed in vars(generation_config).items()
-        if handed is None and name[0] != "_" and name not in (*_UNFIT, *_SILENT) and _says(name, own.get(name))
+        if handed is None and name[0] != "_" and name not in (*_UNFIT, *_SILENT) and _says(name, settings.get(name))
     }
 
 

@@ -1,9 +1,10 @@
 """
 When to fork: the branching rules, by the names that `ARPOConfig.branch_rule` takes.
 
-A rule of one's own is a subclass of [`BranchRule`] (`base.py`): passed as an instance (`ARPOTrainer(branch_rule=...)`), or
-named in the config as `"my_module:MyRule"`. Rules that decide while rows go on are in `probability.py`, those that wait
-for a finished tree in `expansion.py`. What a rule answers is held to what it was asked in `answers.py`.
+A rule of one's own is a subclass of [`BranchRule`] (`base.py`): passed as an instance
+(`ARPOTrainer(branch_rule=...)`), or named in the config as `"my_module:MyRule"`. Rules that decide while rows go on
+are in `probability.py`, those that wait for a finished tree in `expansion.py`. What a rule answers is held to what it
+was asked in `answers.py`.
 """
 
 from collections.abc import Mapping
@@ -35,8 +36,8 @@ def rule_class(name: str) -> type[BranchRule]:
     Raises:
         ValueError: There is no such rule, or the class is none.
     """
-    own = "a class of your own as 'my_module:MyRule'; an instance goes to `ARPOTrainer(branch_rule=...)`"
-    found = named(name, BRANCH_RULES, "branch_rule", own)
+    otherwise = "a class of your own as 'my_module:MyRule'; an instance goes to `ARPOTrainer(branch_rule=...)`"
+    found = named(name, BRANCH_RULES, "branch_rule", otherwise)
     if not isinstance(found, type) or not issubclass(found, BranchRule):
         raise ValueError(
             f"`branch_rule` is {name!r}, which is no branching rule: make it a subclass of "
@@ -64,8 +65,8 @@ def check_rule(rule: type[BranchRule]) -> None:
         bare = [name for name, told in get_annotations(kind).items() if "ClassVar" not in str(told)]
         if bare and "__dataclass_fields__" not in vars(kind):
             raise ValueError(
-                f"`branch_rule`: `{kind.__name__}` has the fields {', '.join(bare)} and is no dataclass, so that no setting "
-                "fills them. Put `@dataclass(frozen=True)` above the class."
+                f"`branch_rule`: `{kind.__name__}` has the fields {', '.join(bare)} and is no dataclass, so that no "
+                "setting fills them. Put `@dataclass(frozen=True)` above the class."
             )
 
 
@@ -79,7 +80,8 @@ def branch_rule(rule: str | BranchRule, settings: Any) -> BranchRule:
             keeps its default where there is no such setting.
 
     Raises:
-        ValueError: There is no such rule, it cannot be made from `settings`, or a method has other parameters than that
+        ValueError: There is no such rule, it cannot be made from `settings`, or a method has other parameters than
+        that
             of [`BranchRule`].
     """
     if isinstance(rule, BranchRule):
@@ -92,6 +94,6 @@ def branch_rule(rule: str | BranchRule, settings: Any) -> BranchRule:
         return found(**values)
     except TypeError as error:
         raise ValueError(
-            f"`branch_rule` is {rule!r}, which cannot be made from the config ({error}). Give a default to each field that "
-            f"is none of `ARPOConfig`, or pass an instance: `ARPOTrainer(branch_rule={found.__name__}(...))`."
+            f"`branch_rule` is {rule!r}, which cannot be made from the config ({error}). Give a default to each field "
+            f"that is none of `ARPOConfig`, or pass an instance: `ARPOTrainer(branch_rule={found.__name__}(...))`."
         ) from error

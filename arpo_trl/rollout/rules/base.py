@@ -34,8 +34,8 @@ class BranchRule:
     """
     When a rollout forks. A subclass answers one of the three questions differently, or all.
 
-    The fields of a subclass that is a dataclass are filled from the fields of [`ARPOConfig`] that have the same names, so
-    a rule states what it needs and repeats no default.
+    The fields of a subclass that is a dataclass are filled from the fields of [`ARPOConfig`] that have the same names,
+    so a rule states what it needs and repeats no default.
 
     Attributes:
         paper (`str`): arXiv id of the paper that the rule is from; empty for a rule of one's own.
@@ -74,7 +74,8 @@ class BranchRule:
         Where do the missing rows of a group start once all others have ended?
 
         Args:
-            group ([`Group`]): Its rows have ended; `group.budget` are missing, `group.rounds` times it was asked before.
+            group ([`Group`]): Its rows have ended; `group.budget` are missing, `group.rounds` times it was asked
+            before.
             rng (`random.Random`): Source of chance.
 
         Returns:

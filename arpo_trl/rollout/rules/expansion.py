@@ -17,7 +17,8 @@ def expansion_weight(entropy: float, calls: float) -> float:
 
     Args:
         entropy (`float`): H, mean entropy of the segments that were sampled at the node, in nats.
-        calls (`float`): c, tool calls that those rows went on to execute, on average. The 1 stands for the row's tokens.
+        calls (`float`): c, tool calls that those rows went on to execute, on average. The 1 stands for the row's
+            tokens.
     """
     return entropy / (1.0 + calls)
 
@@ -27,8 +28,8 @@ def share_rows(weights: Sequence[float], samples: Sequence[int], rows: int, rng:
     Share rows among the nodes of a finished tree in proportion to their weight.
 
     Each row goes to the node with the largest weight per sample; ties are broken at random. It is the entropy-guided
-    tree expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO subtracts a penalty
-    for each branch, so that no scale of entropies has to be known, and with the cost of a row in the weight.
+    tree expansion of [AT²PO](https://huggingface.co/papers/2601.04767), with a division where AT²PO subtracts a
+    penalty for each branch, so that no scale of entropies has to be known, and with the cost of a row in the weight.
 
     Args:
         weights (`Sequence[float]`): Weight of each node, 0 or more.
@@ -51,8 +52,8 @@ def sampled_nodes(group: Group) -> dict[Node, list[tuple[float | None, int]]]:
     Where a finished group can be expanded, and what came of each segment that was sampled there.
 
     Returns:
-        `dict[Node, list[tuple[float | None, int]]]`: by the node, named after the row that sampled it first, the entropy of
-        each segment that was sampled there and the calls that its row went on to make.
+        `dict[Node, list[tuple[float | None, int]]]`: by the node, named after the row that sampled it first, the
+        entropy of each segment that was sampled there and the calls that its row went on to make.
     """
     nodes: dict[Node, list[tuple[float | None, int]]] = {PROMPT: []}
     for row, trajectory in enumerate(group.trajectories):
@@ -94,8 +95,8 @@ class RandomExpansion(BranchRule):
 @dataclass(frozen=True)
 class Expansion(RandomExpansion):
     """
-    Share the missing rows out over the nodes of the finished tree, in proportion to the entropy read there for each tool
-    call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767).
+    Share the missing rows out over the nodes of the finished tree, in proportion to the entropy read there for each
+    tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767).
     """
 
     paper: ClassVar[str] = "2601.04767"
