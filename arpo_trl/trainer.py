@@ -219,7 +219,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
-        self._engine = trainer_engine(self, self._sample_with_trl)
+        self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
         self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
         self._groups: list[Group] = []  # of the latest rollout
         # The step of the latest training rollout, and the training rollouts of that step before it

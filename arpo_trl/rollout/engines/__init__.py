@@ -1,6 +1,6 @@
 """
-What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py`) or vLLM
-(`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is decided here and nowhere else.
+What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
+`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is decided here and nowhere else.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,16 @@ __all__ = [
 ]
 
 
-def trainer_engine(trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]]) -> Engine:
+def trainer_engine(
+    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]], forks_anywhere: bool = False
+) -> Engine:
     """
     The engine of a trainer.
 
     Args:
         trainer ([`ARPOTrainer`]): Constructed as far as its protocol.
         generate (`Callable[[list[list[int]]], list[list[int]]]`): TRL's call of `generate`, for transformers.
+        forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row.
 
     Raises:
         ValueError: vLLM's engine tells fewer log-probabilities than the config asks for.
@@ -52,6 +55,7 @@ def trainer_engine(trainer: Any, generate: Callable[[list[list[int]]], list[list
         trainer.temperature,
         keeps=args.prefix_sharing and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
         idle_token=trainer._tokenizer.eos_token_id,
+        forks_anywhere=forks_anywhere,
     )
 
 

@@ -1,13 +1,18 @@
-"""Keys and values of the contexts that a rollout has already read, so that `generate` reads no token twice.
+"""Keys, values and states of the contexts that a rollout has already read, so that `generate` reads no token twice.
 
 Within one call, what several contexts share (a system prompt, the prompt of a group) is read once. Between the calls of
-a rollout, a row goes on from the keys and values that it left, and a fork or a supplement from those of the row whose
-tokens it repeats. What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
+a rollout, a row goes on from what it left, and a fork or a supplement from what the row has whose tokens it repeats.
+What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
 
-What it does not do: layers whose cache forgets or summarises (sliding windows, recurrent states), positions that are
-rotated by another angle in a longer context, quantised, offloaded or static caches, any search but sampling and greedy
-decoding, prompt-learning adapters, models whose forward is collective (FSDP, ZeRO-3: the number of forwards would
-differ between processes). For those `cache_obstacle` names the reason, which is told once, and `generate` starts anew.
+Keys and values are known at every token. Recurrent and convolution states are known at the places where a row may go on
+or be left: where its prompt ends, where its latest segment began (every segment, if forks may leave anywhere) and where
+that ended. From anywhere else the row is read again from the place before. What each kind of layer takes is in
+`cache_layers.py`.
+
+What it does not do: positions that are rotated by another angle in a longer context, quantised, offloaded or static
+caches, any search but sampling and greedy decoding, prompt-learning adapters, images, models whose forward is collective
+(FSDP, ZeRO-3: the number of forwards would differ between processes). For those `cache_obstacle` names the reason, which
+is told once, and `generate` starts anew.
 """
 
 from collections import Counter
@@ -16,53 +21,54 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMode
-from transformers.generation import utils as generation
 from transformers.utils import logging
 
 from ...scoring.prefix_tree import shared_prefixes
+from .cache_layers import (
+    CACHE,
+    Block,
+    EndStates,
+    Found,
+    KeysValues,
+    State,
+    Target,
+    gathered,
+    generation_cache,
+    is_recurrent,
+    keys_values_of,
+    layers_obstacle,
+    read_into,
+    rows_apart,
+    states_taken,
+)
 
 logger = logging.get_logger(__name__)
-
-# The argument of `generate` and of a forward that takes a cache; transformers deprecated the name that it had before
-CACHE = "cache" if "cache" in getattr(generation, "ALL_CACHE_NAMES", ()) else "past_key_values"
-
-_FREED = (torch.empty(0), torch.empty(0))
 
 # A forward of its own for what contexts share has to save more than it costs to launch
 _MIN_STEM = 16
 
 
-class Found(NamedTuple):
-    """The longest known prefix of a context: in which block and row of it, and how many tokens."""
-
-    block: int
-    row: int
-    length: int
-
-
-class Block(NamedTuple):
+class Place(NamedTuple):
     """
-    Keys and values of some rows.
+    A place of a row at which its state is known.
 
     Args:
-        layers (`list[tuple[torch.Tensor, torch.Tensor]]`): Keys and values of each layer, of shape
-            `(rows, heads, positions, head_dim)`.
-        starts (`list[int]`): Position of each row's first token.
-        rows (`list[np.ndarray]`): Tokens of each row, which stand at consecutive positions.
+        tokens (`np.ndarray`): The tokens up to there.
+        state (`State`): Of one row.
+        begins (`bool`): Whether a segment begins there, after the one token that `generate` reads.
     """
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-    starts: list[int]
-    rows: list[np.ndarray]
+    tokens: np.ndarray
+    state: State
+    begins: bool
 
 
 def cache_obstacle(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
     """
-    Why `generate` has to start anew; `None` if each position of the model's cache depends on the tokens up to it alone,
-    is kept, and is used.
+    Why `generate` has to start anew; `None` if what the model's cache holds depends on the tokens up to there alone, is
+    kept, and is used.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
@@ -82,14 +88,20 @@ def cache_obstacle(model: PreTrainedModel, generation_config: GenerationConfig) 
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "the adapter puts virtual tokens before the context"
     config = model.config.get_text_config()
-    if model._is_stateful:
-        return f"a `{config.model_type}` model keeps a state in place of keys and values"
+    if not model._supports_default_dynamic_cache():
+        return f"a `{config.model_type}` model has a cache of its own kind"
     rope = getattr(config, "rope_parameters", None) or {}
     if {"dynamic", "longrope"} & {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}:
         return "the model rotates positions by an angle that depends on the length of the context"
-    layers = DynamicCache(config=config).layers
-    if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-        return "the model has layers whose cache forgets or summarises"
+    return layers_obstacle(model)
+
+
+def inputs_obstacle(inputs: dict[str, Any]) -> str | None:
+    """Why rows with these `inputs` of `generate` are not told by their tokens alone; `None` if they are."""
+    for name, value in inputs.items():
+        text = name.endswith("token_type_ids") and not torch.any(value)
+        if isinstance(value, torch.Tensor) and name != "attention_mask" and not text:
+            return f"its rows have `{name}` beside their tokens"
     return None
 
 
@@ -112,6 +124,22 @@ def longest_prefixes(contexts: Sequence[np.ndarray], known: Sequence[np.ndarray]
             elif length > best[row][1]:
                 best[row] = (nearest, length)
     return best
+
+
+def known_prefixes(contexts: Sequence[np.ndarray], known: Sequence[np.ndarray]) -> list[list[int]]:
+    """For each context, the indices of the known rows that are prefixes of it, shortest first."""
+    rows = [*known, *contexts]  # of equal rows the known one comes first
+    order, shared = shared_prefixes(rows)
+    found: list[list[int]] = [[] for _ in contexts]
+    prefixes: list[int] = []
+    for row, common in zip(order, shared, strict=True):
+        while prefixes and len(rows[prefixes[-1]]) > common:
+            prefixes.pop()
+        if row < len(known):
+            prefixes.append(row)
+        else:
+            found[row - len(known)] = list(prefixes)
+    return found
 
 
 def shared_stems(contexts: Sequence[np.ndarray], known: Sequence[int]) -> list[np.ndarray]:
@@ -142,13 +170,24 @@ class PrefixCache:
     """
     What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
 
-    Its memory is that of the cache of one `generate`, kept while the tools run, and of what [`keep`] names. `lookups`
-    counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
+    Keys and values take the memory of the cache of one `generate`, kept while the tools run, and of what [`keep`] names.
+    At the peak one layer stands twice, and what contexts share stands once beside the rows that share it. The keys and
+    values of sliding windows are kept whole, as those of full attention. States take three times those of one `generate`
+    at most: where a segment begins (equal contexts once), while it is sampled, and where it ends.
+
+    `lookups` counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
     (`prefix_cache_hits`).
+
+    Args:
+        every_start (`bool`, *optional*, defaults to `False`): Keep the state at the start of every segment of a row, not
+            of the first and the latest alone, since forks may leave at any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_start: bool = False) -> None:
+        self._every_start = every_start
         self._blocks: list[Block] = []
+        self._places: dict[bytes, Place] = {}  # by their tokens
+        self._recurrent = False
         self._later: list[np.ndarray] = []
         self.lookups: Counter[str] = Counter()
 
@@ -156,6 +195,7 @@ class PrefixCache:
         """Name the contexts that are not in the next `generate` but in a later one."""
         self._later = [np.asarray(context) for context in contexts]
 
+    @torch.no_grad()
     def generate(
         self,
         model: PreTrainedModel,
@@ -163,10 +203,11 @@ class PrefixCache:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         generation_config: GenerationConfig,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """
-        Call `generate` with the keys and values of all but the last token of each row.
+        Call `generate` with what is known of all but the last token of each row.
 
         Args:
             model ([`~transformers.PreTrainedModel`]): The model that reads what is not known yet.
@@ -174,118 +215,118 @@ class PrefixCache:
             input_ids (`torch.Tensor` of shape `(B, T)`): Contexts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(B, T)`): 0 for padding.
             generation_config ([`~transformers.GenerationConfig`]): How to sample.
+            stopping_criteria ([`~transformers.StoppingCriteriaList`], *optional*): What ends a row beside its
+                end-of-turn tokens.
 
         Returns:
             `torch.Tensor`: what `generate` returns.
         """
+        stopping_criteria = stopping_criteria or StoppingCriteriaList()
         arguments = {"attention_mask": attention_mask, "generation_config": generation_config, **kwargs}
-        obstacle = cache_obstacle(model, generation_config)
+        obstacle = cache_obstacle(model, generation_config) or inputs_obstacle(kwargs)
         if obstacle is not None:
             logger.warning_once(f"Rollouts read every context anew, because {obstacle}.")
         if obstacle is not None or input_ids.size(1) == 1:
-            return generate(input_ids=input_ids, **arguments)
+            return generate(input_ids=input_ids, stopping_criteria=stopping_criteria, **arguments)
         lengths = attention_mask.sum(1).tolist()
         width = input_ids.size(1)
         contexts = [ids[width - length :] for ids, length in zip(input_ids.cpu().numpy(), lengths, strict=True)]
 
-        found = self._find(contexts)
-        while stems := shared_stems(contexts, [place.length for place in found]):
-            self._read(model, stems)
-            found = self._find(contexts)
-        unread = [row for row, place in enumerate(found) if place.length < len(contexts[row]) - 1]
-        if unread:
-            self._read(model, [contexts[row][:-1] for row in unread])
-            found = self._find(contexts)
         self.lookups["prefix_cache_queries"] += sum(lengths)
         self.lookups["prefix_cache_hits"] += sum(lengths) - len(lengths)  # `generate` reads the last tokens
+        self._recurrent = is_recurrent(model.config)
+        while stems := shared_stems(contexts, [place.length for place in self._find(contexts, 1)]):
+            longest = max(map(len, stems))
+            layers, state = self._read(model, stems, longest)
+            self._blocks.append(Block(layers, [longest - len(stem) for stem in stems], stems))
+            self._remember(stems, rows_apart(state, range(len(stems))), begins=False)
+        known = [context[:-1] for context in contexts]
+        layers, state = self._read(model, known, width - 1, last=True)
+        first = list({row.tobytes(): index for index, row in reversed(list(enumerate(known)))}.values())
+        self._remember([known[row] for row in first], rows_apart(state, first), begins=True)
 
-        kept = self._kept(model)
-        cache = self._gather(model, found, width - 1, release=True)
-        self._blocks = kept
-        output = generate(input_ids=input_ids, **arguments, **{CACHE: cache})
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        cache = generation_cache(model.config, layers, state)
+        del layers, state
+        ending = EndStates(stopping_criteria, _ends(model, generation_config), cache)
+        criteria = StoppingCriteriaList([ending]) if self._recurrent else stopping_criteria
+        output = generate(input_ids=input_ids, stopping_criteria=criteria, **{CACHE: cache}, **arguments)
         end = cache.get_seq_length()  # the last token has been sampled but not read
-        rows = [ids[width - length : end] for ids, length in zip(output.cpu().numpy(), lengths, strict=True)]
-        self._blocks.append(Block(layers, [width - length for length in lengths], rows))
+        starts = [width - length for length in lengths]
+        rows = [ids[start:end] for ids, start in zip(output.cpu().numpy(), starts, strict=True)]
+        for row, (columns, own) in ending.states.items():
+            self._remember([rows[row][: columns - starts[row]]], [own], begins=False)
+        going = [row for row in range(len(rows)) if row not in ending.states]
+        self._remember([rows[row] for row in going], states_taken(cache, going), begins=False)
+        self._blocks.append(Block(keys_values_of(cache), starts, rows))
         return output
 
-    def _find(self, contexts: Sequence[np.ndarray]) -> list[Found]:
-        places = [(index, row) for index, block in enumerate(self._blocks) for row in range(len(block.rows))]
-        known = [self._blocks[index].rows[row] for index, row in places]
+    def _find(self, contexts: Sequence[np.ndarray], unread: int = 0) -> list[Found]:
+        """What is known of each context, its last `unread` tokens left aside."""
+        sources = [(index, row) for index, block in enumerate(self._blocks) for row in range(len(block.rows))]
+        known = longest_prefixes(contexts, [self._blocks[index].rows[row] for index, row in sources])
+        limits = [min(length, len(row) - unread) for row, (_, length) in zip(contexts, known, strict=True)]
+        if self._recurrent:
+            places = [place.tokens for place in self._places.values()]
+            limits = [
+                max((len(places[index]) for index in prefixes if len(places[index]) <= limit), default=0)
+                for limit, prefixes in zip(limits, known_prefixes(contexts, places), strict=True)
+            ]
         return [
-            Found(*places[nearest], min(length, len(context) - 1)) if length else Found(-1, -1, 0)
-            for context, (nearest, length) in zip(contexts, longest_prefixes(contexts, known), strict=True)
+            Found(*sources[nearest], limit) if limit > 0 else Found(-1, -1, 0)
+            for limit, (nearest, _) in zip(limits, known, strict=True)
         ]
 
-    def _kept(self, model: PreTrainedModel) -> list[Block]:
-        """A block of what the contexts named by `keep` will need."""
-        # Of a context whose last token `generate` has not read yet, one token less is known
-        found = [place for place in self._find(self._later) if place.length]
-        rows = [self._blocks[place.block].rows[place.row][: place.length] for place in found]
-        self._later = []
-        if not found:
-            return []
-        width = max(place.length for place in found)
-        cache = self._gather(model, found, width)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        return [Block(layers, [width - place.length for place in found], rows)]
-
-    def _read(self, model: PreTrainedModel, rows: list[np.ndarray]) -> None:
-        """Read the unknown rest of each row in one forward, and remember it."""
-        found = self._find([np.append(row, -1) for row in rows])  # the whole row may be known, the last token included
-        past = max(place.length for place in found)
-        rest = [row[place.length :] for row, place in zip(rows, found, strict=True)]
-        device = model.device
-        new = max(map(len, rest))
-        input_ids = torch.zeros(len(rows), new, dtype=torch.long)
-        mask = torch.zeros(len(rows), past + new, dtype=torch.long)
-        for index, (ids, place) in enumerate(zip(rest, found, strict=True)):
-            input_ids[index, : len(ids)] = torch.from_numpy(ids)
-            mask[index, past - place.length : past + len(ids)] = 1
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        cache = self._gather(model, found, past)
-        model(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            **{CACHE: cache},
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        self._blocks.append(Block(layers, [past - place.length for place in found], rows))
-        self.lookups["prefix_cache_hits"] -= sum(map(len, rest))
-
-    def _gather(
-        self, model: PreTrainedModel, found: Sequence[Found], width: int, release: bool = False
-    ) -> DynamicCache:
+    def _read(
+        self, model: PreTrainedModel, rows: Sequence[np.ndarray], width: int, last: bool = False
+    ) -> tuple[list[KeysValues | None], State]:
         """
-        A cache of `width` positions in which the known prefix of each row ends at the last position. With `release` each
-        layer of the blocks is freed once it is copied, so that memory never holds two caches.
+        Keys and values, and states, of rows that end before column `width`; what is not known is read. With `last`,
+        what these rows and the contexts named by `keep` do not need is forgotten, and memory is free before it is taken.
         """
-        cache = DynamicCache(config=model.config.get_text_config())
-        places = torch.arange(width, device=model.device)
-        picks = []
-        for index, block in enumerate(self._blocks):
-            rows = [row for row, place in enumerate(found) if place.block == index]
-            if rows:
-                sources = torch.tensor([found[row].row for row in rows], device=model.device)
-                ends = [block.starts[found[row].row] + found[row].length for row in rows]
-                # What stands before a row's start is padding, so any position does
-                positions = (torch.tensor(ends, device=model.device).unsqueeze(1) - width + places).clamp(min=0)
-                picks.append((block, torch.tensor(rows, device=model.device), sources.unsqueeze(1), positions))
-        if not picks or not width:
-            return cache
-        for layer in range(len(picks[0][0].layers)):
-            states = []
-            for kind in range(2):
-                first = picks[0][0].layers[layer][kind]
-                state = first.new_zeros(len(found), first.size(1), width, first.size(3))
-                for block, targets, sources, positions in picks:
-                    state[targets] = block.layers[layer][kind][sources, :, positions].transpose(1, 2)
-                states.append(state)
-            cache.update(*states, layer)
-            if release:
-                for block in self._blocks:
-                    block.layers[layer] = _FREED
-        return cache
+        found = self._find(rows)
+        known = [place.length for place in found]
+        ends = [width - len(row) + length for row, length in zip(rows, known, strict=True)]
+        states = [
+            self._places[row[:length].tobytes()].state if self._recurrent and length else None
+            for row, length in zip(rows, known, strict=True)
+        ]
+        targets = [Target(found, ends, width)]
+        later: list[np.ndarray] = []
+        if last:
+            # Of a context whose last token `generate` has not read yet, one token less is known
+            kept = [
+                (place, row[: place.length])
+                for place, row in zip(self._find(self._later, 1), self._later, strict=True)
+            ]
+            kept = [(place, row) for place, row in kept if len(row)]
+            later = [row for _, row in kept]
+            lengths = [len(row) for row in later]
+            targets.append(Target([place for place, _ in kept], lengths, max(lengths, default=0)))
+        layers, *others = gathered(self._blocks, targets, release=last)
+        if last:
+            self._blocks = [Block(others[0], [0] * len(later), later)] if later else []
+            self._forget([*rows, *later])
+        state = read_into(model, rows, known, layers, states, width)
+        self.lookups["prefix_cache_hits"] -= sum(map(len, rows)) - sum(known)
+        return layers, state
+
+    def _remember(self, rows: Sequence[np.ndarray], states: Sequence[State], begins: bool) -> None:
+        for row, state in zip(rows, states, strict=True):
+            if row.size:
+                self._places[row.tobytes()] = Place(row, state, begins)
+
+    def _forget(self, rows: Sequence[np.ndarray]) -> None:
+        """Forget the states that no row needs: those of no row, and of segments that began between first and latest."""
+        places = list(self._places.values())
+        needed: dict[bytes, Place] = {}
+        for prefixes in known_prefixes(rows, [place.tokens for place in places]):
+            starts = [index for index in prefixes if places[index].begins]
+            for index in (*(starts if self._every_start else starts[:1]), *prefixes[-1:]):
+                needed[places[index].tokens.tobytes()] = places[index]
+        self._places = needed
+
+
+def _ends(model: PreTrainedModel, generation_config: GenerationConfig) -> list[int]:
+    """The tokens at which `generate` ends a row."""
+    ends = model._prepare_generation_config(generation_config)[0].eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]

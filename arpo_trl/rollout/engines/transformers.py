@@ -116,12 +116,29 @@ def recorded_generation(
         cache = None
     recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
     generate = partial(
-        model.generate,
+        partial(cache.generate, model, model.generate) if cache is not None else model.generate,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([stops]),
     )
-    with generate_with(model, partial(cache.generate, model, generate) if cache else generate):
+    with generate_with(model, generate), without_router_logits(model):
         yield recorder, stops
+
+
+@contextmanager
+def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within the context, a mixture of experts returns no router logits, which its config may ask for. They serve the
+    auxiliary loss of training; `generate` would compute it at every step, and fails where prompts are padded.
+    """
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    asking = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in asking:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.output_router_logits = True
 
 
 def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops: RowStops) -> list[Sample]:
@@ -146,7 +163,7 @@ def forget_image_positions(model: PreTrainedModel) -> None:
 
 class TransformersEngine(Engine):
     """
-    Samples with `generate`, and keeps the keys and values of a rollout while its tools run.
+    Samples with `generate`, and keeps the keys, values and states of a rollout while its tools run.
 
     Args:
         model (`Callable[[], PreTrainedModel]`): The model that `generate` runs on, without wrappers.
@@ -157,6 +174,8 @@ class TransformersEngine(Engine):
         temperature (`float`): Sampling temperature.
         keeps (`bool`): Whether to keep keys and values. Not where a forward is collective, since processes read in turns.
         idle_token (`int`): What a process without work reads, to take part in a collective forward.
+        forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row,
+            rather than at its latest.
     """
 
     def __init__(
@@ -168,6 +187,7 @@ class TransformersEngine(Engine):
         temperature: float,
         keeps: bool,
         idle_token: int,
+        forks_anywhere: bool = False,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -178,6 +198,7 @@ class TransformersEngine(Engine):
         self._temperature = temperature
         self._keeps = keeps
         self._idle_token = idle_token
+        self._forks_anywhere = forks_anywhere
         self._cache: PrefixCache | None = None  # of the rollout that is going on
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
@@ -200,7 +221,7 @@ class TransformersEngine(Engine):
     @contextmanager
     def rollout(self) -> Iterator[None]:
         self.lookups.clear()
-        self._cache = PrefixCache() if self._keeps else None
+        self._cache = PrefixCache(every_start=self._forks_anywhere) if self._keeps else None
         try:
             yield
         finally:
