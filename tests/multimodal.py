@@ -36,7 +36,10 @@ def build(family: str):
     if not trl_suite.has_torchvision():
         ProcessorMixin.check_argument_for_proper_class = lambda *args: None
     torch.manual_seed(0)
-    return trl_suite.vision_models()[MODELS[family]]()
+    model, processor = trl_suite.vision_models()[MODELS[family]]()
+    if not trl_suite.has_torchvision():
+        processor.save_pretrained = processor.tokenizer.save_pretrained  # what lacks a part cannot be saved
+    return model, processor
 
 
 def thought_text(processor) -> str:

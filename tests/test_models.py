@@ -18,6 +18,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.checks import may_return_images
 from arpo_trl.evaluation import Agent
 from arpo_trl.protocols import check_chat_template, checkpoint_protocol
+from arpo_trl.protocols.suffix import suffix_renderer
 
 PROMPT = [{"role": "user", "content": "What is the weather?"}]
 ROWS = [{"prompt": PROMPT}] * 4
@@ -261,6 +262,16 @@ def test_an_agent_takes_the_processor(family):
             assert own.call.result == f"sun in {own.call.arguments['city']}" and not row.truncated
         completion = agent.completion(rows[0], PROMPT)
         assert "sun in" in str(completion) and completion[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("family", multimodal.MODELS)
+def test_results_are_the_same_tokens_from_a_processor_and_from_its_tokenizer(family):
+    _, processor = multimodal.build(family)
+    assert processor.tokenizer.chat_template == processor.chat_template
+    results = [{"role": "tool", "name": name, "content": "told"} for name in ("weather", "add")]
+    ends = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|tool_response>", "<turn|>"])
+    for last in [None, *(end for end in ends if end is not None)]:
+        assert suffix_renderer(processor)(results, last) == suffix_renderer(processor.tokenizer)(results, last)
 
 
 def test_an_agent_renders_as_the_trainer_does(tmp_path):
