@@ -1,4 +1,4 @@
-"""Text on multimodal checkpoints: tools, forks, both protocols; and where images are refused, told, or left to TRL."""
+"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols; and where images are refused, told, or left to TRL."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def reward(completions, **kwargs):
 
 
 def trainer_of(family, folder, rows=ROWS, trainer=ARPOTrainer, config=ARPOConfig, tools=(weather,), lora=None, **own):
-    model, processor = multimodal.build(family)
+    model, processor = (multimodal.build if family in multimodal.MODELS else multimodal.build_text)(family)
     multimodal.asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags")
     settings = {
         "num_generations": 4,
@@ -99,7 +99,7 @@ def test_rollouts_branch_and_the_language_model_learns(family, tmp_path):
     assert trainer.args.ddp_find_unused_parameters is True
 
 
-@pytest.mark.parametrize("family", TAGS)
+@pytest.mark.parametrize("family", (*TAGS, *multimodal.TEXT_MODELS))
 def test_the_tags_protocol(family, tmp_path):
     _, rows, changed = trained(family, tmp_path, tool_protocol="tags")
     assert_forked(rows)
