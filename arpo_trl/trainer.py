@@ -30,7 +30,7 @@ from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
-from .protocols.suffix import suffix_renderer
+from .protocols.suffix import suffix_renderer, warn_of_endless_calls
 from .random_state import kept_random_state
 from .reporting import Reporter
 from .rewards.guard import guarded
@@ -214,11 +214,13 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         )
         self._delegates = False
         self._reporter = Reporter(self, self._row_tools.names)
-        suffix_ids = suffix_renderer(self.processing_class, self.chat_template, self.chat_template_kwargs)
-        self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_ids)
+        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
+            if protocol.structured:
+                warn_of_endless_calls(*template, self.eos_token_ids)
         self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
         self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
         self._groups: list[Group] = []  # of the latest rollout

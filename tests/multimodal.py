@@ -1,4 +1,4 @@
-"""Tiny multimodal checkpoints with their processors, made to write what a test says.
+"""Tiny checkpoints, multimodal ones with their processors, made to write what a test says.
 
 Models and processors are those of `trl_suite.py`. No test here has a video, so no video processor is needed, which alone
 needs torchvision.
@@ -20,6 +20,19 @@ MODELS = {
 }
 """Name of the family → of the model in `trl_suite.vision_models`."""
 
+TEXT_MODELS = {
+    "Qwen2.5": "Qwen2ForCausalLM-2.5",
+    "Qwen3": "Qwen3ForCausalLM",
+    "Qwen3 MoE": "Qwen3MoeForCausalLM",
+    "Llama 3.2": "LlamaForCausalLM-3.2",
+    "Gemma 2": "Gemma2ForCausalLM",
+    "Cohere 2": "Cohere2ForCausalLM",
+    "gpt-oss": "GptOssForCausalLM",
+    "GLM-4 MoE": "Glm4MoeForCausalLM",
+    "Nemotron 3": "NemotronHForCausalLM-nano",
+}
+"""Name of the family → of the model in `trl_suite.text_models`."""
+
 
 def weather(city: str) -> str:
     """
@@ -31,12 +44,21 @@ def weather(city: str) -> str:
     return f"sun in {city}"
 
 
+def build_text(family: str):
+    """A model of text with random weights and its tokenizer, the same in every call."""
+    torch.manual_seed(0)
+    return trl_suite.text_models()[TEXT_MODELS[family]]()
+
+
 def build(family: str):
-    """A model with random weights and its processor, the same in every call."""
+    """A multimodal model with random weights and its processor, the same in every call."""
     if not trl_suite.has_torchvision():
         ProcessorMixin.check_argument_for_proper_class = lambda *args: None
     torch.manual_seed(0)
-    return trl_suite.vision_models()[MODELS[family]]()
+    model, processor = trl_suite.vision_models()[MODELS[family]]()
+    if not trl_suite.has_torchvision():
+        processor.save_pretrained = processor.tokenizer.save_pretrained  # what lacks a part cannot be saved
+    return model, processor
 
 
 def thought_text(processor) -> str:
@@ -109,7 +131,7 @@ def asks_then_answers(model, processor, tags: bool = False):
     A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters of
     its choice, so that it is unsure where the result ends.
     """
-    tokenizer = processor.tokenizer
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
     def ids(text: str) -> list:
         return tokenizer.encode(text, add_special_tokens=False)
@@ -118,7 +140,8 @@ def asks_then_answers(model, processor, tags: bool = False):
     called = "<weather>X</weather>" if tags else call_text(processor, "X")
     (chosen,) = ids("X")
     asking = [letters if token == chosen else token for token in ids(called)]
-    answering = [letters, letters, *ids(("" if tags else thought_text(processor)) + end_text(processor))]
+    end = tokenizer.eos_token if tags else thought_text(processor) + end_text(processor)
+    answering = [letters, letters, *ids(end)]
     told = ids("sun in ")
 
     def write(context: list[int]) -> list:

@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import multimodal
 import tiny
 import torch
 from accelerate import DistributedType, PartialState
@@ -147,6 +148,18 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
         return agent(folder, checkpoint, max_steps=2, learning_rate=1e-3, advantage_attribution="hard", **settings)
     if name in ("agent-shared", "agent-stock"):  # SGD, so that rounding stays rounding
         return agent(folder, checkpoint, optim="sgd", learning_rate=0.1, prefix_sharing=name == "agent-shared")
+    if name == "multimodal":  # text on a checkpoint with a vision tower, which gets no gradient; a group each
+        model, processor = multimodal.build("Qwen3.5, no thinking")
+        settings = {"num_generations": 4, "num_initial_generations": 2, "per_device_train_batch_size": 4}
+        settings |= {"branch_rule": "threshold", "branch_threshold": 1e-4, "max_completion_length": 220}
+        return ARPOTrainer(
+            model=multimodal.asks_then_answers(model, processor),
+            args=ARPOConfig(str(folder), **{**FIXED, **settings, "learning_rate": 0.1, "max_steps": 2}),
+            reward_funcs=lambda completions, **kwargs: [float(sum(map(ord, str(c))) % 7) for c in completions],
+            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "The weather?"}]}] * 4),
+            processing_class=processor,
+            tools=[multimodal.weather],
+        )
     if name == "victim":  # hangs in the middle of its third step until it is killed
 
         def hanging(completions, trainer_state, **kwargs):

@@ -67,6 +67,8 @@ SAID = {
         # what raises after that is of the table
         "super().log(logs, start_time) self._metrics[mode].clear() if self.accelerator.is_main_process",
     ],
+    "_tokenize_prompts": ["return prompt_ids, images, multimodal_fields"],
+    "_get_tool_suffix_ids": ["tok_id == self._tokenizer.eos_token_id", "self.processing_class.apply_chat_template("],
     "_generate_single_turn": ["unwrapped_model.generate(", "self.vllm_generation.generate("],
     "_calculate_rewards": ["zip(self.reward_funcs, self.reward_processing_classes, self.reward_func_names"],
     "_compute_loss": ["if advantages.dim() == 1:", "compute_aux_loss=self.aux_loss_enabled"],

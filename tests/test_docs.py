@@ -94,6 +94,7 @@ def named(cases):
         ("configuration", "page", "configuration.md"),
         ("figure", "figure", "rollout.svg"),
         ("scaling", "page", "scaling.md"),
+        ("models", "page", "models.md"),
     ],
 )
 def test_generated_files_are_fresh(script, made, product):

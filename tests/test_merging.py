@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from branching import branching as make_branching
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import plan, rollout
@@ -22,7 +21,7 @@ from arpo_trl.execution.arguments import canonical_json
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.environments import RowTools
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import RolloutHooks, run_waves
 from arpo_trl.rollout.merging import CallMerger
 from arpo_trl.rollout.metrics import CALL_KINDS, rollout_metrics, rollout_sums, slowest_calls
 from arpo_trl.rollout.record import call_kind

@@ -1,4 +1,4 @@
-"""Text on multimodal checkpoints: tools, forks, both protocols; and where images are refused, told, or left to TRL."""
+"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols; and where images are refused, told, or left to TRL."""
 
 import json
 import re
@@ -18,6 +18,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.checks import may_return_images
 from arpo_trl.evaluation import Agent
 from arpo_trl.protocols import check_chat_template, checkpoint_protocol
+from arpo_trl.protocols.suffix import suffix_renderer
 
 PROMPT = [{"role": "user", "content": "What is the weather?"}]
 ROWS = [{"prompt": PROMPT}] * 4
@@ -32,7 +33,7 @@ def reward(completions, **kwargs):
 
 
 def trainer_of(family, folder, rows=ROWS, trainer=ARPOTrainer, config=ARPOConfig, tools=(weather,), lora=None, **own):
-    model, processor = multimodal.build(family)
+    model, processor = (multimodal.build if family in multimodal.MODELS else multimodal.build_text)(family)
     multimodal.asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags")
     settings = {
         "num_generations": 4,
@@ -98,7 +99,7 @@ def test_rollouts_branch_and_the_language_model_learns(family, tmp_path):
     assert trainer.args.ddp_find_unused_parameters is True
 
 
-@pytest.mark.parametrize("family", TAGS)
+@pytest.mark.parametrize("family", (*TAGS, *multimodal.TEXT_MODELS))
 def test_the_tags_protocol(family, tmp_path):
     _, rows, changed = trained(family, tmp_path, tool_protocol="tags")
     assert_forked(rows)
@@ -261,6 +262,16 @@ def test_an_agent_takes_the_processor(family):
             assert own.call.result == f"sun in {own.call.arguments['city']}" and not row.truncated
         completion = agent.completion(rows[0], PROMPT)
         assert "sun in" in str(completion) and completion[-1]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("family", multimodal.MODELS)
+def test_results_are_the_same_tokens_from_a_processor_and_from_its_tokenizer(family):
+    _, processor = multimodal.build(family)
+    assert processor.tokenizer.chat_template == processor.chat_template
+    results = [{"role": "tool", "name": name, "content": "told"} for name in ("weather", "add")]
+    ends = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|tool_response>", "<turn|>"])
+    for last in [None, *(end for end in ends if end is not None)]:
+        assert suffix_renderer(processor)(results, last) == suffix_renderer(processor.tokenizer)(results, last)
 
 
 def test_an_agent_renders_as_the_trainer_does(tmp_path):

@@ -5,15 +5,11 @@ import random
 import hybrid_models
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_prefix_cache import GREEDY, padded, read
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
-from transformers.cache_utils import DynamicIndexedLayer
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from arpo_trl.rollout.engines import cache_layers, prefix_cache
-from arpo_trl.rollout.engines.cache_layers import parts_to_read
-from arpo_trl.rollout.engines.prefix_cache import PrefixCache, cache_obstacle
+from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.transformers import RowStops
 
 SAMPLED = GenerationConfig(do_sample=True, temperature=0.7, top_k=0, max_new_tokens=9, pad_token_id=0, eos_token_id=1)

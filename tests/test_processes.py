@@ -71,7 +71,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(agent_dirs, tmp_path_factory):
-    names = "split,uneven,hang,eager,agent-whole,agent-split,agent-shared,agent-stock"
+    names = "split,uneven,hang,eager,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
     return launch("multi_gpu.yaml", names, tmp_path_factory.mktemp("ddp"), agent_dirs["chat_template"])
 
 
@@ -103,6 +103,15 @@ def test_waves_of_unequal_length_and_a_process_with_nothing_to_do(runs):
     assert [len(record["tool_calls"]) for record in run.records(1)] == [0] * 4
     # Four waves of two rows, twice, here; two waves there, and six in which it joins with a row of its own
     assert [facts["batches"] for facts in run.facts] == [[2] * 8, [2, 2, 1, 1, 1, 1, 1, 1]]
+
+
+def test_text_on_a_multimodal_checkpoint_whose_vision_tower_gets_no_gradient(runs):
+    run = runs["multimodal"]
+    for rank in (0, 1):
+        assert [kind for _, kind, _ in run.tree(rank)] == ["initial"] * 2 + ["fork"] * 2
+        assert all(record["tool_calls"][0]["error"] is None for record in run.records(rank))
+    here, there = run.weights
+    assert torch.equal(here, there) and run.logs[0]["grad_norm"] > 0
 
 
 def test_a_tool_that_hangs_on_one_process(runs):

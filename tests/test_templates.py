@@ -17,7 +17,7 @@ from trl.chat_template_utils import (
     supports_tool_calling,
 )
 
-from arpo_trl.protocols import ChatTemplateProtocol, check_chat_template
+from arpo_trl.protocols import ChatTemplateProtocol, check_chat_template, suffix
 from arpo_trl.protocols.suffix import suffix_renderer
 
 FOLDER = importlib.resources.files("trl") / "chat_templates"
@@ -248,6 +248,23 @@ def test_the_cases_are_those_of_the_installed_trl():
         with pytest.raises(ValueError, match="is none whose tool calls TRL can parse"):
             check_chat_template(tokenizer)
     assert not spoken & {original(name) for name in REFUSED}
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_a_model_that_does_not_stop_behind_its_call_is_told_of(name, monkeypatch):
+    told = []
+    monkeypatch.setattr(suffix.logger, "warning", told.append)
+    conversation = Conversation(name, ("", "I think."))
+    template = (conversation.tokenizer, conversation.template, {})
+    suffix.warn_of_endless_calls(*template, sorted(conversation.ends))
+    assert not told
+    suffix.warn_of_endless_calls(*template, [conversation.tokenizer.eos_token_id])
+    if conversation.tokenizer.eos_token_id in conversation.written(turns(name)[0])[1]:
+        assert not told
+    else:
+        (warning,) = told
+        assert f"Generation stops at [{conversation.tokenizer.eos_token!r}]" in warning
+        assert "generation_config.eos_token_id" in warning
 
 
 # Where TRL's own rendering differs from its template

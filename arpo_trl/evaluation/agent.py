@@ -16,7 +16,7 @@ from trl.data_utils import is_conversational, prepare_multimodal_messages
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
-from ..protocols.suffix import suffix_renderer
+from ..protocols.suffix import suffix_renderer, warn_of_endless_calls
 from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
 from ..rollout.rules import BranchRule
@@ -79,11 +79,8 @@ class Agent:
             warn_of_another_protocol(tokenizer, tool_protocol)
         if self.tools and protocol.structured:
             self.chat_template = tool_chat_template(self.processing_class)
-        self.protocol = protocol(
-            tokenizer,
-            list(self.tools),
-            suffix_renderer(self.processing_class, self.chat_template, self.chat_template_kwargs),
-        )
+        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        self.protocol = protocol(tokenizer, list(self.tools), suffix_renderer(*template))
         self.sampling = {
             "temperature": temperature,
             "top_p": top_p,
@@ -103,6 +100,8 @@ class Agent:
         self.engine = model_engine(
             model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window
         )
+        if self.tools and protocol.structured:
+            warn_of_endless_calls(*template, ends)
         self.limits = Limits(
             completion=max_completion_length,
             context=self.engine.context_length,

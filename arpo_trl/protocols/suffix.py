@@ -6,10 +6,37 @@ from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 
+logger = logging.get_logger(__name__)
+
 _NO_TOKEN = -1
+
+_ASKED: list[dict[str, Any]] = [{"role": "user", "content": "dummy"}]
+
+
+def _called(name: str) -> list[dict[str, Any]]:
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def _rendered(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    messages: list[dict[str, Any]],
+    chat_template: str | None,
+    kwargs: Any,
+) -> list[int]:
+    multimodal = isinstance(processing_class, ProcessorMixin)
+    ids: Any = processing_class.apply_chat_template(
+        prepare_multimodal_messages(messages) if multimodal else messages,
+        tokenize=True,
+        chat_template=chat_template,
+        return_dict=False,
+        **(kwargs or {}),
+    )
+    return ids[0] if multimodal else ids
 
 
 def suffix_renderer(
@@ -38,25 +65,13 @@ def suffix_renderer(
     eos = (processing_class.tokenizer if multimodal else processing_class).eos_token_id
     kwargs = chat_template_kwargs or {}
 
-    def count(messages: list[dict[str, Any]], token: int) -> int:
-        ids: Any = processing_class.apply_chat_template(
-            prepare_multimodal_messages(messages) if multimodal else messages,
-            tokenize=True,
-            chat_template=chat_template,
-            return_dict=False,
-            **kwargs,
-        )
-        return (ids[0] if multimodal else ids).count(token)
-
     @functools.cache
     def in_turn(token: int, name: str) -> bool:
         """Whether the template renders the token into a turn that calls the tool of that name."""
-        call = {"type": "function", "function": {"name": name, "arguments": {}}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "dummy"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        return count(messages, token) > count(messages[:1], token)
+        asked, called = (
+            _rendered(processing_class, messages, chat_template, kwargs) for messages in (_ASKED, _called(name))
+        )
+        return called.count(token) > asked.count(token)
 
     def suffix_ids(messages: Sequence[dict[str, Any]], last: int | None = None) -> list[int]:
         name = messages[0]["name"]
@@ -73,3 +88,35 @@ def suffix_renderer(
         return ids[1:] if ids[:1] == [last] else ids  # the results begin with the token that the model ended with
 
     return suffix_ids
+
+
+def warn_of_endless_calls(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    chat_template: str | None,
+    chat_template_kwargs: Any,
+    ends: Sequence[int],
+) -> None:
+    """
+    Warn where no end token of the model stands between a call and its result, as the template writes them: a model that
+    has learnt the template then writes the result itself.
+
+    Args:
+        processing_class, chat_template, chat_template_kwargs: As for [`suffix_renderer`].
+        ends (`Sequence[int]`): Tokens at which generation stops.
+    """
+    asked = _rendered(processing_class, _ASKED, chat_template, chat_template_kwargs)
+    results = [[*_called("dummy"), {"role": "tool", "name": "dummy", "content": content}] for content in ("a", "b")]
+    told = [_rendered(processing_class, messages, chat_template, chat_template_kwargs) for messages in results]
+    start, stop = _shared(asked, told[0]), _shared(*told)
+    if not set(ends) & set(told[0][start:stop]):
+        tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+        logger.warning(
+            f"Generation stops at {tokenizer.convert_ids_to_tokens(sorted(set(ends)))}, but the chat template goes on from a "
+            f"call to its result with none of these ({tokenizer.decode(told[0][start:stop])!r}), so a model may write the "
+            "result itself. Add the token that ends a turn with calls to `model.generation_config.eos_token_id`."
+        )
+
+
+def _shared(left: list[int], right: list[int]) -> int:
+    """Tokens with which both begin."""
+    return next((place for place, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), len(left))

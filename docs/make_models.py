@@ -1,0 +1,67 @@
+"""
+Make the table of docs/models.md from what the tests run, and from what the package says of each model:
+
+    python docs/make_models.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import multimodal  # noqa: E402
+import test_models  # noqa: E402
+
+from arpo_trl.rollout.engines.prefix_cache import cache_obstacle  # noqa: E402
+from arpo_trl.scoring.shared_prefix import unsupported_reason  # noqa: E402
+
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- made by docs/make_models.py -->\n", "<!-- end -->"
+HEAD = "| family | model | tested with forks | rollouts keep what they have read | scoring shares prefixes |\n"
+
+
+def tested(family: str) -> str:
+    """What `tests/test_models.py` runs of a family."""
+    kinds = {
+        "chat template": family in multimodal.MODELS,
+        "tags": family in test_models.TAGS or family in multimodal.TEXT_MODELS,
+        "LoRA": family in test_models.LORA,
+        "equal to GRPO": family in test_models.EQUAL,
+    }
+    return ", ".join(kind for kind, runs in kinds.items() if runs)
+
+
+def shared(reason: str | None) -> str:
+    if reason is None:
+        return "yes"
+    return "no: the model type is not among those tested" if reason.startswith("model type") else f"no: {reason}"
+
+
+def row(family: str) -> str:
+    build = multimodal.build if family in multimodal.MODELS else multimodal.build_text
+    model, _ = build(family)
+    cells = [
+        family,
+        f"`{type(model).__name__}`",
+        tested(family),
+        shared(cache_obstacle(model, GenerationConfig(do_sample=True))),
+        shared(unsupported_reason(model, torch.device("cpu"))),
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def table() -> str:
+    return HEAD + "|---|---|---|---|---|\n" + "".join(map(row, [*multimodal.MODELS, *multimodal.TEXT_MODELS]))
+
+
+def page() -> str:
+    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    return before + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
