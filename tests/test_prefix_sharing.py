@@ -9,7 +9,9 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.attention.flex_attention import flex_attention
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,11 +24,14 @@ from transformers import (
     Qwen3MoeConfig,
     SmolLM3Config,
 )
+from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flex_attention import WrappedFlexAttention
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from arpo_trl.scoring import path_attention
 from arpo_trl.scoring import shared_prefix as prefix_sharing
+from arpo_trl.scoring.path_attention import PathAttention
 from arpo_trl.scoring.prefix_tree import Cost, group_order, pack, shared_prefixes, sibling_order
 from arpo_trl.scoring.shared_prefix import MODEL_TYPES, forward_cost, shared_prefix_logps
 
@@ -159,13 +164,13 @@ def test_pack_by_hand():
     assert tree.cost == 5
 
 
-@pytest.mark.parametrize("causal, depth, flops", [(1.0, 2, 190 + 170), (0.5, 0, 2 * 149.5)])
-def test_pack_computes_a_prefix_again_that_is_not_worth_a_mask(causal, depth, flops):
-    # Two rows of 9 positions that share 2. Computed alone, the second costs 9 tokens and 81 pairs, or 40.5 where the
-    # kernel leaves out the upper half; sharing costs 7 tokens and 7 x 9 pairs under a mask.
+@pytest.mark.parametrize("causal, flops", [(1.0, 190 + 170), (0.5, 149.5 + 145.5)])
+def test_cost_of_a_tree_by_hand(causal, flops):
+    # Two rows of 9 positions that share 2. The first costs 9 tokens and 81 pairs, or 40.5 where the kernel leaves out
+    # what a causal mask hides; the second 7 tokens and 7 x 9 pairs, or 24.5 less, those that its own 7 x 7 mask hides.
     rows = [np.arange(10), np.array([0, 1, 2, *range(20, 27)])]
     tree = pack(rows, [1, 1], Cost(token=1, pair=1, call=100, causal=causal))
-    assert [segment.depth for segment in tree.segments] == [0, depth]
+    assert [segment.depth for segment in tree.segments] == [0, 2]
     assert tree.cost == flops
 
 
@@ -359,23 +364,30 @@ def test_scores_come_back_from_the_device_of_the_head(always_share, monkeypatch)
         assert torch.equal(value, reference)
 
 
-def masks_of(attention, device, dtype=torch.float32, window=None):
+def masks_of(attention, device, dtype=torch.float32, window=None, heads=1):
     """The masks that the rows of a tree are attended with."""
-    length = sum(attention.query_sizes)
-    states = torch.zeros(1, 1, length, 8, device=device, dtype=dtype)
+    states = torch.zeros(1, heads, sum(attention.query_sizes), 8, device=device, dtype=dtype)
     masks = []
 
     def attend(module, query, key, value, mask, **kwargs):
         masks.append(mask)
         return query.transpose(1, 2), None
 
-    attention(attend, None, states, states, states, sliding_window=window)
+    class Kernel(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.scaled_dot_product_attention:
+                masks.append(kwargs["attn_mask"])
+                return args[0]
+            return function(*args, **(kwargs or {}))
+
+    with Kernel():
+        attention(attend, None, states, states, states, sliding_window=window)
     return [mask for mask in masks if mask is not None]
 
 
-def fork():
-    rows = [np.array([5, 6, 7, 8, 9]), np.array([5, 6, 7, 3, 4])]
-    return prefix_sharing.PathAttention(pack(rows, [2, 2], TOKENS_ONLY))
+def fork(prompt=2, completion=3):
+    rows = [np.r_[np.arange(prompt), np.full(completion, 40 + row)] for row in (0, 1)]
+    return PathAttention(pack(rows, [prompt, prompt], TOKENS_ONLY))
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -390,6 +402,136 @@ def test_masks_are_of_the_dtype_that_autocast_attends_in():
     with torch.autocast("cpu", torch.bfloat16):
         assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.bfloat16}
     assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.float32}
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_masks_are_strips_whatever_the_length(window):
+    sizes = []
+    for length in (2000, 4000):
+        attention = fork(prompt=length, completion=1200)
+        masks = masks_of(attention, "meta", window=window)
+        assert len({mask.untyped_storage().data_ptr() for mask in masks}) == 1, "views of one strip"
+        assert {mask.shape[0] for mask in masks} <= {256, 1200 % 256, *[(length + 1199) % 256]}
+        sizes.append(sum(strip.nbytes for strip in attention.strips.values()))
+    if window is None:
+        assert sizes == [256 * (length + 1199) * 4 for length in (2000, 4000)]  # a line for each query of a block
+    else:
+        assert sizes == [256 * (256 + 100) * 4] * 2
+
+
+def test_a_kernel_with_a_mask_of_its_own_needs_none(monkeypatch):
+    # The device's kernel is not here; what it is called with is
+    class Gpu:
+        type = "cuda"
+
+    calls = []
+
+    def kernel(query, key, value, attn_mask, **options):
+        calls.append((attn_mask, key.shape[1], options["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(path_attention.F, "scaled_dot_product_attention", kernel)
+    attention = fork(prompt=600, completion=600)
+    for flash, key_heads in ((True, 2), (False, 4)):
+        monkeypatch.setattr(path_attention, "can_use_flash_attention", lambda parameters, flash=flash: flash)
+        monkeypatch.setattr(path_attention, "SDPAParams", lambda *args: args)
+        query = SimpleNamespace(shape=(1, 4, 600, 8), device=Gpu)
+        key = torch.zeros(1, 2, 1199, 8)
+        attention._lower_right(query, key, key, None, {"dropout_p": 0.0, "scale": None})
+        mask, heads, enable_gqa = calls.pop()
+        assert isinstance(mask, CausalBias) and mask.variant == CausalVariant.LOWER_RIGHT
+        assert (mask.seq_len_q, mask.seq_len_kv) == (600, 1199)
+        assert heads == key_heads and enable_gqa == flash, "keys are repeated where the kernel cannot group queries"
+    assert not attention.strips
+
+
+@pytest.mark.parametrize("window", [None, 5, 300])
+@pytest.mark.parametrize("new, length", [(1, 700), (255, 256), (256, 700), (600, 1100), (700, 700)])
+def test_blocks_attend_as_one_square_does(new, length, window):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, new, 8, generator=generator, requires_grad=True)
+    key, value = (torch.randn(1, 2, length, 8, generator=generator, requires_grad=True) for _ in range(2))
+    weights = torch.randn(1, 4, new, 8, generator=generator)
+    attention = PathAttention(pack([np.arange(length + 1)], [1], TOKENS_ONLY))
+    blocks = attention._lower_right(query, key, value, window, {"dropout_p": 0.0, "scale": 0.3})
+    places = torch.arange(length)
+    distance = places[-new:, None] - places
+    sees = (distance >= 0) & (distance < (window or length))
+    square = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=sees, scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(blocks, square, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(
+        torch.autograd.grad((blocks * weights).sum(), (query, key, value)),
+        torch.autograd.grad((square * weights).sum(), (query, key, value)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1),
+):  # fmt: skip
+    """What flash-attn's function of this name does, row by row: its causal mask is aligned with the lower right corner."""
+    assert causal and q.shape[1] % k.shape[1] == 0
+    outputs = []
+    for row in range(len(cu_seqlens_q) - 1):
+        of_queries, of_keys = (slice(int(cu[row]), int(cu[row + 1])) for cu in (cu_seqlens_q, cu_seqlens_k))
+        queries, keys, values = (x.transpose(0, 1) for x in (q[of_queries], k[of_keys], v[of_keys]))
+        assert queries.shape[1] <= max_seqlen_q and keys.shape[1] <= max_seqlen_k
+        places = torch.arange(keys.shape[1])
+        distance = places[-queries.shape[1] :, None] - places
+        sees = distance >= 0
+        if window_size[0] >= 0:
+            sees &= distance <= window_size[0]
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *(states[None] for states in (queries, keys, values)),
+                attn_mask=sees,
+                scale=softmax_scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_scores_a_tree_in_one_call(family, implementation, monkeypatch, always_share):
+    # The package needs a GPU. What transformers calls is stood in for, from its own attention function on.
+    calls = []
+
+    def varlen(*args, **kwargs):
+        calls.append(kwargs)
+        return flash_attn_varlen_func(*args, **kwargs)
+
+    for name, value in {
+        "_loaded_implementation": implementation,
+        "_flash_fn": None,
+        "_flash_varlen_fn": varlen,
+        "_process_flash_kwargs_fn": flash_utils._lazy_define_process_function(flash_attn_varlen_func),
+    }.items():
+        monkeypatch.setattr(flash_utils, name, value)
+    monkeypatch.setattr(prefix_sharing, "unsupported_reason", lambda model, device: None)
+    model = build(FAMILIES[family])
+    expected = results(row_by_row, model, *tools_tree())
+    model.config._attn_implementation = implementation
+    scores = results(shared, model, *tools_tree())
+    assert len(calls) == SHAPE["num_hidden_layers"]
+    for ours, reference in zip(scores[:2], expected[:2], strict=True):
+        assert relative_error(ours, reference) <= 1e-5
+    total = torch.stack([gradient.norm() for gradient in expected[2].values()]).norm().item()
+    for name, gradient in scores[2].items():
+        assert relative_error(gradient, expected[2][name], floor=0.05 * total) <= 1e-5, name
+
+
+@pytest.mark.parametrize("implementation", path_attention.FLASH_ATTENTION)
+def test_flash_attention_is_served_on_a_gpu(implementation):
+    model = build(QWEN3)
+    model.config._attn_implementation = implementation
+    assert prefix_sharing.unsupported_reason(model, torch.device("cuda")) is None
+    assert prefix_sharing.unsupported_reason(model, torch.device("cpu")).code == "attention"
 
 
 def test_autocast_is_within_its_own_noise(always_share):

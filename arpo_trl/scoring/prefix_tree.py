@@ -18,7 +18,7 @@ import numpy as np
 class Cost(NamedTuple):
     """
     What a forward is made of, in FLOPs: one token, one query-key pair, one attention call, each over all layers.
-    `causal` is the part of the square that attention computes where the kernel's own causal mask will do.
+    `causal` is the part of a square under a causal mask that the kernel computes.
     """
 
     token: float
@@ -30,7 +30,8 @@ class Cost(NamedTuple):
         """Cost of a row of `length` tokens of which the last `new` are computed."""
         if not new:
             return 0.0
-        return self.token * new + self.pair * new * length * (self.causal if new == length else 1.0) + self.call
+        pairs = new * length - (1 - self.causal) * new * new
+        return self.token * new + self.pair * pairs + self.call
 
     def batch(self, rows: int, length: int, padded: bool) -> float:
         """Cost of `rows` rows of `length` tokens, padding included, in one attention call."""
@@ -168,7 +169,7 @@ def group_order(rows: Sequence[np.ndarray], groups: Sequence[int]) -> list[int]:
 
 def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) -> PrefixTree:
     """
-    Lay rows out as a prefix tree; a prefix too short to be worth a masked attention call is computed again.
+    Lay rows out as a prefix tree.
 
     Args:
         rows (`Sequence[np.ndarray]`): Token ids of each row, prompt and completion.
@@ -187,8 +188,6 @@ def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) 
     for row, shared_tokens in zip((scored[place] for place in order), shared, strict=True):
         length = len(rows[row]) - 1  # the last token predicts nothing, and nothing attends to it
         depth = max(shared_tokens - 1, 0)  # a position is shared if the next token is, too
-        if cost.row(length - depth, length) >= cost.row(length, length):
-            depth = 0
         slots[row] = before = np.concatenate([before[:depth], np.arange(size, size + length - depth)])
         if depth < length:
             segments.append(Segment(row, size, depth))

@@ -2,12 +2,12 @@
 Score the rows of a micro-batch with every token that rows share computed once, the prompt included: the same
 log-probabilities, entropies and gradients as row by row, from one forward of the stock model.
 
-The packed tree (see `prefix_tree`) is scored by the stock head with labels that are already shifted. Attention runs
-row by row, the new tokens of a row against the keys of its whole path, so it never costs the square of the pack.
+The packed tree (see `prefix_tree`) is scored by the stock head with labels that are already shifted, each token
+attending to its ancestors only (see `path_attention`).
 
 What it does not do:
-- models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention on CUDA: `None`
-  is returned after one line in the log, and the caller scores row by row;
+- models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention, flash_attention_2 and
+  flash_attention_3 on CUDA: `None` is returned after one line in the log, and the caller scores row by row;
 - images, prompt-learning adapters, compiled models;
 - the load-balancing loss of mixtures of experts, which counts every token of every row: with it, rows are scored one
   by one;
@@ -18,20 +18,16 @@ What it does not do:
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedConfig
 
+from .path_attention import FLASH_ATTENTION, attention_inputs
 from .prefix_tree import Cost, PrefixTree, pack, unpadded
 from .tally import NotPacked, chunk_counts
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 logger = logging.getLogger(__name__)
 
@@ -48,128 +44,6 @@ _CALL_FLOPS_CPU, _CALL_FLOPS_GPU = 1e7, 1e10
 
 # Share only where the model of the cost promises this much, so that its error does not make a step slower.
 _MARGIN = 0.97
-
-
-class PathAttention:
-    """
-    Attention of a packed tree, row by row: the queries that are new with a row against the keys of its whole path.
-
-    Keys are cut once at every place where a path jumps, and a path is the concatenation of its cuts: views of one
-    tensor would each leave a gradient as large as the pack.
-
-    Args:
-        tree ([`PrefixTree`]): What to attend over.
-    """
-
-    def __init__(self, tree: PrefixTree):
-        starts = [segment.start for segment in tree.segments] + [len(tree.input_ids)]
-        self.query_sizes = np.diff(starts).tolist()
-        runs = []  # each path as the stretches (start, end) of the pack that it runs through
-        for segment in tree.segments:
-            path = tree.slots[segment.row]
-            jumps = np.flatnonzero(np.diff(path) != 1)
-            runs.append((path[np.r_[0, jumps + 1]], path[np.r_[jumps, -1]] + 1))
-        cuts = np.unique(np.concatenate([bound for run in runs for bound in run]))
-        self.key_sizes = np.diff(cuts).tolist()
-        first, last = ([np.searchsorted(cuts, run[side]) for run in runs] for side in (0, 1))
-        self.paths = [
-            [cut for a, b in zip(*bounds, strict=True) for cut in range(a, b)]
-            for bounds in zip(first, last, strict=True)
-        ]
-        self.depths = [segment.depth for segment in tree.segments]
-        self.length = max(len(tree.slots[segment.row]) for segment in tree.segments)
-        self.masks: dict[tuple[int | None, torch.dtype, torch.device], torch.Tensor] = {}
-
-    def mask(
-        self, depth: int, length: int, window: int | None, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor | None:
-        """What is added to the scores of the queries from `depth` on; `None` where the kernel's causal mask will do."""
-        window = window if window is not None and window < length else None
-        if depth == 0 and window is None:
-            return None
-        if (window, dtype, device) not in self.masks:
-            # One square for all rows and layers, and rows take views of it. CUDA kernels read it in place, instead of
-            # keeping a copy for each call, if it is additive and its lines are a multiple of 8 wide.
-            sees = torch.ones(self.length, self.length + -self.length % 8, dtype=torch.bool, device=device).tril()
-            sees = sees if window is None else sees.triu(1 - window)
-            mask = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, float("-inf"))
-            self.masks[window, dtype, device] = mask
-        return self.masks[window, dtype, device][None, None, depth:length, :length]
-
-    def __call__(
-        self,
-        attend: Callable[..., Any],
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sliding_window: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        keys, values = key.split(self.key_sizes, dim=2), value.split(self.key_sizes, dim=2)
-        # Layers of a split model run on different devices. Autocast would copy a mask of another dtype for every call.
-        device, dtype = query.device, query.dtype
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        outputs = []
-        for queries, path, depth in zip(query.split(self.query_sizes, dim=2), self.paths, self.depths, strict=True):
-            own_keys, own_values = (torch.cat([parts[cut] for cut in path], dim=2) for parts in (keys, values))
-            mask = self.mask(depth, own_keys.shape[2], sliding_window, dtype, device)
-            outputs.append(attend(module, queries, own_keys, own_values, mask, **kwargs)[0])
-        return torch.cat(outputs, dim=1), None
-
-
-def _route_sdpa() -> None:
-    """Let transformers' sdpa follow the `path_attention` that a model is called with; without one it is as it was."""
-    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if stock.__module__ == __name__:
-        return
-
-    def sdpa(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        path_attention: PathAttention | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if path_attention is None:
-            return stock(module, query, key, value, attention_mask, **kwargs)
-        return path_attention(stock, module, query, key, value, **kwargs)
-
-    AttentionInterface.register("sdpa", sdpa)
-
-
-def _block_mask(tree: PrefixTree, window: int | None, device: torch.device) -> "BlockMask":
-    """The tree as a block-sparse mask for flex_attention; `window` in tokens of depth."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    ends, depths = torch.from_numpy(tree.subtree_ends()).to(device), torch.from_numpy(tree.position_ids).to(device)
-
-    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        seen = (key <= query) & (query < ends[key])
-        return seen if window is None else seen & (depths[query] - depths[key] < window)
-
-    size = len(tree.input_ids)
-    return create_block_mask(sees, None, None, size, size, device=device, _compile=device.type == "cuda")
-
-
-def _attention_inputs(tree: PrefixTree, config: PreTrainedConfig, device: torch.device) -> dict[str, Any]:
-    """What the model is called with so that each token attends to its ancestors only."""
-    if config._attn_implementation == "sdpa":
-        _route_sdpa()
-        # The mask is never read. It has four dimensions, so that no causal mask is built, and no entries, so that a
-        # model which does read it fails.
-        return {
-            "attention_mask": torch.empty(1, 1, 0, 0, device=device),
-            "path_attention": PathAttention(tree),
-        }
-    full = _block_mask(tree, None, device)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
-        return {"attention_mask": full}
-    sliding = _block_mask(tree, config.sliding_window, device)
-    return {"attention_mask": {"full_attention": full, "sliding_attention": sliding}}
 
 
 def _unwrapped(model: nn.Module) -> list[Any]:
@@ -204,7 +78,9 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> NotPacked | No
         known = ", ".join(sorted(MODEL_TYPES))
         return NotPacked("model_type", f"model type {config.model_type!r} is not one of {known}")
     implementation = config._attn_implementation
-    if implementation != "sdpa" and (implementation != "flex_attention" or device.type != "cuda"):
+    if implementation != "sdpa" and (
+        implementation not in ("flex_attention", *FLASH_ATTENTION) or device.type != "cuda"
+    ):
         return NotPacked("attention", f"attention {implementation!r} on {device.type}; use attn_implementation='sdpa'")
     if implementation == "flex_attention" and len(set((getattr(chain[-1], "hf_device_map", None) or {}).values())) > 1:
         return NotPacked(
@@ -390,7 +266,7 @@ def shared_prefix_logps(
     inputs: dict[str, Any] = {name: torch.from_numpy(values)[None].to(device) for name, values in packed.items()}
     if hasattr(config, "output_router_logits"):
         inputs["output_router_logits"] = False  # of the packed tokens, they would make another load-balancing loss
-    outputs = model(**inputs, **_attention_inputs(tree, config, device), fused_lm_head=True)
+    outputs = model(**inputs, **attention_inputs(tree, config, device), fused_lm_head=True)
     masked = ~attention_mask[:, -logits_to_keep:].bool()
     places = torch.from_numpy(index).to(device)
 
