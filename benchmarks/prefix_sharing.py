@@ -12,8 +12,8 @@ micro-batch of 8 holds about the tokens of a row-by-row one of 4, so the headlin
 micro-batch that needs no more memory than row by row at 4. Memory is the peak of the resident set, each measurement in
 a process of its own.
 
-Last, and alone with `--cases` without a name, tokens are counted: those that the recipes of `examples/configs` compute in
-a rollout batch, as TRL's shuffle of rows leaves them and with whole groups.
+Last, and alone with `--cases` without a name, tokens are counted: those that the recipes of `examples/configs` compute
+in a rollout batch, as TRL's shuffle of rows leaves them and with whole groups.
 
 Not covered: the optimiser, generation, and anything but a CPU unless `--device cuda` is given.
 """
@@ -243,8 +243,9 @@ def computed_fraction(rows: list, order: list[int], micro_batch: int, prompt: in
 
 def count_recipe(path: Path, micro_batch: int | None = None, prompt: int = 1500, completion: int = 4000) -> dict:
     """
-    Count the tokens of one process in a rollout batch of a recipe: rows as TRL shuffles them, brought together within each
-    optimiser step (which the loss has to allow), and dealt as whole groups. Another micro-batch has as many rows a step.
+    Count the tokens of one process in a rollout batch of a recipe: rows as TRL shuffles them, brought together within
+    each optimiser step (which the loss has to allow), and dealt as whole groups. Another micro-batch has as many rows
+    a step.
     """
     recipe = yaml.safe_load(path.read_text())
     size = micro_batch or recipe["per_device_train_batch_size"]

@@ -473,7 +473,7 @@ def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1),
 ):  # fmt: skip
-    """What flash-attn's function of this name does, row by row: its causal mask is aligned with the lower right corner."""
+    """As flash-attn's function of this name, row by row: its causal mask is aligned with the lower right corner."""
     assert causal and q.shape[1] % k.shape[1] == 0
     outputs = []
     for row in range(len(cu_seqlens_q) - 1):

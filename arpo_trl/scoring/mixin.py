@@ -1,4 +1,4 @@
-"""Shared-prefix scoring as a mixin of any `GRPOTrainer`: whoever has long shared prompts gets it, with or without forks.
+"""Shared-prefix scoring as a mixin of any `GRPOTrainer`, for long shared prompts, with or without forks.
 
 ```python
 from arpo_trl.scoring import SharedPrefixMixin
@@ -9,8 +9,8 @@ class Trainer(SharedPrefixMixin, GRPOTrainer):
 
 Beside TRL's metrics it logs what sharing saved (`tally.py`), and the seconds of what it scores.
 
-What it does not do: images; the load-balancing loss of mixtures of experts; what `shared_prefix.py` names. Those rows are
-scored by TRL's own method; the log says once why, and the metrics say how many.
+What it does not do: images; the load-balancing loss of mixtures of experts; what `shared_prefix.py` names. Those rows
+are scored by TRL's own method; the log says once why, and the metrics say how many.
 """
 
 import inspect
@@ -30,22 +30,22 @@ from .prefix_tree import group_order, sibling_order
 from .shared_prefix import rows_may_change_micro_batch, shared_prefix_logps, why_not_packed
 from .tally import NotPacked, chunk_counts, scoring_metrics
 
-# Log-probabilities of a generation batch that those of the loss are compared with, in the order in which TRL scores them,
-# and the phase under which their seconds are logged
+# Log-probabilities of a generation batch that those of the loss are compared with, in the order in which TRL scores
+# them, and the phase under which their seconds are logged
 _COMPARED = {"old_per_token_logps": "old_logps", "ref_per_token_logps": "ref_logps"}
 
 
 class SharedPrefixMixin:
     """
-    Scores the rows of a micro-batch with every token that they share computed once: the same log-probabilities, entropies
-    and gradients as row by row, up to rounding.
+    Scores the rows of a micro-batch with every token that they share computed once: the same log-probabilities,
+    entropies and gradients as row by row, up to rounding.
 
     It stands before [`~trl.GRPOTrainer`] among the bases of a class.
 
     Attributes:
         share_prefixes (`bool`): Whether to share at all; `False` is TRL's own method to the bit.
-        keep_groups_together (`bool`): Whether the shuffle of a generation batch deals whole groups, rather than rows, to
-            optimiser steps and micro-batches, whether prefixes are shared or not. `False` leaves each row in the
+        keep_groups_together (`bool`): Whether the shuffle of a generation batch deals whole groups, rather than rows,
+            to optimiser steps and micro-batches, whether prefixes are shared or not. `False` leaves each row in the
             optimiser step that TRL's shuffle has put it into.
     """
 
@@ -85,8 +85,8 @@ class SharedPrefixMixin:
 
     def _why_not_packed(self, images: bool = False) -> NotPacked | None:
         """
-        Why the training step does not share prefixes. The wrapped model decides: TRL asks the model without its wrappers
-        for old log-probabilities, and these have to come from the path of the new ones.
+        Why the training step does not share prefixes. The wrapped model decides: TRL asks the model without its
+        wrappers for old log-probabilities, and these have to come from the path of the new ones.
         """
         return why_not_packed(self.model_wrapped, self.accelerator.device, self.aux_loss_enabled, images)
 
@@ -116,7 +116,7 @@ class SharedPrefixMixin:
         return self._buffered_inputs[self._step % steps]
 
     def _may_reorder(self) -> bool:
-        """Whether rows that share a prefix gain from standing in one micro-batch, and the loss does not depend on it."""
+        """Whether siblings gain from standing in one micro-batch, and the loss does not depend on it."""
         if not self.share_prefixes or self._why_not_packed() is not None:
             return False
         return rows_may_change_micro_batch(self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled)
@@ -229,8 +229,8 @@ class SharedPrefixMixin:
 
 def reordered(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str, Any]]:
     """
-    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row follows
-    it, as in TRL's own shuffle; what has no rows stays as it is.
+    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row
+    follows it, as in TRL's own shuffle; what has no rows stays as it is.
     """
 
     def joined(values: list) -> Any:

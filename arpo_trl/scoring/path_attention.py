@@ -1,14 +1,15 @@
 """
 Attention of a packed tree: each token attends to its ancestors, and no mask is as large as the square of a row.
 
-The tokens that are new with a row, against the keys of its whole path, are a causal mask that is aligned with the lower
-right corner. Flash kernels have it built in: through PyTorch (`causal_lower_right`, CUDA) a row at a time, and with
-flash_attention_2 and flash_attention_3 as one call for all rows. Elsewhere, and for sliding windows in PyTorch, queries go
-in blocks, each against the keys that it can see, under a strip of a mask: memory grows linearly with the row. Flex attention
-reads the tree as a block-sparse mask.
+The tokens that are new with a row, against the keys of its whole path, are a causal mask that is aligned with the
+lower right corner. Flash kernels have it built in: through PyTorch (`causal_lower_right`, CUDA) a row at a time, and
+with flash_attention_2 and flash_attention_3 as one call for all rows. Elsewhere, and for sliding windows in PyTorch,
+queries go in blocks, each against the keys that it can see, under a strip of a mask: memory grows linearly with the
+row. Flex attention reads the tree as a block-sparse mask.
 
-What it does not do: the paths for CUDA are written to the documentation of the kernels and tested with stand-ins for them;
-none has run on a GPU. Keys of grouped queries are read as they are on a CPU and by flash kernels, and repeated for others.
+What it does not do: the paths for CUDA are written to the documentation of the kernels and tested with stand-ins for
+them; none has run on a GPU. Keys of grouped queries are read as they are on a CPU and by flash kernels, and repeated
+for others.
 """
 
 from collections.abc import Callable
@@ -133,8 +134,8 @@ class PathAttention:
 
     def _strip(self, window: int | None, query: torch.Tensor) -> torch.Tensor:
         """
-        What is added to the scores of a block, of shape `(block, keys)`: a view of its last rows and columns is the mask
-        of a smaller block and of fewer keys.
+        What is added to the scores of a block, of shape `(block, keys)`: a view of its last rows and columns is the
+        mask of a smaller block and of fewer keys.
         """
         kind = (window, query.dtype, query.device)
         if kind not in self.strips:
@@ -174,7 +175,7 @@ class PathAttention:
 
 
 def _route(implementation: str) -> None:
-    """Let an attention of transformers follow the `path_attention` that a model is called with; without one it is as it was."""
+    """Let an attention of transformers follow a `path_attention`; without one it is as it was."""
     stock = ALL_ATTENTION_FUNCTIONS[implementation]
     if getattr(stock, "__module__", None) == __name__:
         return

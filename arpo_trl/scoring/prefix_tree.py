@@ -70,7 +70,7 @@ class PrefixTree:
     cost: float
 
     def subtree_ends(self) -> np.ndarray:
-        """Where the subtree below each token ends: the token at `q` attends to the one at `k` if `k <= q < ends[k]`."""
+        """Ends of the subtrees below each token: the one at `q` attends to the one at `k` if `k <= q < ends[k]`."""
         ends = np.empty_like(self.input_ids)
         for segment in self.segments:
             path = self.slots[segment.row]
@@ -145,8 +145,8 @@ def group_order(rows: Sequence[np.ndarray], groups: Sequence[int]) -> list[int]:
     Put the rows of each group next to each other, so that parts of the batch hold whole groups where these fit.
 
     The groups follow one another in the order in which a row of each comes first, so the order of a uniform shuffle of
-    rows makes a uniform shuffle of groups. Within a group siblings are neighbours, beginning with that first row: a group
-    that is cut is cut along its tree, and each of its rows is equally likely to be in the first part.
+    rows makes a uniform shuffle of groups. Within a group siblings are neighbours, beginning with that first row: a
+    group that is cut is cut along its tree, and each of its rows is equally likely to be in the first part.
 
     Args:
         rows (`Sequence[np.ndarray]`): Token ids (prompt and completion, no padding) of each row of a shuffled

@@ -6,8 +6,8 @@ The packed tree (see `prefix_tree`) is scored by the stock head with labels that
 attending to its ancestors only (see `path_attention`).
 
 What it does not do:
-- models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention, flash_attention_2 and
-  flash_attention_3 on CUDA: `None` is returned after one line in the log, and the caller scores row by row;
+- models other than the families in `MODEL_TYPES`, and attention other than sdpa, or flex_attention, flash_attention_2
+  and flash_attention_3 on CUDA: `None` is returned after one line in the log, and the caller scores row by row;
 - images, prompt-learning adapters, compiled models;
 - the load-balancing loss of mixtures of experts, which counts every token of every row: with it, rows are scored one
   by one;

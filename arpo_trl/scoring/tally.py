@@ -30,8 +30,8 @@ def chunk_counts(scored: int, row_by_row: int, outcome: int | NotPacked) -> dict
 
 def scoring_metrics(counts: Mapping[str, int]) -> dict[str, float]:
     """
-    Metrics of the chunks whose counts were added up; none if no token was scored. The fraction that was packed and those
-    that were not, by reason, add up to 1.
+    Metrics of the chunks whose counts were added up; none if no token was scored. The fraction that was packed and
+    those that were not, by reason, add up to 1.
 
     Args:
         counts (`Mapping[str, int]`): Sums of [`chunk_counts`].
