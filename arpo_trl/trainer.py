@@ -190,9 +190,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 environment_factory=environment_factory,
             )
         except ValueError:
-            explain_template_error(
-                self, protocol, tools, environment_factory, processing_class
-            )  # says more than TRL does
+            # Says more than TRL does
+            explain_template_error(self, protocol, tools, environment_factory, processing_class)
             raise
         if not protocol.structured:
             self.tools = self._standalone_tools = tools
