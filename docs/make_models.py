@@ -49,7 +49,7 @@ def row(family: str) -> str:
         f"`{type(model).__name__}`",
         tested(family),
         shared(cache_obstacle(model, GenerationConfig(do_sample=True))),
-        shared(unsupported_reason(model, torch.device("cpu"))),
+        shared(reason.text if (reason := unsupported_reason(model, torch.device("cpu"))) else None),
     ]
     return f"| {' | '.join(cells)} |\n"
 
