@@ -632,7 +632,7 @@ def test_distributions_of_a_step(visit, tmp_path):
         ["1: 1 fork", "2: 1 fork"],
         ["1: 1 fork", "2: 1 fork"],
     ]
-    assert "mean 0.683 · std 0.448" in figures.nth(1).text_content()
+    assert "mean 0.68 · std 0.45" in figures.nth(1).text_content()
     heights = [float(bar.get_attribute("height")) for bar in figures.nth(1).locator("rect").all()]
     assert heights[-1] == pytest.approx(2 * heights[0])
 

@@ -28,7 +28,7 @@ function bins(values, low, high, count) {
 function meanAndSpread(values) {
   const mean = values.reduce((a, b) => a + b, 0) / values.length;
   const spread = Math.sqrt(values.reduce((a, b) => a + (b - mean) ** 2, 0) / values.length);
-  return `mean ${number(mean)} · std ${number(spread)}`;
+  return `mean ${number(mean, 2)} · std ${number(spread, 2)}`;
 }
 
 function drawDistributions() {
@@ -55,7 +55,7 @@ function drawDistributions() {
 }
 
 function bars({ title, facts, unit, ends, bars }) {
-  const WIDTH = 200, TOP = 12, HEIGHT = 84, BOTTOM = HEIGHT - 16;
+  const WIDTH = 150, TOP = 12, HEIGHT = 84, BOTTOM = HEIGHT - 16;
   const most = Math.max(...bars.map(([, size]) => size), 1), wide = WIDTH / Math.max(bars.length, ends.length ? 1 : 6);
   const tall = (size) => (size / most) * (BOTTOM - TOP);
   const shapes = bars.map(([name, size], i) => {
