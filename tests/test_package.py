@@ -39,7 +39,8 @@ def wheel(tmp_path_factory) -> zipfile.Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "arpo_trl").rglob("*.py")}
-    data = {f"arpo_trl/{name}" for name in ("py.typed", "viewer/viewer.html", "viewer/viewer.css", "viewer/viewer.js")}
+    page = ("viewer.html", "viewer.css", "viewer.js", "distributions.js")
+    data = {"arpo_trl/py.typed", *(f"arpo_trl/viewer/{name}" for name in page)}
 
     assert {name for name in names if ".dist-info/" not in name} == ours | data
     assert any(name.endswith("/licenses/LICENSE") for name in names)

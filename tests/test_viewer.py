@@ -152,6 +152,8 @@ def blocks(page):
         (json.dumps(record(shared_advantages=[{}])), "shared_advantages is not a list of objects"),
         (json.dumps(record(calls=[call(arguments=nested(400))])), "nested less than 200 levels deep"),
         (json.dumps(record(question=1, answer="x")), "question is not a string"),
+        (json.dumps(record(example={"answer": 1})), "example is not an object of strings"),
+        (json.dumps(record(out_of_turns=1)), "out_of_turns is not true or false"),
     ],
 )
 def test_a_record_of_something_else_is_one_sentence(tmp_path, text, complaint):
@@ -263,6 +265,31 @@ def test_metrics_count_what_is_shared_once():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
+def test_a_step_tells_of_its_trees_as_training_does():
+    rows = [
+        record(segments=[(0, 4), (6, 10)], rewards={"a": 1.0, "b": 1.0}, advantage=1.0, out_of_turns=False),
+        record(1, kind="fork", parent=0, fork_token=6, segments=[(0, 4), (6, 10)], out_of_turns=False),
+        record(3, rewards={"a": -1.0}, truncated=True, out_of_turns=True, advantage=-1.0),  # row 2 was lost
+    ]
+    metrics = step_metrics([rows])
+    expected = {
+        "arpo/reward/initial": 0.5,
+        "arpo/reward/fork": 1,
+        "arpo/advantage/initial": 0,
+        "arpo/reward_variance_within_trees": 2 * 0.5**2 / 3,
+        "arpo/reward_variance_between_trees": (2 * (1.5 - 2 / 3) ** 2 + (1 + 2 / 3) ** 2) / 3,
+        "arpo/forks_at_result/1": 1,
+        "arpo/forks_like_parent": 1,
+        "completions/cut_by_turns": 1 / 3,
+        "frac_reward_zero_std": 0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    del rows[0]["out_of_turns"]
+    assert "completions/cut_by_turns" not in step_metrics([rows])  # an older record does not tell
+    evaluated = step_metrics([[record(question="q", score=1.0)]])
+    assert not any(name.startswith("arpo/reward") for name in evaluated)
+
+
 # -------------------------------------------------------------------------------------------------------- the page
 
 
@@ -316,7 +343,12 @@ def test_previews_leave_out_what_all_prompts_share():
     prompts = ["system: be brief\nuser: who built it?\nassistant:", "system: be brief\nuser: where is it?\nassistant:"]
     groups = [{"prompt": prompt} for prompt in prompts]
     viewer_page._add_previews(groups)
-    assert [group["preview"] for group in groups] == ["who built", "where is"]
+    assert [group["preview"] for group in groups] == ["who built it?", "where is it?"]
+    framed = "<|im_start|>user\nWho wrote {}?<|im_end|>\n<|im_start|>assistant\n"
+    for frame in (framed, "[INST] Be brief. [/INST] Who wrote {}?</s>", "Who wrote {}?"):
+        groups = [{"prompt": frame.format(work)} for work in ("Emma", "Persuasion")]
+        viewer_page._add_previews(groups)
+        assert [group["preview"] for group in groups] == ["Who wrote Emma?", "Who wrote Persuasion?"]
     (alone,) = ({"prompt": "a" * 500 + "the question"},)
     viewer_page._add_previews([alone])
     assert alone["preview"].endswith("the question") and len(alone["preview"]) == 300
@@ -551,6 +583,80 @@ def test_a_metric_over_the_steps(visit, sample_run, sample_page):
     page.locator("#step-name", has_text="step 2 (").wait_for()
 
 
+def test_the_right_answer_stands_over_the_rows(visit, tmp_path):
+    example = {"answer": '["Paris", "paris"]', "level": "<b>3</b>"}
+    group = [record(example=example, truncated=True, out_of_turns=True), record(1, example=None)]
+    write(tmp_path, "step-000000.jsonl", [*group, record(prompt_index=1, truncated=True, out_of_turns=False)])
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html", "row=0")
+    assert page.locator(".example dt").all_text_contents() == ["answer", "level"]
+    assert page.locator(".example dd").all_text_contents() == ['["Paris", "paris"]', "<b>3</b>"]
+    assert "cut at the call limit" in page.locator("#transcript").text_content()
+    page.locator("#groups button").nth(1).click()
+    assert page.locator(".example").count() == 0
+    assert "cut at the length limit" in page.locator("#transcript").text_content()
+
+
+def test_distributions_of_a_step(visit, tmp_path):
+    """ΔH −1, 0.25 and 1; P 0.05, 1 and 1; forks of row 0 at its first result, of that one at its second."""
+
+    def segments(*gaps):
+        readings = zip((0, 4, 8), (3, 7, 10), (None, *gaps), strict=False)
+        probabilities = {-1: 0.05, 0.25: 1.0, 1: 1.0}
+        return [
+            {"start": start, "end": end, "entropy": 0.5, "entropy_gap": gap}
+            | {"branch_probability": probabilities.get(gap), "forks": None}
+            for start, end, gap in readings
+        ]
+
+    rows = [record(completion=10) | {"segments": segments(-1, 1)}]
+    rows.append(record(1, kind="fork", parent=0, fork_token=4) | {"segments": segments(0.25)})
+    rows.append(record(2, kind="fork", parent=1, fork_token=8, completion=12) | {"segments": segments(0.25, None)})
+    write(tmp_path, "step-000000.jsonl", rows)
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(tmp_path / "report.html")
+    page.locator("#distributions summary").click()
+
+    figures = page.locator("#histograms figure")
+    titles = [figures.nth(i).locator("b").text_content() for i in range(figures.count())]
+    assert titles == ["Entropy gap ΔH", "Branch probability P", "Forks by depth", "Forks by tool result"]
+    told = [
+        [
+            label
+            for bar in figures.nth(i).locator("rect").all()
+            if not (label := bar.get_attribute("aria-label")).split(": ")[1].startswith("0 ")
+        ]
+        for i in range(4)
+    ]
+    assert told == [
+        ["−1 to −0.83: 1 segment", "0.17 to 0.33: 1 segment", "0.83 to 1: 1 segment"],
+        ["0 to 0.1: 1 decision", "0.9 to 1: 2 decisions"],
+        ["1: 1 fork", "2: 1 fork"],
+        ["1: 1 fork", "2: 1 fork"],
+    ]
+    assert "mean 0.68 · std 0.45" in figures.nth(1).text_content()
+    heights = [float(bar.get_attribute("height")) for bar in figures.nth(1).locator("rect").all()]
+    assert heights[-1] == pytest.approx(2 * heights[0])
+
+
+def test_a_step_without_forks_or_readings_shows_no_distributions(visit, tmp_path):
+    write(tmp_path, "step-000000.jsonl", [record()])
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    assert not visit(tmp_path / "report.html").locator("#distributions").is_visible()
+
+
+def test_a_metric_and_its_value_stay_on_one_line(visit, tmp_path):
+    write_run(tmp_path, steps=12, groups=1, rows=8)
+    (tmp_path / "report.html").write_text(render(tmp_path), encoding="utf-8")
+    page = visit(
+        tmp_path / "report.html", "step=11&row=0&other=5&metric=arpo%2Freward_variance_between_trees", width=1280
+    )
+    select, value, panel = (page.locator(name).bounding_box() for name in ("#metric", "#metric-value", "#metrics"))
+    assert page.locator("#metric-value").text_content().endswith(" at step 11")
+    assert value["height"] < 30 and select["y"] <= value["y"] + value["height"] / 2 <= select["y"] + select["height"]
+    assert value["x"] + value["width"] <= panel["x"] + panel["width"]
+
+
 def test_a_half_written_line_leaves_one_visible_note(visit, sample_page):
     page = visit(sample_page)
     assert page.locator("#notes").is_visible()
@@ -615,8 +721,9 @@ def test_five_thousand_trajectories_open(visit, tmp_path):
 def test_nothing_overlaps_and_all_is_legible(visit, sample_page, scheme, width):
     page = visit(sample_page, "step=1&row=0&other=5", scheme, width)
     assert page.evaluate("document.documentElement.classList.contains('dark')") == (scheme == "dark")
+    page.locator("#distributions summary").click()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    for container in ("#tree", "#chart", "header", "nav .bar", "#legend", "#middle > .bar"):
+    for container in ("#tree", "#chart", "#histograms", "header", "nav .bar", "#legend", "#middle > .bar"):
         inside = f"{container} text, {container} :is(label, button, output, h1, #legend > span):not(label *)"
         boxes = [box for each in page.locator(inside).all() if (box := each.bounding_box())]
         for one, two in itertools.combinations(boxes, 2):

@@ -55,7 +55,7 @@ def _fault_of_parts(row: dict[str, Any]) -> str | None:
         fault = _fault_of_fields(call, fields, f"tool_calls[{index}]")
         if fault:
             return fault
-    for name, (check, wanted) in _OF_AN_EVALUATION.items():
+    for name, (check, wanted) in (_OF_AN_EVALUATION | _ADDED).items():
         if name in row and not check(row[name]):
             return f"{name} is not {wanted}"
     return None
@@ -92,6 +92,10 @@ def _is_list(value: Any) -> bool:
 
 def _are_rewards(value: Any) -> bool:
     return isinstance(value, dict) and all(reward is None or _is_number(reward) for reward in value.values())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
 def _are_spans(value: Any) -> bool:
@@ -158,6 +162,10 @@ _CALL = {
     "shared": _BOOLEAN,
 }
 _CALL_NOW = {"merged": _BOOLEAN, "refused": _BOOLEAN}  # absent from older records
+_ADDED = {  # what older records lack
+    "out_of_turns": _BOOLEAN,
+    "example": (_or_none(_are_texts), "an object of strings, or null"),
+}
 _OF_AN_EVALUATION = {
     "question": _TEXT,
     "answer": _ANYTHING,

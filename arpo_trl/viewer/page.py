@@ -14,6 +14,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from itertools import pairwise
@@ -29,6 +30,7 @@ QUESTIONS = 250
 """Questions of a benchmark that are looked at together, as the groups of a training step are."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_FRAME_ENDS, _FRAME_STARTS = re.compile(r"[\n>\]]|^\w{1,20}: ", re.MULTILINE), re.compile(r"[\n<\[]")
 _HEAD = 60  # characters of a result by which it is found in what the model read
 
 
@@ -180,6 +182,7 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
         asked = {key: rows[0][key] for key in ("prompt_index", "question")}
         asked["answer"] = accepted and [_text(each) for each in accepted]
     return asked | {
+        "example": next((row["example"] for row in rows if row.get("example")), None),
         "prompt": prompt,
         "prompt_tokens": len(rows[0]["prompt_ids"]),
         "rows": [
@@ -190,6 +193,7 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
                 "fork": start,
                 "length": len(row["completion_ids"]),
                 "truncated": row["truncated"],
+                "out_of_turns": row.get("out_of_turns"),
                 "rewards": row["rewards"],
                 "advantage": row["advantage"],
                 "shared_advantages": row["shared_advantages"],
@@ -296,9 +300,12 @@ def _add_previews(groups: list[dict]) -> None:
     prompts = sorted({group["prompt"] for group in groups})
     start = end = 0
     if len(prompts) > 1:
+        # Questions may begin and end alike too: a frame ends and begins at a line, a role, a tag or a special token
         shared = os.path.commonprefix(prompts)
-        start = len(shared) - len(shared.split()[-1] if shared.split() and not shared[-1].isspace() else "")
-        end = len(os.path.commonprefix([prompt[:start:-1] for prompt in prompts]))
+        start = max((match.end() for match in _FRAME_ENDS.finditer(shared)), default=0)
+        shared = os.path.commonprefix([prompt[:start:-1] for prompt in prompts])[::-1]
+        frame = _FRAME_STARTS.search(shared)
+        end = len(shared) - frame.start() if frame else 0
     for group in groups:
         prompt = group["prompt"]
         preview = prompt[start : len(prompt) - end].strip() if len(prompts) > 1 else prompt[-300:].strip()
@@ -326,7 +333,9 @@ def _upper(values: list[float | None]) -> float:
 def _assemble(title: str, blocks: list[tuple[str, Any]]) -> str:
     """Fill the template."""
     folder = files(__package__)
-    template, script, style = ((folder / f"viewer.{kind}").read_text("utf-8") for kind in ("html", "js", "css"))
+    names = ("viewer.html", "viewer.css", "viewer.js", "distributions.js")
+    template, style, *scripts = ((folder / name).read_text("utf-8") for name in names)
+    script = "\n".join(scripts)
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
     data = "\n".join(f'<script type="text/plain" id="{name}">{_pack(block)}</script>' for name, block in blocks)
     values = {"policy": policy, "title": html.escape(title), "style": style, "script": script, "data": data}

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..execution.executor import ToolCall
 from ..rollout.metrics import rollout_metrics, rollout_sums, slowest_calls
+from ..rollout.observations import Observations, add_observations, observation_metrics, observe
 from ..rollout.tree import CallOfRow, Group, Segment, Trajectory
 from .checks import find_fault
 
@@ -160,9 +161,32 @@ def step_metrics(groups: list[list[Row]]) -> dict[str, float]:
     rolled_out = [_rolled_out(group) for group in groups]
     tools = sorted({call["name"] for row in rows for call in row["tool_calls"]})
     metrics |= rollout_metrics(rollout_sums(rolled_out), slowest_calls(rolled_out, tools), tools)
+    if not any("question" in row for row in rows):  # an evaluation makes no trees, and has scores instead of rewards
+        observed = [_observed(group, rolled) for group, rolled in zip(groups, rolled_out, strict=True)]
+        told = observation_metrics(add_observations(observed))
+        if not all("out_of_turns" in row for row in rows):  # older records do not say which limit it was
+            told = {name: value for name, value in told.items() if not name.startswith("completions/cut_by_")}
+        metrics |= told
+        scored = [{reward for row in group if (reward := _reward(row)) is not None} for group in groups]
+        metrics["frac_reward_zero_std"] = _mean(len(rewards) == 1 for rewards in scored if rewards)
     metrics["completions/mean_length"] = _mean(sum(row["tool_mask"]) for row in rows)  # model tokens, as TRL counts
     metrics["completions/truncated"] = _mean(row["truncated"] for row in rows)
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _reward(row: Row) -> float | None:
+    """The plain sum of a row's rewards, as the page shows it; `None` if no function scored it."""
+    present = [value for value in row["rewards"].values() if value is not None]
+    return sum(present) if present else None
+
+
+def _observed(rows: list[Row], group: Group) -> Observations:
+    """A whole group's observations. A killed run may have lost rows, so that they are found by their numbers."""
+    numbers = range(rows[-1]["row"] + 1)
+    by_number = {row["row"]: row for row in rows}
+    rewards = [_reward(by_number[number]) if number in by_number else None for number in numbers]
+    advantages = [by_number[number]["advantage"] if number in by_number else None for number in numbers]
+    return observe([group], [rewards], advantages)
 
 
 def _rolled_out(rows: list[Row]) -> Group:
@@ -175,6 +199,8 @@ def _rolled_out(rows: list[Row]) -> Group:
             parent=row["parent"],
             fork_token=row["fork_token"],
             completion_ids=row["completion_ids"],
+            truncated=row["truncated"],
+            out_of_turns=row.get("out_of_turns", False),
             segments=[Segment(**{key: segment[key] for key in _SEGMENT}) for segment in row["segments"]],
             calls=[
                 CallOfRow(ToolCall(**{key: call[key] for key in _CALL if key in call}), shared=call["shared"])

@@ -330,7 +330,8 @@ function rowFacts(row) {
     ...Object.entries(row.rewards).map(([name, value]) => `${name} ${signed(value)}`),
     row.advantage != null && `advantage ${signed(row.advantage)}`,
     plural(row.length, "token"),
-    row.truncated && "cut at a length or call limit",
+    row.truncated && { true: "cut at the call limit", false: "cut at the length limit" }[row.out_of_turns] ||
+      row.truncated && "cut at a length or call limit",
   ];
   const answered = isEvaluation() && [node("br"), "answered ", node("b", {}, row.prediction ?? "nothing")];
   return node("div", { class: "facts" }, node("b", {}, rowTitle(row)), node("br"), joined(facts), answered);
@@ -356,6 +357,8 @@ function drawTranscript() {
   $("transcript").replaceChildren(
     isEvaluation() ? node("div", { class: "asked" }, group.question,
       node("div", { class: "facts" }, "accepted ", node("b", {}, joined([group.answer ?? "nothing"].flat())))) : "",
+    group.example ? node("dl", { class: "example" },
+      Object.entries(group.example).map(([name, text]) => [node("dt", {}, name), node("dd", {}, text)])) : "",
     node("details", { class: "prompt" }, prompt),
     node("div", { class: "sides" }, rows.map(rowFacts)),
     ...paths[0].slice(0, shared).map(([part, owner]) => card(part, owner, row)),
@@ -493,7 +496,11 @@ async function openStep(step, target = {}) {
   groups = loaded;
   for (group of groups) {
     group.byRow = new Map(group.rows.map((row) => [row.row, row]));
-    for (const row of group.rows) row.calls = partsOf(row).flatMap((part) => part.calls ?? []);
+    for (const row of group.rows) {
+      row.calls = partsOf(row).flatMap((part) => part.calls ?? []);
+      // the tool result at which a fork left: the first is 1
+      row.result = partsOf(row).filter((part) => part.kind === "model" && part.start < row.fork).length;
+    }
   }
   offerFilters();
   const at = stepsWithTrees.indexOf(step), last = stepsWithTrees.length - 1;
@@ -503,6 +510,7 @@ async function openStep(step, target = {}) {
   const among = isEvaluation() ? `${at + 1} of ${last + 1}` : `${stepsWithTrees[0]} to ${stepsWithTrees[last]}`;
   $("step-name").textContent = stepName(step) + (last ? ` (${among})` : "");
   drawChart();
+  drawDistributions();
   openGroup(groups[target.group] ? target.group : 0, target);
 }
 
