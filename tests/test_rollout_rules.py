@@ -240,7 +240,8 @@ def test_records_are_complete(tmp_path):
     records, trainer, _ = rollout(tmp_path, [plan("A<s>q</s>?c", (9, "xyzw"))], [Search().s], 1, 2)
     assert set(records[0]) - {"text"} == {
         *("step", "prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask"),
-        *("segments", "tool_calls", "truncated", "rewards", "advantage", "shared_advantages"),
+        *("segments", "tool_calls", "truncated", "out_of_turns", "rewards", "advantage", "shared_advantages"),
+        "example",
     }
     assert set(records[0]["segments"][0]) == {
         *("start", "end", "entropy", "entropy_gap", "branch_probability", "forks"),
