@@ -51,7 +51,8 @@ def _fault_of_parts(row: dict[str, Any]) -> str | None:
             return f"segments[{index}] is not a stretch of completion_ids behind the one before it"
         end = segment["end"]
     for index, call in enumerate(row["tool_calls"]):
-        fields = _CALL | {name: check for name, check in _CALL_NOW.items() if name in call}
+        told = call if isinstance(call, dict) else {}
+        fields = _CALL | {name: check for name, check in _CALL_NOW.items() if name in told}
         fault = _fault_of_fields(call, fields, f"tool_calls[{index}]")
         if fault:
             return fault
