@@ -1,9 +1,9 @@
 """Which checkpoint of a run to go on from. A kill or a full disk in the midst of saving leaves one that is not whole.
 
-A checkpoint is whole if everything that resuming reads is there to its end: the formats in it (safetensors, PyTorch's zip
-archives, JSON) tell that without being loaded. What is not here: a check of contents, and of texts such as a model card,
-which resuming does not read. Shards of `torch.distributed.checkpoint` are taken for whole where their metadata, which is
-written last, is.
+A checkpoint is whole if everything that resuming reads is there to its end: the formats in it (safetensors, PyTorch's
+zip archives, JSON) tell that without being loaded. What is not here: a check of contents, and of texts such as a model
+card, which resuming does not read. Shards of `torch.distributed.checkpoint` are taken for whole where their metadata,
+which is written last, is.
 """
 
 import json
@@ -54,8 +54,8 @@ def newest_whole_checkpoint(output_dir: str | os.PathLike, save_only_model: bool
     if faults:
         damaged = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
         raise ValueError(
-            f"`resume_from_checkpoint=True`, but no checkpoint in {str(root)!r} is whole ({damaged}). Start anew without "
-            "`resume_from_checkpoint`, or name a folder."
+            f"`resume_from_checkpoint=True`, but no checkpoint in {str(root)!r} is whole ({damaged}). Start anew "
+            "without `resume_from_checkpoint`, or name a folder."
         )
     return None
 

@@ -99,8 +99,8 @@ def check_generation(args: ARPOConfig) -> None:
 
 def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig, **datasets: Any) -> None:
     """
-    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose calls
-    are plain text.
+    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose
+    calls are plain text.
 
     Args:
         protocol (`type[ToolProtocol]`): How tools are spoken to.
@@ -120,8 +120,8 @@ def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig,
 def image_remedy(args: ARPOConfig) -> str:
     """The end of a sentence that tells of an image where there can be none."""
     return (
-        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or set "
-        f"`num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
+        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or "
+        f"set `num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
     )
 
 

@@ -21,9 +21,9 @@ class ARPOConfig(GRPOConfig):
         > Parameters that control branching
 
         num_initial_generations (`int`, *optional*, defaults to `8`):
-            Trajectories sampled from the prompt at the start (N). The other `num_generations - num_initial_generations`
-            rows of a group (M − N) are forks, or supplements from the prompt where too few forks were made. Equal to
-            `num_generations`, it turns branching off: what is left is GRPO.
+            Trajectories sampled from the prompt at the start (N). The other `num_generations -
+            num_initial_generations` rows of a group (M − N) are forks, or supplements from the prompt where too few
+            forks were made. Equal to `num_generations`, it turns branching off: what is left is GRPO.
         branch_factor (`int`, *optional*, defaults to `1`):
             Forks made by one positive decision (Z).
         entropy_window (`int`, *optional*, defaults to `20`):
@@ -36,23 +36,24 @@ class ARPOConfig(GRPOConfig):
             Probability above which the rule `"threshold"` forks (τ). The other rules ignore it.
         branch_rule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` forks with probability P, `"threshold"` forks if P > τ, `"random"` forks with probability α
-            whatever the entropy (the control). `"expansion"` lets all rows end first and then shares the missing ones out
-            over the tool results (and the prompt) of the whole group, in proportion to the entropy read there for each
-            tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer tool
-            calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws these
-            nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β, τ and Z.
-            `"my_module:MyRule"`: a subclass of [`~arpo_trl.rollout.rules.BranchRule`] of your own.
+            whatever the entropy (the control). `"expansion"` lets all rows end first and then shares the missing ones
+            out over the tool results (and the prompt) of the whole group, in proportion to the entropy read there for
+            each tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer
+            tool calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws
+            these nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β,
+            τ and Z. `"my_module:MyRule"`: a subclass of [`~arpo_trl.rollout.rules.BranchRule`] of your own.
         expansion_rounds (`int`, *optional*, defaults to `2`):
-            Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the rows
-            of the first.
+            Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the
+            rows of the first.
 
         > Parameters that control the advantage
 
         advantage_attribution (`str`, *optional*, defaults to `"soft"`):
             `"soft"`: every token of a row has the row's advantage. `"hard"`: a token shared by several rows has the
-            mean of their advantages. `"tree"`: as hard, less half of what it was before the fork that led to the token,
-            so that a branch is also compared with its siblings ([TreeRL](https://huggingface.co/papers/2506.11902)).
-            `"my_module:my_attribution"`: a function of your own like [`~arpo_trl.advantages.hard_advantages`].
+            mean of their advantages. `"tree"`: as hard, less half of what it was before the fork that led to the
+            token, so that a branch is also compared with its siblings
+            ([TreeRL](https://huggingface.co/papers/2506.11902)). `"my_module:my_attribution"`: a function of your own
+            like [`~arpo_trl.advantages.hard_advantages`].
 
         > Parameters that control tools
 
@@ -82,9 +83,9 @@ class ARPOConfig(GRPOConfig):
             `top_entropy_quantile` < 1, the entropy bonus). Set it to `False` for results that equal TRL's to the bit.
         keep_groups_together (`bool`, *optional*, defaults to `False`):
             Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser steps and
-            micro-batches, so that more prefixes can be shared; a group that does not fit is cut along its tree. Where a
-            generation batch is one optimiser step and the loss does not depend on which rows a micro-batch holds, the
-            rows of a step are the same without it, and prefix sharing brings groups together anyway. Elsewhere it
+            micro-batches, so that more prefixes can be shared; a group that does not fit is cut along its tree. Where
+            a generation batch is one optimiser step and the loss does not depend on which rows a micro-batch holds,
+            the rows of a step are the same without it, and prefix sharing brings groups together anyway. Elsewhere it
             changes training: each row is still equally likely to be in each step, but a step sees fewer prompts.
 
         > Parameters that control generation with vLLM
@@ -142,9 +143,9 @@ class ARPOConfig(GRPOConfig):
         default="bernoulli",
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
-            "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, in "
-            "proportion to the entropy per tool call; 'random_expansion' anywhere at random. Or a class of your own: "
-            "'my_module:MyRule'."
+            "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, "
+            "in proportion to the entropy per tool call; 'random_expansion' anywhere at random. Or a class of your "
+            "own: 'my_module:MyRule'."
         },
     )
     expansion_rounds: int = field(
@@ -157,8 +158,8 @@ class ARPOConfig(GRPOConfig):
         default="soft",
         metadata={
             "help": "'soft': every token of a row has the row's advantage. 'hard': a token shared by several rows has "
-            "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there. Or a "
-            "function of your own: 'my_module:my_attribution'."
+            "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there. Or "
+            "a function of your own: 'my_module:my_attribution'."
         },
     )
 
@@ -167,8 +168,8 @@ class ARPOConfig(GRPOConfig):
         default="chat_template",
         metadata={
             "help": "How the model calls a tool and reads its result: 'chat_template' (the tokenizer's, as in "
-            "GRPOTrainer), 'tags' (<tool>...</tool><result>...</result>, the format of the paper's data) or a class of "
-            "your own ('my_module:MyProtocol')."
+            "GRPOTrainer), 'tags' (<tool>...</tool><result>...</result>, the format of the paper's data) or a class "
+            "of your own ('my_module:MyProtocol')."
         },
     )
     max_tool_concurrency: int = field(
@@ -199,7 +200,8 @@ class ARPOConfig(GRPOConfig):
     keep_groups_together: bool = field(
         default=False,
         metadata={
-            "help": "Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser steps "
+            "help": "Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser "
+            "steps "
             "and micro-batches."
         },
     )
@@ -227,8 +229,8 @@ class ARPOConfig(GRPOConfig):
         super().__post_init__()
         if self.num_initial_generations < 1:
             raise ValueError(
-                f"`num_initial_generations` is {self.num_initial_generations}; at least one trajectory must start from "
-                "the prompt. Set it to 1 or more."
+                f"`num_initial_generations` is {self.num_initial_generations}; at least one trajectory must start "
+                "from the prompt. Set it to 1 or more."
             )
         if self.num_initial_generations > self.num_generations:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""What the model card of TRL does not say of a model that ARPO trained: a base model of this machine, tools, protocol, M, N.
+"""What the model card of TRL does not say of a model that ARPO trained: a base model of this machine, tools, protocol,
+M, N.
 
 What is not here: the rest of the card, which is TRL's template filled in by [`~trl.GRPOTrainer.create_model_card`].
 """

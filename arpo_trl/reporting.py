@@ -2,7 +2,8 @@
 
 A disk that is full or a backend that cannot be reached costs a warning, and not the run.
 
-What it does not do: backends other than TensorBoard, trackio and Weights & Biases get no picture; the file is all there is.
+What it does not do: backends other than TensorBoard, trackio and Weights & Biases get no picture; the file is all
+there is.
 """
 
 import math
@@ -72,8 +73,8 @@ class Reporter:
         self, rewards_per_func: torch.Tensor, examples: Sequence[Mapping[str, Any]], groups: Sequence[Group]
     ) -> None:
         """
-        Take the rewards of all processes' rows, of shape (B × processes, functions), and the columns of the data set of
-        this process's B rows, and show the rows in the table.
+        Take the rewards of all processes' rows, of shape (B × processes, functions), and the columns of the data set
+        of this process's B rows, and show the rows in the table.
         """
         first = self._trainer.accelerator.process_index * len(examples)
         self._rewards, self._rows = rewards_per_func, slice(first, first + len(examples))

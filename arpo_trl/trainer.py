@@ -72,19 +72,19 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     num_generations` and soft attribution it is GRPO.
 
     With tools, reward functions also receive, per row, `tool_calls` (a list of dicts with `name`, `arguments`,
-    `result`, `error`, `seconds`, `shared`, `merged`, `cached`, `refused`) and `model_text` (the text of the model's own
-    tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
+    `result`, `error`, `seconds`, `shared`, `merged`, `cached`, `refused`) and `model_text` (the text of the model's
+    own tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
     raises on every row ends it. What one changes in place is its own.
 
-    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in prompts
-    and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations == num_generations`,
-    rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint such as `-> str`
-    rules out. Where rollouts branch, data with images is refused, and the model reads an error in place of the image
-    that a tool returns.
+    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in
+    prompts and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations ==
+    num_generations`, rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint
+    such as `-> str` rules out. Where rollouts branch, data with images is refused, and the model reads an error in
+    place of the image that a tool returns.
 
     What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol or
-    a rule of expansion. Each is refused at construction.
+    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol
+    or a rule of expansion. Each is refused at construction.
 
     Example:
 
@@ -132,7 +132,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 author       = {Guanting Dong and Hangyu Mao and Kai Ma and Licheng Bao and Yifei Chen and Zhongyuan Wang and Zhongxia Chen and Jiazhen Du and Huiyang Wang and Fuzheng Zhang and Guorui Zhou and Yutao Zhu and Ji-Rong Wen and Zhicheng Dou},
                 year         = 2025,
                 eprint       = {arXiv:2507.19849},
-            }"""),
+            }"""),  # noqa: E501
     }
 
     def __init__(

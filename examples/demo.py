@@ -223,9 +223,9 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
         interval = f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
         print(f"{name:>12}  {interval:>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}")
     print(
-        f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were executed: "
-        f"{summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by forks. "
-        f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
+        f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were "
+        f"executed: {summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by "
+        f"forks. {summary['shared_token_fraction']:.0%} of the tokens were shared.\n"
         f"{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, rollouts/, cold_start/, "
         f"arpo/.\nTo look into the rollouts: python -m arpo_trl.viewer {output_dir}"
     )

@@ -445,7 +445,9 @@ def answer_once(model, tokenizer, tools, questions: list[dict]) -> list:
 
 
 def count_rollouts(directory: Path) -> list[dict]:
-    """For each step: calls made and what became of them, tokens sampled, and where forks left (calls before, by number)."""
+    """
+    For each step: calls made and what became of them, tokens sampled, and where forks left (calls before, by number).
+    """
     from arpo_trl.rollout.metrics import CALL_KINDS
     from arpo_trl.rollout.record import call_kind
 

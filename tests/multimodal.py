@@ -1,7 +1,7 @@
 """Tiny checkpoints, multimodal ones with their processors, made to write what a test says.
 
-Models and processors are those of `trl_suite.py`. No test here has a video, so no video processor is needed, which alone
-needs torchvision.
+Models and processors are those of `trl_suite.py`. No test here has a video, so no video processor is needed, which
+alone needs torchvision.
 """
 
 from collections.abc import Callable
@@ -128,8 +128,8 @@ def scripted(model, write: Callable[[list[int]], list]):
 
 def asks_then_answers(model, processor, tags: bool = False):
     """
-    A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters of
-    its choice, so that it is unsure where the result ends.
+    A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters
+    of its choice, so that it is unsure where the result ends.
     """
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 

@@ -341,7 +341,16 @@ def kinds_of(group):
 def test_rollouts_are_those_without_merging(case, failing):
     plain, merged = (small_rollout(deterministic, **case, failing=failing) for deterministic in (False, True))
     for left, right in zip(plain[1], merged[1], strict=True):
-        for name in ("completion_ids", "tool_mask", "kind", "parent", "fork_token", "turns", "truncated", "tool_turns"):
+        for name in (
+            "completion_ids",
+            "tool_mask",
+            "kind",
+            "parent",
+            "fork_token",
+            "turns",
+            "truncated",
+            "tool_turns",
+        ):
             assert getattr(left, name) == getattr(right, name), name
         assert [segment for segment in left.segments] == [segment for segment in right.segments]
         for one, other in zip(left.calls, right.calls, strict=True):

@@ -1,4 +1,6 @@
-"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols; and where images are refused, told, or left to TRL."""
+"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols; and where images are
+refused, told, or left to TRL.
+"""
 
 import json
 import re

@@ -29,8 +29,8 @@ def row(number, ids, starts, parent=None, at=None, gaps=(), probabilities=(), ki
 def tree():
     """
     Rows 0, 3 and 4 start at the prompt. Row 1 leaves row 0 at its first result and ends like it token for token; row 2
-    leaves row 1 at its second result and has another answer; row 5 leaves row 0 at its first result, says something else
-    and has its answer.
+    leaves row 1 at its second result and has another answer; row 5 leaves row 0 at its first result, says something
+    else and has its answer.
     """
     return [
         row(0, [1, 2, 0, 3, 4, 0, 7, 8], [0, 3, 6], gaps=(0.4, -0.2), probabilities=(0.58, 0.46)),

@@ -27,7 +27,8 @@ MARK = re.compile(
     r'<[|｜][^<>\s]{1,30}[|｜]>|<[|｜][a-z_]+>|<[a-z_]+[|｜]>|</?(?:think|tool_call|tool_response)>|<\|"\|>'
 )
 
-# What ends a turn, by the family's beginning: the tokenizer's EOS first, then what the checkpoint's generation config adds
+# What ends a turn, by the family's beginning: the tokenizer's EOS first, then what the checkpoint's generation config
+# adds
 ENDS = {
     "deepseekv3": ["<｜end▁of▁sentence｜>"],
     "diffusion_gemma": ["<eos>", "<turn|>", "<|tool_response>"],

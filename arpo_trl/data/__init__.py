@@ -7,8 +7,8 @@ train = load_rl("dongguanting/ARPO-RL-Reasoning-10K")              # or a local 
 sft = load_cold_start("final_sft.jsonl", protocol="chat_template")  # for SFTTrainer
 ```
 
-RL sets are in `rl.py`, cold-start traces in `cold_start.py`, what is repaired in `repair.py`, reading of local files in
-`files.py`. `python -m arpo_trl.data FILE…` prints what was repaired (`report.py`).
+RL sets are in `rl.py`, cold-start traces in `cold_start.py`, what is repaired in `repair.py`, reading of local files
+in `files.py`. `python -m arpo_trl.data FILE…` prints what was repaired (`report.py`).
 """
 
 from .cold_start import (

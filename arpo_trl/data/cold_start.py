@@ -114,14 +114,14 @@ def load_cold_start(
 
     Args:
         path (`str`): Local file (JSON, JSONL, parquet) or a dataset id on the Hub.
-        protocol (`str`): `"chat_template"`: train with `SFTConfig(assistant_only_loss=True)`, which leaves tool turns out.
-            `"tags"`: the rows go through [`tags_sft_features`], which gives the mask.
+        protocol (`str`): `"chat_template"`: train with `SFTConfig(assistant_only_loss=True)`, which leaves tool turns
+            out. `"tags"`: the rows go through [`tags_sft_features`], which gives the mask.
         split (`str`): Split of a dataset on the Hub; a local file is one split.
         tools (`Sequence[dict]`): Tool schemas of the column `tools`, for the chat template.
 
     Returns:
-        `Dataset`: `messages`, and for `"chat_template"` also `tools` (JSON). A conversation with several assistant turns
-        becomes one row per turn for `"tags"`, in which the last turn is the one to learn.
+        `Dataset`: `messages`, and for `"chat_template"` also `tools` (JSON). A conversation with several assistant
+        turns becomes one row per turn for `"tags"`, in which the last turn is the one to learn.
     """
     check_protocol(protocol)
     source = load_rows(path, split)
@@ -166,7 +166,8 @@ def tags_sft_features(tokenizer: PreTrainedTokenizerBase, messages: list[dict[st
 
     Returns:
         `dict`: `input_ids` (`list[int]`) and `completion_mask` (`list[int]`), 1 on tokens that carry loss: the last
-        turn outside its `<result>…</result>` spans, and the end-of-sequence token. `SFTTrainer` takes both as they are.
+        turn outside its `<result>…</result>` spans, and the end-of-sequence token. `SFTTrainer` takes both as they
+        are.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("The last message must be the assistant turn to learn.")

@@ -1,4 +1,5 @@
-r"""The damage of the published data, repaired: text whose escape sequences a string swallowed, stray control characters.
+r"""The damage of the published data, repaired: text whose escape sequences a string swallowed, stray control
+characters.
 
 What is not here: answers are not corrected. A ground truth that was cut off or mixed up at the source is listed by
 `report.py`, not guessed.
@@ -40,8 +41,8 @@ def repair_text(text: str) -> tuple[str, list[str]]:
 
 def repair_answer(text: str) -> tuple[str, list[str]]:
     r"""
-    Undo the damage of a ground truth: as [`repair_text`], and white space around it, a comma or an `\end{…}` without its
-    `\begin` left at its end, doubled backslashes before `{`, `}` and `%`.
+    Undo the damage of a ground truth: as [`repair_text`], and white space around it, a comma or an `\end{…}` without
+    its `\begin` left at its end, doubled backslashes before `{`, `}` and `%`.
     """
     text, repairs = repair_text(text)
     dangling = re.search(r"\s*\\end\{(\w+)\}\s*\Z", text)

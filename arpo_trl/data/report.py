@@ -71,7 +71,9 @@ def _why_unread(answer: str) -> str:
 
 
 def suspect_truths(rows: Iterable[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Ground truths of mathematics rows whose brackets do not match: cut off, or cut out of a formula, at the source."""
+    """
+    Ground truths of mathematics rows whose brackets do not match: cut off, or cut out of a formula, at the source.
+    """
     return [(index, answer) for index, answer in _math_truths(rows) if not _brackets_match(answer)]
 
 

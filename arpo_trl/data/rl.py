@@ -18,8 +18,8 @@ from .repair import repair_answer, repair_text
 from .sources import ToolProtocolName, check_protocol, load_rows, text_messages
 
 CHAT_SYSTEM_PROMPT = (
-    "You solve the user's question step by step. Search for facts that you do not know for certain, and run Python code "
-    "for whatever has to be computed. State the final, exact answer once, at the end, in \\boxed{}."
+    "You solve the user's question step by step. Search for facts that you do not know for certain, and run Python "
+    "code for whatever has to be computed. State the final, exact answer once, at the end, in \\boxed{}."
 )
 
 

@@ -1,4 +1,7 @@
-"""Rows of published data: from a local file or the Hub, for one of the two built-in protocols, and messages in them."""
+"""
+Rows of published data: from a local file or the Hub, for one of the two built-in protocols, and messages in
+them.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,6 +1,6 @@
 """
-Evaluation: an agent that answers with tools (`agent.py`), what asks and scores it (`evaluator.py`), the file that it fills
-(`records.py`), what the scores say (`statistics.py`) and the published benchmarks (`benchmarks.py`).
+Evaluation: an agent that answers with tools (`agent.py`), what asks and scores it (`evaluator.py`), the file that it
+fills (`records.py`), what the scores say (`statistics.py`) and the published benchmarks (`benchmarks.py`).
 """
 
 from .agent import Agent

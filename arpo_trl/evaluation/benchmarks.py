@@ -6,8 +6,8 @@ from arpo_trl.evaluation.benchmarks import load_benchmark
 rows = load_benchmark("gsm8k", "data/gsm8k/test.jsonl", system_prompt="…")   # or without a path: from the Hub
 ```
 
-What is not here: files that belong to a question. GAIA's rows with an attachment and HLE's with an image are left out. The
-official scorers of GAIA and 2WikiMultihopQA are not here either; docs/evaluation.md says how ours differ.
+What is not here: files that belong to a question. GAIA's rows with an attachment and HLE's with an image are left out.
+The official scorers of GAIA and 2WikiMultihopQA are not here either; docs/evaluation.md says how ours differ.
 """
 
 import base64
@@ -61,8 +61,8 @@ class Benchmark:
         hub_id (`str`): Data set on the Hub.
         split (`str`): Split that is asked.
         num_questions (`int`): Rows of the split as published, before any are left out.
-        form (`str`): What an answer is: `"math"` (compared as mathematics), `"short"` (a name, a date, a yes; token F1,
-            and exact match decides whether it is right) or `"open"` (an LLM judges; exact match without one).
+        form (`str`): What an answer is: `"math"` (compared as mathematics), `"short"` (a name, a date, a yes; token
+            F1, and exact match decides whether it is right) or `"open"` (an LLM judges; exact match without one).
         question (`tuple[str, ...]`): Columns that may hold the question; the first that is not blank does.
         answers (`Callable[[dict], list[str]]`): The accepted answers of a row.
         configs (`tuple[str | None, ...]`): Configurations of `hub_id`, one after the other.
@@ -131,8 +131,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         answers=_from_columns("golden_answers", "answer", "Answer"),
         configs=("bamboogle",),
     ),
-    # https://huggingface.co/datasets/gaia-benchmark/GAIA: task_id, Question, Level, Final answer, file_name, …; the test
-    # split's answers are private
+    # https://huggingface.co/datasets/gaia-benchmark/GAIA: task_id, Question, Level, Final answer, file_name, …; the
+    # test split's answers are private
     "gaia": Benchmark(
         "GAIA",
         "gaia-benchmark/GAIA",
@@ -143,7 +143,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         answers=_gaia_answer,
         configs=("2023_all",),
         attachment="file_name",
-        access="Accept its conditions at https://huggingface.co/datasets/gaia-benchmark/GAIA and log in: hf auth login.",
+        access="Accept its conditions at https://huggingface.co/datasets/gaia-benchmark/GAIA and log in: hf auth "
+        "login.",
     ),
     # https://huggingface.co/datasets/cais/hle: id, question, image, answer, answer_type, rationale, …
     "hle": Benchmark(
@@ -195,8 +196,8 @@ def load_benchmark(
 
     Args:
         name (`str`): A key of [`BENCHMARKS`].
-        source (`str` or `Path`, *optional*): A local file (.jsonl, .json, .parquet, .csv), a folder that holds it, or a
-            data set on the Hub with the same columns. By default the benchmark's own data set on the Hub.
+        source (`str` or `Path`, *optional*): A local file (.jsonl, .json, .parquet, .csv), a folder that holds it, or
+            a data set on the Hub with the same columns. By default the benchmark's own data set on the Hub.
         system_prompt (`str`, *optional*): First message of every prompt.
         max_questions (`int`, *optional*): Take only the first so many.
 
@@ -238,7 +239,8 @@ def load_benchmark(
 
 def find_source(name: str, data_dir: str | Path | None) -> Path | None:
     """
-    The local file or folder of a benchmark: `<data_dir>/<name>.jsonl` (or .json, .parquet, .csv) or `<data_dir>/<name>/`.
+    The local file or folder of a benchmark: `<data_dir>/<name>.jsonl` (or .json, .parquet, .csv) or
+    `<data_dir>/<name>/`.
 
     Returns:
         `Path`: the first that is there, or `None`.
@@ -288,7 +290,8 @@ def system_prompt(protocol: str, tools: Sequence[str]) -> str:
     answered = " What a call returns follows it in <result>…</result>; then think on." if tools else ""
     return (
         "Solve the user's question step by step. Write your thoughts in <think>…</think>."
-        f"{calls}{answered} At the end write <answer>…</answer>, with nothing but the final, exact answer in \\boxed{{}}."
+        f"{calls}{answered} At the end write <answer>…</answer>, with nothing but the final, exact answer in "
+        f"\\boxed{{}}."
     )
 
 
@@ -310,7 +313,8 @@ def _from_hub(benchmark: Benchmark, hub_id: str, config: str | None) -> list[Row
         rows: Dataset = load_dataset(hub_id, name=config, split=benchmark.split)
     except Exception as error:  # no network, no access, no such split: the Hub's libraries know a dozen kinds
         raise ValueError(
-            f"{benchmark.title} could not be loaded from {hub_id} ({type(error).__name__}: {error}). {benchmark.access} "
+            f"{benchmark.title} could not be loaded from {hub_id} ({type(error).__name__}: {error}). "
+            f"{benchmark.access} "
             "Without the Hub, give a local file."
         ) from error
     media = [column for column, feature in rows.features.items() if isinstance(feature, Audio | Image)]
@@ -344,8 +348,8 @@ def _with_aliases(rows: Iterable[Row], folder: Path) -> list[Row]:
 
 def decrypt_row(row: Row) -> Row:
     """
-    A row of xbench in plain text: `prompt` and `answer` are base64 of the text XORed with the row's `canary`. A row that is
-    not encrypted comes back as it is.
+    A row of xbench in plain text: `prompt` and `answer` are base64 of the text XORed with the row's `canary`. A row
+    that is not encrypted comes back as it is.
     """
     if not row.get("canary"):
         return row

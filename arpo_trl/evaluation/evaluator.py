@@ -40,7 +40,8 @@ def evaluate(
             question is done (format: docs/evaluation.md). Questions that it already holds are not asked again, so a
             killed run goes on where it stopped. Completions without a score are scored again, and so are all of a
             question whose columns (the ground truth) have changed, or all where `score` or `correct` has.
-        correct (`Callable`, *optional*): Reward function that returns 1 or more for a right answer; by default `score`.
+        correct (`Callable`, *optional*): Reward function that returns 1 or more for a right answer; by default
+            `score`.
         description (`str`): Stands before the progress bar.
 
     Returns:

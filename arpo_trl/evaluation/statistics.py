@@ -11,8 +11,8 @@ def summarize(records: Sequence[dict[str, Any]], ks: Sequence[int] = (1,)) -> di
     Mean score, accuracy, pass@k, each with its 95 % bootstrap interval over questions (`…_low`, `…_high`), calls and
     seconds per question.
 
-    Completions without a score are counted in `unscored` and left out of the rest; pass@k is over the questions that have
-    k scored completions.
+    Completions without a score are counted in `unscored` and left out of the rest; pass@k is over the questions that
+    have k scored completions.
 
     Args:
         records (`Sequence[dict]`): What [`evaluate`] returned.

@@ -21,8 +21,8 @@ def bound_arguments(function: Callable, arguments: dict[str, Any]) -> dict[str, 
 
 
 def canonical_json(value: Any) -> str | None:
-    """Return `value` as JSON whose objects have their keys in order, so that equal values are equal texts; `None` for what
-    JSON cannot hold."""
+    """Return `value` as JSON whose objects have their keys in order, so that equal values are equal texts; `None` for
+    what JSON cannot hold."""
     try:
         return json.dumps(value, sort_keys=True)
     except (TypeError, ValueError, RecursionError):

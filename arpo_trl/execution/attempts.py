@@ -1,9 +1,9 @@
 """Two ways to run one call so that it can be given up: on an event loop and in a thread.
 
 What giving up can *not* do: end a thread that waits inside C code (`time.sleep`, a socket without a time-out, a lock),
-a function that catches every exception, or a coroutine that ignores its cancellation. Python has no way to. Such a call
-lives on until it ends by itself; [`ToolExecutor`] bounds how many there are. Nor can anything be given up while C code
-keeps the interpreter lock, as a regular expression does. A thread that waits for a worker process
+a function that catches every exception, or a coroutine that ignores its cancellation. Python has no way to. Such a
+call lives on until it ends by itself; [`ToolExecutor`] bounds how many there are. Nor can anything be given up while C
+code keeps the interpreter lock, as a regular expression does. A thread that waits for a worker process
 (`function_worker.py`) always ends, when the process is killed.
 """
 

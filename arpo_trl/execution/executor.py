@@ -1,13 +1,13 @@
 """Run the tool calls of many rows at once.
 
-A sync tool runs in a thread of its own (or in a worker process, where it asks for one), an async tool on one event loop.
-A tool that raises does not end the run: the model reads the error as the tool's result, in TRL's words. A tool that
-hangs is given up at its time-out, and its row goes on.
+A sync tool runs in a thread of its own (or in a worker process, where it asks for one), an async tool on one event
+loop. A tool that raises does not end the run: the model reads the error as the tool's result, in TRL's words. A tool
+that hangs is given up at its time-out, and its row goes on.
 
 What it does not do: end a thread that waits inside C code, or a coroutine that ignores its cancellation; see
 `attempts.py`. A call that was given up and lives on keeps its place among the calls of its tool. When such calls have
-taken every place, further calls of that tool are answered with an error at once, so their number is bounded however long
-the run. `tool(..., process=True)` has no such calls.
+taken every place, further calls of that tool are answered with an error at once, so their number is bounded however
+long the run. `tool(..., process=True)` has no such calls.
 """
 
 import asyncio
@@ -51,14 +51,16 @@ class ToolCall:
         name (`str`): Name that the model wrote.
         arguments (`dict[str, Any]`): Keyword arguments.
         result (`str` or `list`, *optional*): What the model reads: the tool's answer, or the text of its error.
-        error (`str`, *optional*): What went wrong; `None` for a call that succeeded. A protocol sets it before the call
-            is run where the model's text could not be understood; such a call is answered without running anything.
-        seconds (`float`): Time that the tool ran for this call, all attempts together; waiting for a free place is left
-            out. 0 for a call that did not run it.
+        error (`str`, *optional*): What went wrong; `None` for a call that succeeded. A protocol sets it before the
+            call is run where the model's text could not be understood; such a call is answered without running
+            anything.
+        seconds (`float`): Time that the tool ran for this call, all attempts together; waiting for a free place is
+            left out. 0 for a call that did not run it.
         merged (`bool`): Whether another row of the group made the same call, whose answer this is.
-        cached (`bool`): Whether the answer came from the tool's cache, or from the same call that was on its way there.
-        refused (`bool`): Whether the call was answered with an error and ran nothing: it could not be understood, there is
-            no such tool, or it was over a limit.
+        cached (`bool`): Whether the answer came from the tool's cache, or from the same call that was on its way
+            there.
+        refused (`bool`): Whether the call was answered with an error and ran nothing: it could not be understood,
+            there is no such tool, or it was over a limit.
     """
 
     name: str

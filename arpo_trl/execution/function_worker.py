@@ -1,8 +1,8 @@
 """A process that runs one tool, call after call, and can be killed.
 
-The file is also the program of that process: it runs by path, needs the standard library alone, and imports nothing but
-the tool's own module, so that a worker starts in tens of milliseconds. Unlike `multiprocessing` it does not run the
-main script again.
+The file is also the program of that process: it runs by path, needs the standard library alone, and imports nothing
+but the tool's own module, so that a worker starts in tens of milliseconds. Unlike `multiprocessing` it does not run
+the main script again.
 
 Requests and answers pass through a socket that the tool could write to as well, by mistake or from a forked child. So
 each message carries a secret of its worker, its number, its length and a digest of its content. A worker that sends
@@ -218,11 +218,11 @@ class Worker:
 
 def as_content(result: Any) -> str | list:
     """
-    Return what the model reads of a tool's return value: content blocks (text, images) as they are, for the protocol to
-    show, the rest as text.
+    Return what the model reads of a tool's return value: content blocks (text, images) as they are, for the protocol
+    to show, the rest as text.
 
-    TRL takes every list for content blocks, of which a chat template then shows the model none: a list of strings, say,
-    would arrive empty. A dictionary with a key `type` need not be a block either; it may be a search result.
+    TRL takes every list for content blocks, of which a chat template then shows the model none: a list of strings,
+    say, would arrive empty. A dictionary with a key `type` need not be a block either; it may be a search result.
     """
     if isinstance(result, list) and result and all(map(_is_block, result)):
         return result

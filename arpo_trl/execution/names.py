@@ -20,12 +20,12 @@ def distinct_tools(tools: Iterable[Callable], source: str = "`tools`") -> list[C
         name = getattr(tool, "__name__", None)
         if not isinstance(name, str):
             raise TypeError(
-                f"{source} holds {tool!r}, which has no name by which a model could call it. Call it in a function of its "
-                "own, with type hints and a docstring."
+                f"{source} holds {tool!r}, which has no name by which a model could call it. Call it in a function of "
+                "its own, with type hints and a docstring."
             )
         if distinct.setdefault(name, tool) != tool:
             raise ValueError(
-                f"{source} holds two tools named {name!r}, and a model that calls {name!r} can mean only one. Give one "
-                "of them another name, for instance with a function of its own that calls it."
+                f"{source} holds two tools named {name!r}, and a model that calls {name!r} can mean only one. Give "
+                "one of them another name, for instance with a function of its own that calls it."
             )
     return list(distinct.values())

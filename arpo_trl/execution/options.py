@@ -80,9 +80,9 @@ def tool(
             code, such as a network call without a time-out of its own or a regular expression. Needs a sync function
             that can be imported by its name and keeps no state in memory: each worker has its own copy of the module.
         deterministic (`bool`, *optional*):
-            Whether the answer depends on the arguments alone and a call changes nothing. The trainer then executes equal
-            calls of the rows of one group once, and all of them read the one answer. By default what `function` says of
-            itself, as the tools of this package do, and `True` for a tool with a cache.
+            Whether the answer depends on the arguments alone and a call changes nothing. The trainer then executes
+            equal calls of the rows of one group once, and all of them read the one answer. By default what `function`
+            says of itself, as the tools of this package do, and `True` for a tool with a cache.
 
     Returns:
         `Callable`: The tool with its options, sync or async as it was.
@@ -138,8 +138,8 @@ def tool(
         raise ValueError(f"`deterministic` must be True, False or None, not {deterministic!r}.")
     if cache is not None and not deterministic:
         raise ValueError(
-            "`deterministic=False` contradicts `cache`, which remembers answers that depend on the arguments alone. Leave "
-            "one of them out."
+            "`deterministic=False` contradicts `cache`, which remembers answers that depend on the arguments alone. "
+            "Leave one of them out."
         )
     options = ToolOptions(timeout, retries, cache, **limits, process=process, deterministic=deterministic)
 

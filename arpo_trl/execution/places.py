@@ -42,8 +42,8 @@ class Places:
         self.stuck += 1
         if self.stuck == 1:
             logger.warning(
-                "Tool %s hangs and cannot be stopped. Give what it waits for a time-out of its own, or run it in worker "
-                "processes: tool(..., process=True).",
+                "Tool %s hangs and cannot be stopped. Give what it waits for a time-out of its own, or run it in "
+                "worker processes: tool(..., process=True).",
                 self.name,
             )
         if self.stuck >= self.most_stuck:

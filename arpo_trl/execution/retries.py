@@ -1,8 +1,8 @@
 """Which failures of a tool are worth another try, and when.
 
-Only what may pass by itself: a time-out, a lost or refused connection, half an answer, HTTP 408, 425, 429 and 5xx. HTTP
-libraries are recognised by the shape of their exceptions (requests, httpx, aiohttp, urllib, openai), so none is needed;
-a tool can say it itself with [`TransientToolError`].
+Only what may pass by itself: a time-out, a lost or refused connection, half an answer, HTTP 408, 425, 429 and 5xx.
+HTTP libraries are recognised by the shape of their exceptions (requests, httpx, aiohttp, urllib, openai), so none is
+needed; a tool can say it itself with [`TransientToolError`].
 """
 
 import email.utils

@@ -55,7 +55,7 @@ def protocol_class(name: str) -> type[ToolProtocol]:
         )
     if inspect.isabstract(found):
         raise ValueError(
-            f"`tool_protocol` is {name!r}, which lacks {', '.join(sorted(found.__abstractmethods__))}: a protocol has all "
-            "methods of `arpo_trl.protocols.ToolProtocol`."
+            f"`tool_protocol` is {name!r}, which lacks {', '.join(sorted(found.__abstractmethods__))}: a protocol has "
+            "all methods of `arpo_trl.protocols.ToolProtocol`."
         )
     return found

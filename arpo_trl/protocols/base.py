@@ -1,4 +1,7 @@
-"""What a tool protocol is, and text as tokens: in the middle of a row, and with nothing in it that is a special token."""
+"""
+What a tool protocol is, and text as tokens: in the middle of a row, and with nothing in it that is a special
+token.
+"""
 
 import functools
 from abc import ABC, abstractmethod
@@ -38,8 +41,8 @@ class ToolProtocol(ABC):
 
     Class attributes:
         schema_in_prompt (`bool`): Whether the chat template renders the tools into the prompt.
-        structured (`bool`): Whether calls and results are messages of the chat template. If so, a template that knows no
-            tools is refused, TRL finds out how to parse it, and `environment_factory` is allowed.
+        structured (`bool`): Whether calls and results are messages of the chat template. If so, a template that knows
+            no tools is refused, TRL finds out how to parse it, and `environment_factory` is allowed.
         reserved_names (`frozenset[str]`): Names that no tool may have.
         stop_strings (`list[str]`): Text at which generation stops, besides the end of the turn. May be set for each
             object.
@@ -66,7 +69,9 @@ class ToolProtocol(ABC):
 
     @abstractmethod
     def result_ids(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[int]:
-        """Tokens of the results of one turn's calls, up to where the model goes on. `written`: the turn's own tokens."""
+        """
+        Tokens of the results of one turn's calls, up to where the model goes on. `written`: the turn's own tokens.
+        """
 
     @abstractmethod
     def results_turn(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[Any]:
@@ -94,8 +99,8 @@ def encode_onward(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     Tokens of `text` in the middle of a row.
 
-    Tokenizers after SentencePiece's manner (Llama 2, Mistral) put a space before whatever they encode. Here the text is
-    encoded behind an anchor, whose tokens come off again, so that it begins as it is written.
+    Tokenizers after SentencePiece's manner (Llama 2, Mistral) put a space before whatever they encode. Here the text
+    is encoded behind an anchor, whose tokens come off again, so that it begins as it is written.
     """
     for anchor, ids in _anchors(tokenizer, len(tokenizer)) if text else ():
         together = tokenizer.encode(anchor + text, add_special_tokens=False)
@@ -136,7 +141,9 @@ def defuse(tokenizer: PreTrainedTokenizerBase, text: str, separator: str = "\u20
 
 @functools.lru_cache(maxsize=8)
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
-    """Special and added tokens, longest first. Asking the tokenizer is slow; its `size` changes when some are added."""
+    """
+    Special and added tokens, longest first. Asking the tokenizer is slow; its `size` changes when some are added.
+    """
     return sorted((token for token in tokenizer.get_added_vocab() if len(token) > 1), key=len, reverse=True)
 
 

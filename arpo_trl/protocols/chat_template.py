@@ -31,8 +31,8 @@ class ChatTemplateProtocol(ToolProtocol):
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer with a response template or schema.
         tool_names (`Sequence[str]`): Not used.
-        suffix_ids (`Callable[[list[dict], int], list[int]]`): Renders the tool messages that follow a turn, which ended
-            with that token, into tokens (`suffix.py`).
+        suffix_ids (`Callable[[list[dict], int], list[int]]`): Renders the tool messages that follow a turn, which
+            ended with that token, into tokens (`suffix.py`).
     """
 
     schema_in_prompt = True
@@ -64,7 +64,9 @@ class ChatTemplateProtocol(ToolProtocol):
 
 
 def _cut_end(message: dict, tokenizer: PreTrainedTokenizerBase, last: int) -> None:
-    """Take the token that ends the turn out of its text. TRL's parser knows the tokenizer's EOS, and there are others."""
+    """
+    Take the token that ends the turn out of its text. TRL's parser knows the tokenizer's EOS, and there are others.
+    """
     end = tokenizer.added_tokens_decoder.get(last)
     if end is not None and end.special and isinstance(message.get("content"), str):
         message["content"] = message["content"].removesuffix(end.content)
@@ -82,7 +84,8 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fin
     Refuse a chat template that cannot tell a model of tools, or that TRL cannot parse or train with.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Tokenizer, or processor
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Tokenizer, or
+        processor
             of a multimodal checkpoint, whose template is looked at.
         fine_tuning (`bool`): Whether it is for supervised fine-tuning, which parses nothing, but has to find the
             assistant's tokens in a conversation.

@@ -1,4 +1,7 @@
-"""Tool results as tokens, up to where the model goes on: TRL's rendering, from the token on that has ended the turn."""
+"""
+Tool results as tokens, up to where the model goes on: TRL's rendering, from the token on that has ended the
+turn.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -47,10 +50,10 @@ def suffix_renderer(
     """
     What renders tool messages into tokens by the chat template.
 
-    TRL renders a dummy conversation and cuts it after the tokenizer's EOS token, since a template goes on with more than
-    that, such as a line break. Some templates end a turn that holds calls with another token (`<turn|>`,
-    `<|observation|>`), and that one is what the model has written last. So the cut is there. Gemma 4's template names a
-    result without an id after the turn's last call, so each gets an id, which keeps its own name.
+    TRL renders a dummy conversation and cuts it after the tokenizer's EOS token, since a template goes on with more
+    than that, such as a line break. Some templates end a turn that holds calls with another token (`<turn|>`,
+    `<|observation|>`), and that one is what the model has written last. So the cut is there. Gemma 4's template names
+    a result without an id after the turn's last call, so each gets an id, which keeps its own name.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Renders.
@@ -97,8 +100,8 @@ def warn_of_endless_calls(
     ends: Sequence[int],
 ) -> None:
     """
-    Warn where no end token of the model stands between a call and its result, as the template writes them: a model that
-    has learnt the template then writes the result itself.
+    Warn where no end token of the model stands between a call and its result, as the template writes them: a model
+    that has learnt the template then writes the result itself.
 
     Args:
         processing_class, chat_template, chat_template_kwargs: As for [`suffix_renderer`].
@@ -111,9 +114,10 @@ def warn_of_endless_calls(
     if not set(ends) & set(told[0][start:stop]):
         tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
         logger.warning(
-            f"Generation stops at {tokenizer.convert_ids_to_tokens(sorted(set(ends)))}, but the chat template goes on from a "
-            f"call to its result with none of these ({tokenizer.decode(told[0][start:stop])!r}), so a model may write the "
-            "result itself. Add the token that ends a turn with calls to `model.generation_config.eos_token_id`."
+            f"Generation stops at {tokenizer.convert_ids_to_tokens(sorted(set(ends)))}, but the chat template goes on "
+            f"from a call to its result with none of these ({tokenizer.decode(told[0][start:stop])!r}), so a model "
+            "may write the result itself. Add the token that ends a turn with calls to "
+            "`model.generation_config.eos_token_id`."
         )
 
 

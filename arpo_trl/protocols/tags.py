@@ -16,8 +16,8 @@ from .base import ToolProtocol, Tools, Turn, encode_plain, text_of, writable
 class TagsProtocol(ToolProtocol):
     """
     The ARPO paper's way, used by its data and checkpoints: `<tool>…</tool>` calls the tool of that name, generation
-    stops at the closing tag, and the result follows as `<result>…</result>` in the same assistant turn. The answer is in
-    `<answer>…\\boxed{}…</answer>`; reward functions see the text.
+    stops at the closing tag, and the result follows as `<result>…</result>` in the same assistant turn. The answer is
+    in `<answer>…\\boxed{}…</answer>`; reward functions see the text.
 
     A tool with one required parameter gets the text between the tags; one with more gets the fields of the JSON object
     between them. A tool that requires nothing may be called with nothing between them, with a JSON object of its

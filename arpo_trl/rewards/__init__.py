@@ -4,8 +4,8 @@
 F1; `mathematics.py` mathematics; `judge.py` an LLM's verdict; `format.py` the protocols' formats; `composite.py` the
 paper's reward, made of the others.
 
-A reward function takes `completions` and the dataset's columns and returns one float per row, or `None` for a row it has
-nothing to say about. A new one goes into a file of its own and needs no entry anywhere but here.
+A reward function takes `completions` and the dataset's columns and returns one float per row, or `None` for a row it
+has nothing to say about. A new one goes into a file of its own and needs no entry anywhere but here.
 """
 
 from .completions import executed_tools, extract_answer, extract_boxed

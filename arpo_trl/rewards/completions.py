@@ -114,8 +114,8 @@ def _answer_texts(truth: Any) -> Iterator[str]:
         yield str(truth)
     else:
         raise ValueError(
-            f"A ground truth is {str(truth)[:80]!r}, of type {type(truth).__name__}. Give a string, a number or a list "
-            "of them."
+            f"A ground truth is {str(truth)[:80]!r}, of type {type(truth).__name__}. Give a string, a number or a "
+            "list of them."
         )
 
 
@@ -208,8 +208,8 @@ def executed_tools(completions: list, tool_calls: list[list[dict]] | None = None
 
     Args:
         completions (`list`): Completions, read where `tool_calls` is not given.
-        tool_calls (`list[list[dict]]`, *optional*): Executed calls per row, as [`ARPOTrainer`] passes them. A call that
-            an ancestor executed before a fork belongs to the row.
+        tool_calls (`list[list[dict]]`, *optional*): Executed calls per row, as [`ARPOTrainer`] passes them. A call
+            that an ancestor executed before a fork belongs to the row.
     """
     if tool_calls is not None:
         return [{call["name"] for call in calls if not call.get("error")} for calls in tool_calls]

@@ -47,9 +47,9 @@ def make_arpo_reward(
 
     Args:
         protocol (`str`): Protocol whose format is judged, `"tags"` or `"chat_template"`.
-        qa_reward, math_reward (`Callable`): Reward functions of accuracy, from 0 to 1. Rows whose `ability` column says
-            `"math"` (in any case) go to `math_reward`, all others to `qa_reward`, also where there is no such column.
-            An ability that is neither mathematics nor questions is told once, by its name.
+        qa_reward, math_reward (`Callable`): Reward functions of accuracy, from 0 to 1. Rows whose `ability` column
+            says `"math"` (in any case) go to `math_reward`, all others to `qa_reward`, also where there is no such
+            column. An ability that is neither mathematics nor questions is told once, by its name.
         multi_tool_bonus (`float`): Added where a search and a Python call were executed and the answer is not wrong.
         search_tools, python_tools (`Sequence[str]`): Names of the tools that search, and of those that run code.
 

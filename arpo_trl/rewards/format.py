@@ -1,7 +1,7 @@
 r"""Did the model keep to the protocol? Judged on what the model wrote, never on what a tool answered.
 
-Tags protocol: `<think>…</think>`, calls, and as the last block one `<answer>…\boxed{…}…</answer>`. What stands inside a
-block is the block's own business: code that prints "<answer>" or a thought that mentions `<search>` breaks nothing.
+Tags protocol: `<think>…</think>`, calls, and as the last block one `<answer>…\boxed{…}…</answer>`. What stands inside
+a block is the block's own business: code that prints "<answer>" or a thought that mentions `<search>` breaks nothing.
 
 Chat-template protocol: every call was understood, thoughts are closed, and the last turn is an assistant's with a
 `\boxed{…}` answer after its thoughts. Thoughts are not required, since many chat models have none.

@@ -1,5 +1,5 @@
-"""Calls reward functions so that a completion on which one raises costs that row its score, and not the run, and so that
-what one does to its arguments stays its own.
+"""Calls reward functions so that a completion on which one raises costs that row its score, and not the run, and so
+that what one does to its arguments stays its own.
 
 What is not here: reward models, which TRL calls itself, and time-outs: a function that hangs is named in a warning. Of
 what a function logs with `log_extra` and `log_metric`, that of its first call is kept.
@@ -29,10 +29,10 @@ SLOW_SECONDS = 300.0
 
 def guarded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """
-    `function`, with three differences. Where it raises, the rows on which it raises alone are looked for by halving, and
-    it is called for all others together; those rows are `UNSCORED`. Every call gets lists and dicts of its own, no two
-    rows the same, so that a function may change them in place. And what it returns is one number or `None` a row, or else
-    an error that names the function and the row.
+    `function`, with three differences. Where it raises, the rows on which it raises alone are looked for by halving,
+    and it is called for all others together; those rows are `UNSCORED`. Every call gets lists and dicts of its own, no
+    two rows the same, so that a function may change them in place. And what it returns is one number or `None` a row,
+    or else an error that names the function and the row.
 
     Of n rows on which one raises, that takes 2 + 2·log2(n) calls; always fewer than 2·n + 2.
 
@@ -113,8 +113,8 @@ def _told_if_slow(name: str) -> Iterator[None]:
         SLOW_SECONDS,
         logger.warning,
         [
-            f"The reward function '{name}' has not returned for {SLOW_SECONDS:g} s, and training waits for it. Give what "
-            "it waits for a time-out."
+            f"The reward function '{name}' has not returned for {SLOW_SECONDS:g} s, and training waits for it. Give "
+            "what it waits for a time-out."
         ],
     )
     timer.daemon = True
@@ -126,7 +126,9 @@ def _told_if_slow(name: str) -> Iterator[None]:
 
 
 def _own(kwargs: dict[str, Any], rows: list[int], again: bool = False) -> dict[str, Any]:
-    """The arguments of a reward function for some of its rows, in lists and dicts of its own; `again`: without logging."""
+    """
+    The arguments of a reward function for some of its rows, in lists and dicts of its own; `again`: without logging.
+    """
     some = {
         key: [copied(value[row]) for row in rows] if isinstance(value, list) else value
         for key, value in kwargs.items()
@@ -185,7 +187,8 @@ def _numbers(scores: Any, rows: list[int], total: int, name: str) -> list[float 
             numbers[row] = None if score is None else float(score)
         except (TypeError, ValueError):
             raise TypeError(
-                f"The reward function '{name}' returned {score!r} for row {row}; return a number, or None for no score."
+                f"The reward function '{name}' returned {score!r} for row {row}; return a number, or None for no "
+                "score."
             ) from None
         if numbers[row] in (math.inf, -math.inf):
             logger.warning(f"The reward function '{name}' returned {score} for row {row}, which has no score.")

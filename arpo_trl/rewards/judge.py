@@ -78,17 +78,17 @@ def make_judge_reward(
             are kept as long as the function lives.
         max_concurrency (`int`): Requests at the same time.
         timeout (`float`): Seconds for one request.
-        max_retries (`int`): Further attempts after a lost connection, a time-out, a status that may pass (429, 5xx), or
-            a reply without a verdict, with exponential back-off or what `Retry-After` says.
+        max_retries (`int`): Further attempts after a lost connection, a time-out, a status that may pass (429, 5xx),
+            or a reply without a verdict, with exponential back-off or what `Retry-After` says.
         max_answer_chars (`int`): Length to which an answer is cut before it is shown to the judge.
         generation_kwargs (`dict`, *optional*): Added to the request. Without a `temperature` in it, 0.0 is sent; an
             endpoint that refuses that, as those of reasoning models do, is asked without.
 
     Returns:
-        `Callable`: A reward function named `judge_reward`. The question is the dataset's `question` column, or the last
-        user message of the prompt. `None` for a row without ground truth or without a verdict. It raises `RuntimeError`
-        where the endpoint refuses the key, a setting of `generation_kwargs`, or does not know the model, since every
-        further row would fail too.
+        `Callable`: A reward function named `judge_reward`. The question is the dataset's `question` column, or the
+        last user message of the prompt. `None` for a row without ground truth or without a verdict. It raises
+        `RuntimeError` where the endpoint refuses the key, a setting of `generation_kwargs`, or does not know the
+        model, since every further row would fail too.
     """
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url={base_url!r} is no URL: pass one such as 'http://localhost:8000/v1'.")

@@ -1,8 +1,8 @@
 r"""Notations of mathematics, rewritten as the LaTeX that math-verify reads. Pure functions from text to text.
 
-One function a kind, in the order of `STEPS`; each leaves alone what is not of its kind. All of them take time linear in
-the text. What is not here: what needs both answers (units, intervals, times, bases) is in `math_readings.py`, and what
-needs algebra in `math_worker.py`.
+One function a kind, in the order of `STEPS`; each leaves alone what is not of its kind. All of them take time linear
+in the text. What is not here: what needs both answers (units, intervals, times, bases) is in `math_readings.py`, and
+what needs algebra in `math_worker.py`.
 """
 
 import ast
@@ -95,7 +95,9 @@ _END = re.compile(r"(?:\\[,;: ]|\\q?quad|[\s.,;~])\Z")
 
 
 def _without_end(text: str) -> str:
-    """`text` without the spaces, commas and full stops at its end; looked at from there, so that it takes linear time."""
+    """
+    `text` without the spaces, commas and full stops at its end; looked at from there, so that it takes linear time.
+    """
     end = len(text)
     while match := _END.search(text, max(end - 6, 0), end):
         end = match.start()
@@ -103,7 +105,9 @@ def _without_end(text: str) -> str:
 
 
 def markup(text: str) -> str:
-    r"""No fonts, colours, boxes, Markdown and envelopes: `**5**`, `$5$`, `\textcolor{red}{5}`, `\mathbf{5}` are `5`."""
+    r"""
+    No fonts, colours, boxes, Markdown and envelopes: `**5**`, `$5$`, `\textcolor{red}{5}`, `\mathbf{5}` are `5`.
+    """
     if "\\" in text:
         text = text.replace("\\$", "").replace("\\_", "_")
         for _ in range(4):  # nested wrappers
@@ -169,7 +173,9 @@ _ENOTATION = re.compile(r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]\s?([+-]?\d+)(?![\w
 
 
 def python(text: str) -> str:
-    r"""What Python and sympy print: `3*x**2` is `3 x^{2}`, `Fraction(1, 2)` is `\frac{1}{2}`, `1.5e-05` has a power."""
+    r"""
+    What Python and sympy print: `3*x**2` is `3 x^{2}`, `Fraction(1, 2)` is `\frac{1}{2}`, `1.5e-05` has a power.
+    """
     if "\\" not in text and len(text) <= 2000 and _PYTHON.search(text):
         found = None if _GLUED.search(text) else _from_python(text.strip())
         if found is not None:

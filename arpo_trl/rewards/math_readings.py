@@ -1,8 +1,8 @@
 r"""What two answers in mathematics say of each other before any algebra: units, times, bases, choices, words, lists.
 
-[`readings`] settles a pair of texts, or says which pairs of formulas are to be compared. math-verify drops what it does
-not read (a base, the rest of a list, "p.m."), and would take such answers for equal; the kinds it does not read are
-settled here, as text. Pure functions on texts that `math_notation.normalise` has been through.
+[`readings`] settles a pair of texts, or says which pairs of formulas are to be compared. math-verify drops what it
+does not read (a base, the rest of a list, "p.m."), and would take such answers for equal; the kinds it does not read
+are settled here, as text. Pure functions on texts that `math_notation.normalise` has been through.
 """
 
 import re
@@ -117,7 +117,10 @@ _RATES = {"mph": "miles hour", "kmh": "km hour", "kph": "km hour", "fps": "feet 
 
 
 def _known_units(unit: str) -> list[tuple[str, str]]:
-    """Units on the list with their powers, in order: `[("km", "1"), ("h", "1")]` for "km/h" and for "kilometers per hour"."""
+    """
+    Units on the list with their powers, in order: `[("km", "1"), ("h", "1")]` for "km/h" and for "kilometers per
+    hour".
+    """
     found: list[tuple[str, str]] = []
     before = "1"
     unit = re.sub(r"[A-Za-z]+", lambda m: _RATES.get(m[0], m[0]), unit)
@@ -129,7 +132,9 @@ def _known_units(unit: str) -> list[tuple[str, str]]:
 
 
 def units_clash(left: str, right: str) -> bool:
-    """Whether two units are both known and differ, as "km" and "m" do. A word that is no known unit clashes with none."""
+    """
+    Whether two units are both known and differ, as "km" and "m" do. A word that is no known unit clashes with none.
+    """
     known = _known_units(left), _known_units(right)
     return bool(known[0] and known[1]) and known[0] != known[1]
 
@@ -141,7 +146,9 @@ _NO_LEAD = set("of by than least most from over under above below minus negative
 
 
 def sentence_value(text: str) -> str | None:
-    """The one number of a sentence: 18 of "The answer is 18" and of "Janet makes 18 every day"; `None` for the rest."""
+    """
+    The one number of a sentence: 18 of "The answer is 18" and of "Janet makes 18 every day"; `None` for the rest.
+    """
     plain = re.sub(r"[*$]", "", bare(text))
     numbers = re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w/^]|\.\d)", plain)
     match = re.fullmatch(
@@ -163,13 +170,16 @@ def sentence_value(text: str) -> str | None:
 
 
 _CLOCK = re.compile(
-    r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?\s*(?P<half>[ap]\.?\s?m\b\.?|noon|midnight|in the (?:morning|afternoon|evening))?",
+    r"(?P<hour>\d{1,2})(?::(?P<minute>\d\d))?\s*(?P<half>[ap]\.?\s?m\b\.?|noon|midnight|in the "
+    r"(?:morning|afternoon|evening))?",
     re.IGNORECASE,
 )
 
 
 def clock(text: str) -> tuple[int, bool] | None:
-    """A time of day as (minutes, whether it says which half of the day): `3:45 pm` is (945, True), `3:45` (225, False)."""
+    """
+    A time of day as (minutes, whether it says which half of the day): `3:45 pm` is (945, True), `3:45` (225, False).
+    """
     plain = bare(text).strip().casefold()
     plain = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(plain, plain)
     match = _CLOCK.fullmatch(plain)
@@ -210,8 +220,8 @@ def numeral(text: str) -> tuple[str, int] | None:
 
 def same_numeral(truth: str, answer: str) -> bool | None:
     """
-    Numerals agree in digits and base. One that leaves its base out is taken for the other if it has three digits or more:
-    the question has named the base then, and a number in base ten would hardly have the same digits.
+    Numerals agree in digits and base. One that leaves its base out is taken for the other if it has three digits or
+    more: the question has named the base then, and a number in base ten would hardly have the same digits.
     """
     left, right = numeral(truth), numeral(answer)
     if left and right:
@@ -244,7 +254,10 @@ def is_words(text: str) -> bool:
 
 
 def same_text(truth: str, answer: str) -> bool:
-    """Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") and choices ("B", "(b)") in any case."""
+    """
+    Whether two cleaned answers are the same text; words ("Yes", "Fourth Quadrant") and choices ("B", "(b)") in any
+    case.
+    """
     if truth == answer:
         return True
     if (
@@ -273,8 +286,8 @@ def readings(truth: str, answer: str) -> bool | list[tuple[str, str]]:
     What a truth and an answer, both normalised, have to say of each other.
 
     Returns:
-        `bool | list[tuple[str, str]]`: Whether the answer is right, where text settles it; otherwise pairs of formulas, of
-        which one has to be equal as mathematics.
+        `bool | list[tuple[str, str]]`: Whether the answer is right, where text settles it; otherwise pairs of
+        formulas, of which one has to be equal as mathematics.
     """
     if same_text(truth, answer):
         return True

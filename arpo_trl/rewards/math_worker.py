@@ -1,9 +1,9 @@
 """The process in which answers are compared: reads one JSON question a line, writes one JSON verdict a line.
 
-Started by `mathematics.py` as a plain script, so that it imports neither torch nor the caller's main module. A question
-that burns more CPU time than it is given ends the process (SIGPROF's default action needs no cooperation from sympy, and
-CPU time, unlike the wall clock, does not depend on what else the machine is doing); one that takes too much memory fails
-inside it. The parent reads the end of the stream as "no verdict". The process ends with its parent.
+Started by `mathematics.py` as a plain script, so that it imports neither torch nor the caller's main module. A
+question that burns more CPU time than it is given ends the process (SIGPROF's default action needs no cooperation from
+sympy, and CPU time, unlike the wall clock, does not depend on what else the machine is doing); one that takes too much
+memory fails inside it. The parent reads the end of the stream as "no verdict". The process ends with its parent.
 """
 
 import json
@@ -47,8 +47,8 @@ def _parse(text: str) -> list:
 
 def _same_variables(*answers: list) -> list[list]:
     """
-    Variables of one name as one symbol: math-verify takes them for real only where it sees no lone `i` in the text. The
-    symbol `i` is the imaginary unit where the other answer has that.
+    Variables of one name as one symbol: math-verify takes them for real only where it sees no lone `i` in the text.
+    The symbol `i` is the imaginary unit where the other answer has that.
     """
     from sympy import Basic, I, Symbol
 
@@ -61,7 +61,9 @@ def _same_variables(*answers: list) -> list[list]:
 
 
 def _is_contradiction(item: Any) -> bool:
-    """Whether an expression is infinite by a division by zero, or an equation of numbers that are not equal (4 = 5)."""
+    """
+    Whether an expression is infinite by a division by zero, or an equation of numbers that are not equal (4 = 5).
+    """
     from sympy import Basic, Eq, nan, zoo
 
     if not isinstance(item, Basic):
@@ -89,9 +91,9 @@ def same_number(truth: Any, answer: Any) -> bool:
     """
     Whether two expressions without variables are the same number.
 
-    Exact ones (no decimals in them) have to agree to 100 digits of their own size. A decimal stands for an exact one if it
-    is off by no more than double precision, or if the exact one does not end within five places and rounds to the same six
-    (more where it is small: to four digits).
+    Exact ones (no decimals in them) have to agree to 100 digits of their own size. A decimal stands for an exact one
+    if it is off by no more than double precision, or if the exact one does not end within five places and rounds to
+    the same six (more where it is small: to four digits).
     """
     from sympy import Float, Rational
 
@@ -126,7 +128,9 @@ def _rounds_to(exact: Any, other: Any) -> bool:
 
 
 def numeric_eq(truth: Any, answer: Any, float_rounding: int, numeric_precision: int) -> bool:
-    """Takes the place of math-verify's function of this purpose. Per cent count as their number and as their hundredth."""
+    """
+    Takes the place of math-verify's function of this purpose. Per cent count as their number and as their hundredth.
+    """
     from math_verify.grader import get_pct_val
     from sympy import Float, MatrixBase
 
@@ -149,7 +153,10 @@ def numeric_eq(truth: Any, answer: Any, float_rounding: int, numeric_precision: 
 
 
 def use_own_numbers() -> None:
-    """Put [`numeric_eq`] in the place of math-verify's function, so that numbers in sets, tuples and matrices go by it too."""
+    """
+    Put [`numeric_eq`] in the place of math-verify's function, so that numbers in sets, tuples and matrices go by it
+    too.
+    """
     from math_verify import grader
 
     grader.sympy_numeric_eq = numeric_eq

@@ -1,9 +1,10 @@
 r"""Answers in mathematics, compared as mathematics by math-verify: "-3" is not "3", "1/2" is "0.5".
 
-Three steps: `math_notation.py` writes both answers in the LaTeX that math-verify reads, `math_readings.py` settles what text
-can settle (units, times, bases, choices, words), and the rest is compared in a few worker processes (`math_worker.py`).
-math-verify's own time-out uses SIGALRM, which fails off the main thread, where TRL may run reward functions; a worker ends
-itself when a question takes too much CPU time, is ended when it takes too much time, and is replaced.
+Three steps: `math_notation.py` writes both answers in the LaTeX that math-verify reads, `math_readings.py` settles
+what text can settle (units, times, bases, choices, words), and the rest is compared in a few worker processes
+(`math_worker.py`). math-verify's own time-out uses SIGALRM, which fails off the main thread, where TRL may run reward
+functions; a worker ends itself when a question takes too much CPU time, is ended when it takes too much time, and is
+replaced.
 
 What is not here: sets in builder notation that are no interval are compared as text, and math-verify takes the pair
 "(1, 2)" for equal to the set of the two.
@@ -179,7 +180,8 @@ def math_reward(
     1 for a row whose boxed answer is equal, as mathematics, to one of its ground truths, else 0.
 
     Args:
-        completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last turn.
+        completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last
+            turn.
         model_text (`list[str]`, *optional*): What the model wrote, as [`ARPOTrainer`] passes it.
         log_metric (`Callable`, *optional*): Provided by the trainer. Logged are the mean and `math_reward/given_up`,
             the comparisons that ran out of time or memory, which score 0.

@@ -1,9 +1,10 @@
 r"""Short answers in words: exact match and token F1 after SQuAD's normalisation, best of several ground truths.
 
-Where this departs from SQuAD's script, it does so for answers that the script cannot tell apart or takes for different:
+Where this departs from SQuAD's script, it does so for answers that the script cannot tell apart or takes for
+different:
 
-- Punctuation that makes a number or a name another one stays: the sign (-40), the point (1.95), what stands between digits
-  (1988-1990, 1/2, 2:1, but not the comma of 1,200), and `+` and `#` behind a letter (C++, C#).
+- Punctuation that makes a number or a name another one stays: the sign (-40), the point (1.95), what stands between
+  digits (1988-1990, 1/2, 2:1, but not the comma of 1,200), and `+` and `#` behind a letter (C++, C#).
 - An article stands before a word: the "A" of "Serie A" is none.
 - Typography is no difference: quotes and dashes of Unicode, full-width characters, punctuation of other scripts.
 - LaTeX markup goes, since the paper's prompt asks for the answer "with latex format": `\text{Paris}` is Paris.
@@ -24,8 +25,8 @@ _COMMAND = re.compile(
 _SPACE = re.compile(r"\\(?:[ ,;:!]|(?:quad|qquad|,)(?![a-zA-Z]))|~")
 _ARTICLES = re.compile(r"\b(a|an|the)\b(?=\s+\w)")
 _CURRENCY = "$€£¥₹"
-# what survives the removal of punctuation: the sign of a number (also before a currency or in brackets), a point before
-# digits, what stands between digits, and the signs of C++ and C#
+# what survives the removal of punctuation: the sign of a number (also before a currency or in brackets), a point
+# before digits, what stands between digits, and the signs of C++ and C#
 _KEPT = re.compile(
     rf"(?<![\w.)\]])-(?=[{_CURRENCY}]?\.?\d)|(?<=\d)[-./:^](?=\d)|(?<=\d),(?=\d)(?!\d{{3}}(?!\d))|(?<![\w.])\.(?=\d)"
     r"|(?<=\b[a-z])[+#]+(?![\w+#])"
@@ -57,7 +58,9 @@ def _is_punctuation(char: str) -> bool:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces; numbers keep their sign and what stands between digits."""
+    """
+    Lower case, no punctuation, no articles, single spaces; numbers keep their sign and what stands between digits.
+    """
     text = _plain_text(text).lower()
     kept = {position for found in _KEPT.finditer(text) for position in range(*found.span())}
     text = "".join(char for i, char in enumerate(text) if i in kept or not _is_punctuation(char))
@@ -100,7 +103,8 @@ def exact_match_reward(
     1 for a row whose boxed answer is one of its ground truths after SQuAD's normalisation, else 0.
 
     Args:
-        completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last turn.
+        completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last
+            turn.
         model_text (`list[str]`, *optional*): What the model wrote, as [`ARPOTrainer`] passes it.
         log_metric (`Callable`, *optional*): Provided by the trainer.
         **kwargs: The dataset's columns; `answer` (or `solution`, `ground_truth`) holds a string or a list per row.

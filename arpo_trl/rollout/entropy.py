@@ -1,5 +1,5 @@
-"""From log-probabilities to a reading of how unsure a segment is. Pure functions; the symbols are those of the ARPO paper
-(https://huggingface.co/papers/2507.19849, section 3.1).
+"""From log-probabilities to a reading of how unsure a segment is. Pure functions; the symbols are those of the ARPO
+paper (https://huggingface.co/papers/2507.19849, section 3.1).
 
 What is not here: how log-probabilities are had (`engines/`), and what follows from a reading (`rules/`).
 """

@@ -1,5 +1,5 @@
-"""The tools of rows, and the stateful environments behind them: which methods are tools, how a fork copies an environment,
-and when a copy is closed.
+"""The tools of rows, and the stateful environments behind them: which methods are tools, how a fork copies an
+environment, and when a copy is closed.
 
 What is not here: the environments that TRL makes and keeps in its pool. It resets them for every rollout, and nothing
 closes them.
@@ -44,8 +44,8 @@ def environment_tools(tools: Sequence[Callable], environment: Any) -> list[Calla
             inspect.signature(environment.close).bind()
         except TypeError:
             raise ValueError(
-                f"`environment_factory`: `{kind}.close` takes arguments, but ARPOTrainer calls `close()` itself, when a "
-                "fork is over, and no model can. Give the tool another name."
+                f"`environment_factory`: `{kind}.close` takes arguments, but ARPOTrainer calls `close()` itself, when "
+                "a fork is over, and no model can. Give the tool another name."
             ) from None
     return [
         tool
@@ -144,7 +144,9 @@ class RowTools:
         ]
 
     def _stands_alone(self, tool: Callable | None, row: int) -> bool:
-        """Whether a tool neither changes nor reads the environment of its row, so that its calls may come at any time."""
+        """
+        Whether a tool neither changes nor reads the environment of its row, so that its calls may come at any time.
+        """
         if tool is None or getattr(tool, "__self__", None) is self._trainer.environments[row]:
             return False
         return tool_options(tool).deterministic

@@ -1,10 +1,11 @@
 """The waves of a rollout: from prompts to full groups of trajectories (ARPO, section 3.1 and Algorithm 1,
 https://huggingface.co/papers/2507.19849).
 
-One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the tools,
-append their results. The eager schedule does not wait for the slowest tool: its next wave holds the trajectories whose
-results are there. The rules of expansion let all rows of a group end and then fork anywhere in its tree. The loop knows
-nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that tests drive it with scripts.
+One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the
+tools, append their results. The eager schedule does not wait for the slowest tool: its next wave holds the
+trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
+tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that
+tests drive it with scripts.
 
 What is not here: images in tool results.
 """
@@ -83,19 +84,19 @@ class RolloutHooks:
     The side effects of a rollout.
 
     Args:
-        sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): Samples a segment after each context, no longer
-            than each limit. Called with empty lists where this process has nothing to do and others have.
+        sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): Samples a segment after each context, no
+            longer than each limit. Called with empty lists where this process has nothing to do and others have.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
         copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
             to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
-            later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for a
-            tool, with a rule that expands those that have ended and may be forked from.
+            later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for
+            a tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
-        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"`, `"tools"` (calls started,
-            results appended) or `"wait"` (for tools).
+        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"`, `"tools"` (calls
+            started, results appended) or `"wait"` (for tools).
     """
 
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
@@ -242,7 +243,9 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
 
 
 def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
-    """A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free."""
+    """
+    A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free.
+    """
     fork = _fork(group, parent, parent.end)
     if hooks.copy_state(parent, fork):
         return fork
@@ -336,7 +339,9 @@ def _call(step: _Step, limits: Limits, hooks: RolloutHooks) -> list[Future]:
 
 
 def refuse_calls_over_limit(calls: Sequence[ToolCall], trajectory: Trajectory, tools: Tools) -> None:
-    """Mark the calls with which a row exceeds a tool's `max_calls_per_row`; the model reads why. Shared calls count."""
+    """
+    Mark the calls with which a row exceeds a tool's `max_calls_per_row`; the model reads why. Shared calls count.
+    """
     made = Counter(own.call.name for own in trajectory.calls)
     for call in calls:
         made[call.name] += 1

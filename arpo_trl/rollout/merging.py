@@ -1,15 +1,16 @@
 """
 One execution for each distinct call that the rows of a group make of a deterministic tool.
 
-The answer of such a tool depends on its arguments alone, and a call changes nothing: equal calls of several rows can share
-one execution, and every row reads what it would have read without that. The tools of this package that only look something
-up or compute say so; others say it with `tool(..., deterministic=True)`.
+The answer of such a tool depends on its arguments alone, and a call changes nothing: equal calls of several rows can
+share one execution, and every row reads what it would have read without that. The tools of this package that only look
+something up or compute say so; others say it with `tool(..., deterministic=True)`.
 
 A call joins an equal one that has been answered, or that is still running. An error is shared by the calls of one wave
-and by those that wait for it; a later call tries again. What a row may do does not change: a merged call counts against
-its limits, and its row waits for the answer as for one of its own.
+and by those that wait for it; a later call tries again. What a row may do does not change: a merged call counts
+against its limits, and its row waits for the answer as for one of its own.
 
-What is not here: answers that reach other groups, steps or runs (`tool(..., cache=...)`); calls of a stateful environment.
+What is not here: answers that reach other groups, steps or runs (`tool(..., cache=...)`); calls of a stateful
+environment.
 """
 
 from collections.abc import Callable, Hashable
@@ -44,8 +45,8 @@ class CallMerger:
         Args:
             group (`Hashable`): Names the group; calls of different groups are never merged.
             call ([`ToolCall`]): The call.
-            function (`Callable`, *optional*): The tool; `None` if there is none of that name. The tools of a group have a
-                name each.
+            function (`Callable`, *optional*): The tool; `None` if there is none of that name. The tools of a group
+                have a name each.
 
         Returns:
             `Future`: Resolves to `call`, filled in.

@@ -1,5 +1,5 @@
-"""What the trees of a rollout tell of the method: rows by kind, rewards within trees and between them, where forks were
-made and whether they found anything new, how ΔH and P are distributed, and whether a rollout taught anything.
+"""What the trees of a rollout tell of the method: rows by kind, rewards within trees and between them, where forks
+were made and whether they found anything new, how ΔH and P are distributed, and whether a rollout taught anything.
 
 Pure functions of finished groups. A process takes [`observe`] of its own groups, the observations of all processes are
 added, and [`observation_metrics`] and [`useless_signs`] read the sum.
@@ -57,8 +57,8 @@ def observe(
 
     Args:
         groups (`Sequence[Group]`): Finished groups of this process, or parts of groups.
-        rewards (`Sequence[Sequence[float | None]]`): For each group the reward of each row of the whole group, M of them,
-            the rows of other processes included; `None` for a row without a score.
+        rewards (`Sequence[Sequence[float | None]]`): For each group the reward of each row of the whole group, M of
+            them, the rows of other processes included; `None` for a row without a score.
         advantages (`Sequence[float | None]`): By row of this process.
     """
     seen = Observations()
@@ -105,7 +105,10 @@ def _observe_rows(
 
 
 def _observe_trees(seen: Observations, group: Group, rewards: Sequence[float | None], group_mean: float) -> None:
-    """Squared distances of rewards, from the mean of their tree and of that mean from the group's. A tree is on one process."""
+    """
+    Squared distances of rewards, from the mean of their tree and of that mean from the group's. A tree is on one
+    process.
+    """
     roots: dict[int, int] = {}
     trees: dict[int, list[float]] = {}
     for trajectory, reward in zip(group.trajectories, rewards, strict=True):

@@ -1,4 +1,6 @@
-"""What a rollout adds to the batch that TRL makes of its rows: columns for reward functions, advantages by token, masks."""
+"""What a rollout adds to the batch that TRL makes of its rows: columns for reward functions, advantages by token,
+masks.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +66,8 @@ def attribute(output: dict[str, Any], groups: Sequence[Group], name: str) -> lis
 
 def mask_truncated(output: dict[str, Any], groups: Sequence[Group], accelerator: Accelerator) -> None:
     """
-    Take rows that ran into a limit out of the loss. TRL looks for them by their last token, and a row whose last call was
-    not answered may end with the token that ends a turn.
+    Take rows that ran into a limit out of the loss. TRL looks for them by their last token, and a row whose last call
+    was not answered may end with the token that ends a turn.
     """
     rows = [trajectory.truncated for group in groups for trajectory in group.trajectories]
     whole = ~torch.tensor(rows, device=output["completion_mask"].device).unsqueeze(1)

@@ -1,4 +1,6 @@
-"""Rollout records: one JSON line a trajectory, read by the viewer, the metrics and the checks (format: docs/records.md)."""
+"""Rollout records: one JSON line a trajectory, read by the viewer, the metrics and the checks (format:
+docs/records.md).
+"""
 
 import json
 import os
@@ -33,8 +35,8 @@ def rollout_records(
         advantages (`Sequence[float]`): Group-normalised advantage of each row.
         shared_advantages (`Sequence[Sequence[Span]]`, *optional*): Hard attribution of each row; `None` for soft.
         first_group (`int`): `prompt_index` of the first group: above 0 for a later generation batch of the same step.
-        examples (`Sequence[Mapping[str, Any]]`): Columns of the data set, by row of this process. The first row of each
-            group keeps them, see [`example_texts`].
+        examples (`Sequence[Mapping[str, Any]]`): Columns of the data set, by row of this process. The first row of
+            each group keeps them, see [`example_texts`].
     """
     records = []
     for prompt_index, group in enumerate(groups, start=first_group):
@@ -70,9 +72,9 @@ def rollout_records(
 
 def example_texts(example: Mapping[str, Any]) -> dict[str, str]:
     """
-    The columns of a data set's row as a record keeps them: texts as they are and other JSON as its text, each of at most
-    2,000 characters, and at most 20 of them. The prompt is left out, which a record holds as tokens, and what is empty or
-    no JSON, such as an image.
+    The columns of a data set's row as a record keeps them: texts as they are and other JSON as its text, each of at
+    most 2,000 characters, and at most 20 of them. The prompt is left out, which a record holds as tokens, and what is
+    empty or no JSON, such as an image.
     """
     texts: dict[str, str] = {}
     for name, value in example.items():

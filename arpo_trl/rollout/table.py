@@ -27,8 +27,8 @@ def completion_columns(groups: Sequence[Group]) -> dict[str, list]:
 def table_row(row: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     """
     A prompt or completion as the table of completions holds it. A table wants one type in each field, and what a model
-    writes as arguments of a call is of any type: here they are the JSON of an object, as OpenAI's are. Other values that
-    are no text are JSON too. Messages with images stay as they are.
+    writes as arguments of a call is of any type: here they are the JSON of an object, as OpenAI's are. Other values
+    that are no text are JSON too. Messages with images stay as they are.
     """
     if isinstance(row, str) or any(_has_images(message) for message in row):
         return row

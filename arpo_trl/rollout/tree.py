@@ -104,7 +104,9 @@ class Trajectory:
         return Place(len(self.completion_ids), len(self.segments), len(self.turns), len(self.calls), self.tool_turns)
 
     def fork(self, row: int, place: Place) -> "Trajectory":
-        """A copy that leaves at `place`, which is [`end`] or one of `starts`, and samples the segment behind it anew."""
+        """
+        A copy that leaves at `place`, which is [`end`] or one of `starts`, and samples the segment behind it anew.
+        """
         return replace(
             self,
             row=row,

@@ -1,11 +1,11 @@
 """Tools from elsewhere as plain functions: those of an MCP server, and smolagents tools.
 
-The functions have the name, docstring, signature and type hints that a chat template's JSON schema is made from, so they
-go wherever a Python function goes: into `ARPOTrainer(tools=...)`, TRL's `GRPOTrainer(tools=...)` or [`tool`].
+The functions have the name, docstring, signature and type hints that a chat template's JSON schema is made from, so
+they go wherever a Python function goes: into `ARPOTrainer(tools=...)`, TRL's `GRPOTrainer(tools=...)` or [`tool`].
 
 What is lost on the way: a schema says more than type hints can. Patterns, ranges and the types inside nested objects
-are not shown to the model; the server still checks them and answers with an error. MCP resources, prompts, sampling and
-elicitation are not offered. Audio is named, not passed on.
+are not shown to the model; the server still checks them and answers with an error. MCP resources, prompts, sampling
+and elicitation are not offered. Audio is named, not passed on.
 """
 
 import asyncio

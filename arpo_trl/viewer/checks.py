@@ -1,5 +1,5 @@
-"""Whether a JSON object is a rollout record that the page can show. Files are checked, since others than the trainer write
-such files too; what the trainer writes passes.
+"""Whether a JSON object is a rollout record that the page can show. Files are checked, since others than the trainer
+write such files too; what the trainer writes passes.
 
 What is not here: whether the parts of a record agree with each other beyond what the page needs.
 """

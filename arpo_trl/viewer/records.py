@@ -1,5 +1,5 @@
-"""Rollout records from a run dir or an evaluation: read them, put groups together, and compute what is followed over the
-steps.
+"""Rollout records from a run dir or an evaluation: read them, put groups together, and compute what is followed over
+the steps.
 
 What it does not do: it does not write records, and it does not judge them. A line that a killed run left half-written
 is skipped and reported; a file that holds something else is an error.
@@ -56,7 +56,9 @@ def find_steps(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def find_benchmarks(run_dir: Path) -> list[Path]:
-    """The files of an evaluation, one for each benchmark; none where `run_dir` is not the output of examples/evaluate.py."""
+    """
+    The files of an evaluation, one for each benchmark; none where `run_dir` is not the output of examples/evaluate.py.
+    """
     return sorted((run_dir / "records").glob("*.jsonl"))
 
 

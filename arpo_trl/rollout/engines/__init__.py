@@ -1,6 +1,7 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is
+decided here and nowhere else.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +74,8 @@ def model_engine(
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         stop_strings (`Sequence[str]`): Text at which a segment ends.
-        generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM takes its
+        generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM
+        takes its
             `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
     """

@@ -32,8 +32,9 @@ class Engine(ABC):
 
     Attributes:
         tells_logprobs (`bool`): Whether samples have log-probabilities.
-        lookups (`Counter[str]`): `prefix_cache_queries` and `prefix_cache_hits` of the latest rollout: tokens that were
-            given to read, and those of them that were known. Empty where nothing is kept, or the engine does not tell.
+        lookups (`Counter[str]`): `prefix_cache_queries` and `prefix_cache_hits` of the latest rollout: tokens that
+            were given to read, and those of them that were known. Empty where nothing is kept, or the engine does not
+            tell.
     """
 
     tells_logprobs: ClassVar[bool] = False
@@ -49,8 +50,8 @@ class Engine(ABC):
         Sample a segment after each context.
 
         Args:
-            contexts (`Sequence[list[int]]`): Tokens to go on from; none where other processes have work and this one has
-                not, since sampling may need all of them.
+            contexts (`Sequence[list[int]]`): Tokens to go on from; none where other processes have work and this one
+                has not, since sampling may need all of them.
             limits (`Sequence[int]`): Tokens that each segment may have, at least 1.
         """
 

@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 # A context window that no row reaches
 NO_LIMIT = 2**31
 
-# A rollout is a tensor with one sequence a row, whose logits processors see every step once; no tokenizer is handed over
+# A rollout is a tensor with one sequence a row, whose logits processors see every step once; no tokenizer is handed
+# over
 _UNFIT = (
     *("num_beams", "num_beam_groups", "constraints", "force_words_ids", "num_return_sequences"),
     *("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),

@@ -57,8 +57,8 @@ class EntropyRecorder(LogitsProcessor):
 
     def entropies(self, rows: int) -> list[list[float]]:
         """
-        Entropies in nats, one list for each of the `rows`, at most `window` long (tokens after a row's end included). A
-        `generate` that calls no logits processor tells none: its lists are empty.
+        Entropies in nats, one list for each of the `rows`, at most `window` long (tokens after a row's end included).
+        A `generate` that calls no logits processor tells none: its lists are empty.
         """
         return torch.stack(self._columns, dim=1).tolist() if self._columns else [[] for _ in range(rows)]
 
@@ -108,8 +108,8 @@ def recorded_generation(
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
-    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take a
-    cache, so it gets none.
+    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take
+    a cache, so it gets none.
     """
     if cache is not None and "generate" in vars(model):
         logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
@@ -153,8 +153,8 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
 def forget_image_positions(model: PreTrainedModel) -> None:
     """
     Models of Qwen's vision family keep, from one `generate` to the next, by how much the images of each row shift its
-    positions, and add that to the rows of any later call that begins with a cache. Rows of a rollout are other rows, in
-    another number, and hold text alone.
+    positions, and add that to the rows of any later call that begins with a cache. Rows of a rollout are other rows,
+    in another number, and hold text alone.
     """
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
@@ -172,7 +172,8 @@ class TransformersEngine(Engine):
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a segment ends.
         entropy_window (`int`): Tokens to read the entropy of, k.
         temperature (`float`): Sampling temperature.
-        keeps (`bool`): Whether to keep keys and values. Not where a forward is collective, since processes read in turns.
+        keeps (`bool`): Whether to keep keys and values. Not where a forward is collective, since processes read in
+            turns.
         idle_token (`int`): What a process without work reads, to take part in a collective forward.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row,
             rather than at its latest.

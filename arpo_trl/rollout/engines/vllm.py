@@ -1,7 +1,7 @@
 """Segments sampled with vLLM: its engine in this process, or a server.
 
-Entropies are read from the K most likely tokens. vLLM gives the processed log-probabilities, so with top-p or top-k the
-reading is of what they leave.
+Entropies are read from the K most likely tokens. vLLM gives the processed log-probabilities, so with top-p or top-k
+the reading is of what they leave.
 """
 
 import math
@@ -19,7 +19,9 @@ from .replaced import generate_with
 
 
 class Answer(NamedTuple):
-    """What vLLM sampled: tokens, and for each the log-probabilities of the likeliest with the tokens they belong to."""
+    """
+    What vLLM sampled: tokens, and for each the log-probabilities of the likeliest with the tokens they belong to.
+    """
 
     ids: Sequence[list[int]]
     logprobs: Sequence[Sequence[Sequence[float | None]] | None] | None = None
@@ -162,16 +164,16 @@ def vllm_settings(
     engine: Any, logprobs: int, generation_kwargs: dict, limits: Sequence[int], cache: Counter[str]
 ) -> Iterator[None]:
     """
-    Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position, uses `generation_kwargs`, and ends
-    each row at its own limit, where TRL has one limit for all.
+    Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position, uses `generation_kwargs`, and
+    ends each row at its own limit, where TRL has one limit for all.
 
     Args:
         engine ([`~trl.generation.vllm_generation.VLLMGeneration`]): The engine of the trainer.
         logprobs (`int`): K.
         generation_kwargs (`dict`): Sampling parameters beside TRL's own.
         limits (`Sequence[int]`): Tokens that each row of the engine may sample, those of other processes included.
-        cache (`Counter[str]`): Gets `prefix_cache_queries` and `prefix_cache_hits`: tokens that the engine was given to
-            read, and those of them that it found in its prefix cache. Nothing where the engine does not tell.
+        cache (`Counter[str]`): Gets `prefix_cache_queries` and `prefix_cache_hits`: tokens that the engine was given
+            to read, and those of them that it found in its prefix cache. Nothing where the engine does not tell.
     """
     limited: AbstractContextManager[None]
     client = getattr(engine, "vllm_client", None)  # with a server, of the main process
@@ -208,7 +210,9 @@ def _limited_engine(generate: Callable, limits: Sequence[int], cache: Counter[st
 
 
 def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
-    """`VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time."""
+    """
+    `VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time.
+    """
 
     def limited(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[int, list[int]] = {}
@@ -254,9 +258,10 @@ def top_k_samples(
 
     Args:
         ids (`Sequence[list[int]]`): Sampled tokens, one list a row.
-        logprobs (`Sequence[Sequence[Sequence[float | None]]]`): For each token, log-probabilities sorted by rank, of the
-            `top_k` most likely tokens and of the sampled one. `None` for what the engine could not score: one value, a
-            row, or all. Such a token has log-probability NaN, which TRL leaves out of its correction, and no entropy.
+        logprobs (`Sequence[Sequence[Sequence[float | None]]]`): For each token, log-probabilities sorted by rank, of
+            the `top_k` most likely tokens and of the sampled one. `None` for what the engine could not score: one
+            value, a row, or all. Such a token has log-probability NaN, which TRL leaves out of its correction, and no
+            entropy.
         logprob_token_ids (`Sequence[Sequence[Sequence[int]]]`): The tokens that they belong to.
         top_k (`int`): K.
         window (`int`): Tokens to read the entropy of, k.

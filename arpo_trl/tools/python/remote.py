@@ -1,5 +1,5 @@
-"""The Python tool on another machine: a server that speaks [SandboxFusion](https://github.com/bytedance/SandboxFusion)'s
-`/run_code`.
+"""The Python tool on another machine: a server that speaks
+[SandboxFusion](https://github.com/bytedance/SandboxFusion)'s `/run_code`.
 
 ```python
 from arpo_trl.tools.python.remote import RemoteSandbox
@@ -66,8 +66,8 @@ class RemoteSandbox:
     def __init__(self, url: str, timeout: float = 10.0, memory_mb: int | None = 1024, max_output_chars: int = 10_000):
         if memory_mb is not None and memory_mb != -1 and memory_mb < _LEAST_MEMORY_MB:
             raise ValueError(
-                f"memory_mb must be at least {_LEAST_MEMORY_MB}, which the interpreter needs, or None for the server's own "
-                f"limit, not {memory_mb!r}."
+                f"memory_mb must be at least {_LEAST_MEMORY_MB}, which the interpreter needs, or None for the "
+                f"server's own limit, not {memory_mb!r}."
             )
         self.timeout = timeout
         self.memory_mb = -1 if memory_mb is None else memory_mb

@@ -10,20 +10,22 @@ trainer = ARPOTrainer(..., tools=[PythonSandbox(timeout=10).python])
 
 With `sandbox="bwrap"` a call cannot
 - reach the network, not even this machine's loopback, nor concurrent calls;
-- see files other than the interpreter, its libraries and the installed packages, all read-only, nor leave files behind;
+- see files other than the interpreter, its libraries and the installed packages, all read-only, nor leave files
+  behind;
 - see other processes or their environment, or outlive its end: its process namespace dies with it;
 - exceed its limits on time, memory, processes, open files, size of files and of output;
 - take what the machine or the user has only one store of, such as asynchronous I/O, huge pages or locks on files.
 
 What it does NOT do, in either mode:
-- stop an attack on the kernel itself. Calls share it with the host; they reach it by listed system calls only, no more;
+- stop an attack on the kernel itself. Calls share it with the host; they reach it by listed system calls only, no
+  more;
 - limit memory between two looks at a call with several processes, 10 ms apart; only a cgroup around all would;
 - hide the installed packages, their versions, or the machine's kernel and hardware;
 - share the processor fairly: a call may use every core until its time-out.
 
-`sandbox="rlimits"` limits time, memory of one process and size of files and output, and ends what a call leaves running
-(unless it works to escape). It stops accidents only: the code runs as you, reads and deletes your files, uses your
-network and can start more processes than the machine holds.
+`sandbox="rlimits"` limits time, memory of one process and size of files and output, and ends what a call leaves
+running (unless it works to escape). It stops accidents only: the code runs as you, reads and deletes your files, uses
+your network and can start more processes than the machine holds.
 """
 
 import atexit
@@ -79,8 +81,8 @@ class PythonSandbox:
             [bubblewrap](https://github.com/containers/bubblewrap), or `"rlimits"` to contain accidents only.
         timeout (`float`): Seconds that a call may run.
         memory_mb (`int`): Memory in MiB that all processes of a call together may use beyond the preloaded modules.
-            Counted as it is mapped, so memory that forked processes share counts for each; `docs/security.md` says what
-            is counted and how closely.
+            Counted as it is mapped, so memory that forked processes share counts for each; `docs/security.md` says
+            what is counted and how closely.
         max_output_chars (`int`): Characters of output that are shown; what is cut from the middle is replaced by a
             marker.
         workers (`int`, *optional*): Calls that run at the same time; others wait, and waiting does not count towards
@@ -130,7 +132,8 @@ class PythonSandbox:
             "namespaces": sandbox == "bwrap",
             "paths": [path for path in site.getsitepackages() if os.path.isdir(path)],
         }
-        # Forking a process takes longer the more it has imported, so code that uses none of the modules is spared them.
+        # Forking a process takes longer the more it has imported, so code that uses none of the modules is spared
+        # them.
         self._bare = _Server({**config, "preload": []})
         self._loaded = _Server({**config, "preload": self._preload})
         _open.add(self)

@@ -1,16 +1,16 @@
 """The system calls that a call of [`~arpo_trl.tools.python.PythonSandbox`] may make, as a seccomp filter.
 
 The list says what is allowed, so that what Linux adds later is refused. Left out is what calculations never need and
-- what takes from a store that all processes of the machine, or of the user, share and whose use cannot be counted here:
-  asynchronous I/O, inotify and fanotify, message queues, keyrings, leases and locks on files, huge pages, real-time
-  priority, larger pipes, the flushing of all disks;
-- memory that belongs to no process: `memfd_create`, System V, shared anonymous mappings, pages that `vmsplice` and `tee`
-  put into pipes, buffers and descriptors that `sendmsg` leaves in a socket;
+- what takes from a store that all processes of the machine, or of the user, share and whose use cannot be counted
+  here: asynchronous I/O, inotify and fanotify, message queues, keyrings, leases and locks on files, huge pages,
+  real-time priority, larger pipes, the flushing of all disks;
+- memory that belongs to no process: `memfd_create`, System V, shared anonymous mappings, pages that `vmsplice` and
+  `tee` put into pipes, buffers and descriptors that `sendmsg` leaves in a socket;
 - what looks out of the sandbox or undoes it: sockets, namespaces, mounts, `ptrace`, other processes' memory, `bpf`,
   `io_uring`, `userfaultfd`, and being dumped to a program of the host again.
 
-What this module does NOT do: install the filter, which only the process that is to be filtered can do, or limit what the
-allowed calls consume; both are the worker's part.
+What this module does NOT do: install the filter, which only the process that is to be filtered can do, or limit what
+the allowed calls consume; both are the worker's part.
 """
 
 import errno
@@ -108,8 +108,8 @@ def filter_program(machine: str) -> bytes:
         machine (`str`): One of `MACHINES`, as `os.uname().machine` names it.
 
     Returns:
-        `bytes`: Instructions of 8 bytes each. What is not allowed is answered with EPERM, what is newer than these lists
-        with ENOSYS, and a call of another architecture ends the process.
+        `bytes`: Instructions of 8 bytes each. What is not allowed is answered with EPERM, what is newer than these
+        lists with ENOSYS, and a call of another architecture ends the process.
     """
     architecture, column = MACHINES[machine]
     allowed, absent = _numbers(ALLOWED, column), _numbers(ABSENT, column)

@@ -366,7 +366,8 @@ _STANDARD = (
 # Modules that do much of their importing at first use
 _WARM_UP = {
     "numpy": "import numpy.random",
-    "sympy": "from sympy import *; x = Symbol('x'); solve(x**2 - 2), integrate(x * sin(x), x), simplify(x / x), latex(x)",
+    "sympy": "from sympy import *; x = Symbol('x'); solve(x**2 - 2), integrate(x * sin(x), x), simplify(x / x), "
+    "latex(x)",
 }
 
 

@@ -55,7 +55,8 @@ _STOPWORDS = frozenset(STOPWORDS_EN)
 class PassageSearch:
     """What every local search shares: the passages, the readers, and the tool itself.
 
-    A subclass says how it ranks (`rank`), what it saves beside the passages (`_save`), and how that is opened (`load`).
+    A subclass says how it ranks (`rank`), what it saves beside the passages (`_save`), and how that is opened
+    (`load`).
 
     Args:
         passages (`Sequence[str]` or `pa.Array`): Texts to search in.

@@ -9,7 +9,8 @@ trainer = ARPOTrainer(..., tools=[local.search])
 ```
 
 What may pass by itself (rate limits, server errors, lost connections, time-outs, half an answer) raises
-[`~arpo_trl.execution.errors.TransientToolError`]; anything else a `RuntimeError`. Neither is ever returned as a result.
+[`~arpo_trl.execution.errors.TransientToolError`]; anything else a `RuntimeError`. Neither is ever returned as a
+result.
 
 What this module does NOT do: repeat a request or remember an answer, which is the executor's part
 (`tool(web.search, retries=3, cache="cache.sqlite")`); or defend against the server it is pointed at, as

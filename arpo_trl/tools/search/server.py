@@ -47,8 +47,8 @@ def answer(index: PassageSearch, request: Any) -> dict[str, Any]:
         request (`dict`): `{"queries": list[str], "topk": int, "return_scores": bool}`; the last two may be left out.
 
     Returns:
-        `dict`: `{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list a query, best first; the
-        documents alone without `return_scores`.
+        `dict`: `{"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}`, one list a query, best first;
+        the documents alone without `return_scores`.
 
     Raises:
         ValueError: If the request is not of that form, or asks for more than the server gives.

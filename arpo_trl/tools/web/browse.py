@@ -97,8 +97,8 @@ _SUPERSETS = {
 _NO_CHARSET = frozenset({"idna", "punycode", "unicode-escape", "raw-unicode-escape", "utf-7", "undefined"})
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
 _BOMS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-# Extraction costs about 0.2 ms an element in its fast mode, and time that grows with the square in its thorough one: so
-# thorough up to a tenth of this, fast up to this, and above it the words of the whole page
+# Extraction costs about 0.2 ms an element in its fast mode, and time that grows with the square in its thorough one:
+# so thorough up to a tenth of this, fast up to this, and above it the words of the whole page
 _MOST_ELEMENTS = 20_000
 # An element costs some 600 bytes of memory: markup with more tags is cut
 _MOST_TAGS = 100_000

@@ -313,8 +313,8 @@ def is_public(address: str) -> bool:
         address (`str`): IPv4 or IPv6 address.
 
     Returns:
-        `bool`: `False` for loopback, private, shared, link-local, multicast, reserved and metadata addresses, also where
-        an IPv6 address carries such an IPv4 address, and for the addresses of this machine's own interfaces.
+        `bool`: `False` for loopback, private, shared, link-local, multicast, reserved and metadata addresses, also
+        where an IPv6 address carries such an IPv4 address, and for the addresses of this machine's own interfaces.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     return not is_special(ip) and not is_own(ip)
