@@ -3,12 +3,17 @@
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     FalconH1Config,
+    Gemma3TextConfig,
+    Gemma4Config,
     Gemma4TextConfig,
     GptOssConfig,
     Lfm2Config,
+    Llama4TextConfig,
     MistralConfig,
     NemotronHConfig,
+    Qwen3_5Config,
     Qwen3_5TextConfig,
 )
 
@@ -84,14 +89,57 @@ def configs(hidden: int = 32, vocab: int = 50, window: int = 8, **settings):
             **shape, num_hidden_layers=2, mamba_d_ssm=hidden, mamba_n_heads=4, mamba_d_head=hidden // 4,
             mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=16,
         ),
+        "llama4": Llama4TextConfig(
+            **shape,
+            num_hidden_layers=4,
+            intermediate_size_mlp=hidden,
+            attention_chunk_size=window,
+            num_local_experts=2,
+        ),
+        "gemma3": Gemma3TextConfig(
+            **shape, num_hidden_layers=2, layer_types=[sliding, full], sliding_window=window
+        ),
         "mistral": MistralConfig(**shape, num_hidden_layers=2, sliding_window=window),
     }  # fmt: skip
+
+
+def multimodal_configs(**settings):
+    """The checkpoints that ship with a vision tower; their rows are text here."""
+    texts = configs(**settings)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "patch_size": 4}
+    qwen = texts["qwen3_5"].to_dict()
+    qwen["rope_parameters"]["mrope_section"] = [1, 1, 0]
+    return {
+        "qwen3_5_vision": Qwen3_5Config(
+            text_config=qwen,
+            vision_config={**tower, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16},
+            image_token_id=48,
+            video_token_id=49,
+        ),
+        "gemma4_vision": Gemma4Config(
+            text_config=texts["gemma4"].to_dict(),
+            vision_config={
+                **tower,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+            },
+            audio_config=None,
+            image_token_id=48,
+            video_token_id=47,
+            audio_token_id=49,
+        ),
+    }
 
 
 def build(family: str, **settings):
     """A model of one shape, with weights large enough that every layer changes what is sampled."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(configs(**settings)[family]).eval()
+    if family.endswith("_vision"):
+        model = AutoModelForImageTextToText.from_config(multimodal_configs(**settings)[family]).eval()
+    else:
+        model = AutoModelForCausalLM.from_config(configs(**settings)[family]).eval()
     if "initializer_range" not in settings:
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_trainer_options import build, records
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -167,16 +163,11 @@ def test_an_adapter_takes_part():
 @pytest.mark.parametrize(
     "model, config",
     [
-        (MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=8)), GREEDY),
-        (
-            Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=8, layer_types=["sliding_attention"] * 2)),
-            GREEDY,
-        ),
         (build_model("qwen3"), GenerationConfig(**{**GREEDY.to_diff_dict(), "use_cache": False})),
         (build_model("qwen3"), GenerationConfig(**{**GREEDY.to_diff_dict(), "cache_implementation": "static"})),
         (build_model("qwen3"), GenerationConfig(**{**GREEDY.to_diff_dict(), "num_beams": 2})),
     ],
-    ids=["sliding", "gemma3", "no cache", "static", "beams"],
+    ids=["no cache", "static", "beams"],
 )
 def test_other_caches_start_anew(model, config):
     assert cache_obstacle(model, config) is not None

@@ -414,6 +414,16 @@ def generation_cache(config: PreTrainedConfig, layers: Sequence[KeysValues | Non
     return cache
 
 
+def forget_positions(model: PreTrainedModel) -> None:
+    """
+    Let a vision-language model compute the positions of rows of text anew: one that goes on from a cache adds what
+    images shifted in its latest `generate`, whose rows were others.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_deltas", None) is not None:
+            module.rope_deltas = None
+
+
 class EndStates(StoppingCriteria):
     """
     Copies the state of each row when it ends, since `generate` goes on with it as long as any row goes on. Ends

@@ -34,6 +34,7 @@ from .cache_layers import (
     KeysValues,
     State,
     Target,
+    forget_positions,
     gathered,
     generation_cache,
     is_recurrent,
@@ -173,8 +174,9 @@ class PrefixCache:
 
     Keys and values take the memory of the cache of one `generate`, kept while the tools run, and of what [`keep`]
     names. At the peak one layer stands twice, and what contexts share stands once beside the rows that share it. The
-    keys and values of sliding windows are kept whole, as those of full attention. States take three times those of one
-    `generate` at most: where a segment begins (equal contexts once), while it is sampled, and where it ends.
+    keys and values of sliding windows are kept whole, as those of full attention. States stand up to four times: while
+    a segment is sampled, as in one `generate`, where it began, where it ended, and where the prompt ended; equal
+    places stand once.
 
     `lookups` counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
     (`prefix_cache_hits`).
@@ -248,6 +250,7 @@ class PrefixCache:
 
         cache = generation_cache(model.config, layers, state)
         del layers, state
+        forget_positions(model)
         ending = EndStates(stopping_criteria, _ends(model, generation_config), cache)
         criteria = StoppingCriteriaList([ending]) if self._recurrent else stopping_criteria
         output = generate(input_ids=input_ids, stopping_criteria=criteria, **{CACHE: cache}, **arguments)
