@@ -21,7 +21,7 @@ from transformers.utils import logging
 from trl.extras.profiling import profiling_context
 
 from .advantages import Span
-from .execution.errors import error_line
+from .execution.errors import error_repr
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.observations import add_observations, observation_metrics, observe, useless_signs
 from .rollout.record import rollout_records, write_records
@@ -172,7 +172,7 @@ class Reporter:
             self._recorded = (step, groups_before + len(groups))
         except Exception as error:  # an OSError, what `tokenizers` raises in its place, or of a value that is no JSON
             if not self._records_failed:
-                reason = error_line(error)
+                reason = error_repr(error)
                 logger.warning(f"Rollout records could not be written ({reason}); training goes on without them.")
             self._records_failed = True
 
@@ -194,7 +194,7 @@ class Reporter:
             path.write_bytes(picture)
             report_image("train/arpo/tree", path, step, trainer.args.report_to, trainer.callback_handler.callbacks)
         except Exception as error:  # of the disk, of matplotlib, or of a backend that cannot be reached
-            reason = error_line(error)
+            reason = error_repr(error)
             logger.warning_once(f"A tree could not be written or logged ({reason}); training goes on without it.")
 
     def prepare_table(self) -> None:

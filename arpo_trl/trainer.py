@@ -4,7 +4,7 @@ import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -13,7 +13,6 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import Span, attribution, check_spans
 from .checkpoints import shared_choice
 from .checks import (
     check_arguments,
@@ -24,7 +23,7 @@ from .checks import (
     explain_template_error,
 )
 from .config import ARPOConfig
-from .execution.errors import error_line
+from .execution.errors import error_repr
 from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
@@ -36,7 +35,7 @@ from .rollout.engines import trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.record import call_records
+from .rollout.outputs import attribute, mask_truncated, reward_columns
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
@@ -238,13 +237,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         for trajectory in trajectories:
             if trajectory.parent is not None:  # an environment may have told every row something else
                 prompts[trajectory.row] = prompts[trajectory.parent]
-        extra_fields = {
-            **extra_fields,
-            "tool_calls": [call_records(trajectory) for trajectory in trajectories],
-            "model_text": self._tokenizer.batch_decode(
-                [trajectory.own_ids for trajectory in trajectories], skip_special_tokens=True
-            ),
-        }
+        extra_fields = {**extra_fields, **reward_columns(trajectories, self._tokenizer)}
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
@@ -351,50 +344,13 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return output
         if self.mask_truncated_completions:
-            self._mask_truncated(output)
+            mask_truncated(output, self._groups, self.accelerator)
         advantages = output["advantages"].tolist()
         self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:
-            spans = self._attribute(output, advantages)
+            spans = attribute(output, self._groups, self.args.advantage_attribution)
             self._reporter.rollout(self._groups, advantages, spans)
         return output
-
-    def _attribute(self, output: dict[str, Any], advantages: list[float]) -> list[list[Span]] | None:
-        """Spread the advantages of rows, of shape (B,), over their tokens, (B, T); soft attribution leaves that to TRL."""
-        name = self.args.advantage_attribution
-        if name == "soft":
-            return None
-        spans = []
-        for group in self._groups:
-            first, rows = group.rows.start, group.trajectories
-            lengths = [len(row.completion_ids) for row in rows]
-            own = attribution(name)(
-                [advantages[row] for row in group.rows],
-                [None if row.parent is None else row.parent - first for row in rows],
-                [row.fork_token for row in rows],
-                lengths,
-            )
-            check_spans(own, lengths, name)
-            spans += own
-        spread = output["advantages"].unsqueeze(1).repeat(1, output["completion_ids"].size(1))
-        for row, row_spans in enumerate(spans):
-            for span in row_spans:
-                spread[row, span.start : span.end] = span.advantage
-        output["advantages"] = spread
-        return spans
-
-    def _mask_truncated(self, output: dict[str, Any]) -> None:
-        """
-        Take rows that ran into a limit out of the loss. TRL looks for them by their last token, and a row whose last call
-        was not answered may end with the token that ends a turn.
-        """
-        rows = [trajectory.truncated for group in self._groups for trajectory in group.trajectories]
-        whole = ~torch.tensor(rows, device=output["completion_mask"].device).unsqueeze(1)
-        for name in ("completion_mask", "tool_mask"):
-            if name in output:
-                output[name] = output[name] * whole
-        loss_mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = self.accelerator.gather(loss_mask.sum()).sum()
 
     # What surrounds training steps
 
@@ -409,7 +365,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         except Exception as error:
             if metrics:  # TRL clears them when they are logged; the table comes after that
                 raise
-            reason = error_line(error)
+            reason = error_repr(error)
             logger.warning_once(
                 f"A table of completions could not be written ({reason}); training goes on without it."
             )

@@ -470,7 +470,11 @@ class ScriptedEngine:
                 stopped = ids[-1] in params.stop_token_ids or any(stop in written for stop in params.stop)
                 if stopped or len(ids) - start == params.max_tokens:
                     break
-            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids[start:]))]))
+            outputs.append(
+                SimpleNamespace(
+                    prompt_token_ids=[], num_cached_tokens=0, outputs=[SimpleNamespace(token_ids=tuple(ids[start:]))]
+                )
+            )
         return outputs
 
 
@@ -633,7 +637,9 @@ def test_a_judge_that_dies_costs_no_completion(script, agent_dirs, tmp_path):
 
     def boxed(trajectories):
         for trajectory in trajectories:  # so that there is something to judge
-            trajectory.completion_ids += tokenizer.encode("<answer>\\boxed{5}</answer>", add_special_tokens=False)
+            trajectory.completion_ids += tokenizer.encode(
+                "</think><answer>\\boxed{5}</answer>", add_special_tokens=False
+            )
             trajectory.tool_mask += [1] * (len(trajectory.completion_ids) - len(trajectory.tool_mask))
         return trajectories
 

@@ -217,7 +217,7 @@ def test_a_tree_that_cannot_be_drawn_or_uploaded_ends_no_run(
     trainer = build(agent_dirs, tokenizer, tmp_path, max_steps=1, max_completion_length=60, log_tree_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
-    assert f"A tree could not be written or logged (RuntimeError: {failing} is broken)" in caplog.text
+    assert f"A tree could not be written or logged (RuntimeError('{failing} is broken'))" in caplog.text
 
 
 def test_a_tree_each_two_steps_goes_to_disk_and_to_every_backend(events, logged):

@@ -11,14 +11,14 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
-from ..rollout.engines import NO_LIMIT, Sample, model_engine
+from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
 from ..rollout.rules import BranchRule
 from ..rollout.tree import Trajectory, group_parts
@@ -93,10 +93,18 @@ class Agent:
             "min_p": min_p or 0.0,
             "repetition_penalty": repetition_penalty,
         }
-        self.engine, ends = model_engine(
-            model, tokenizer, self.protocol.stop_strings, self.sampling, max_completion_length, entropy_window
-        )
+        ends = end_tokens(model, tokenizer)
         self.eos_token_ids = set(ends)
+        self.generation_config = GenerationConfig(
+            max_new_tokens=max_completion_length,
+            do_sample=temperature > 0,
+            **(self.sampling if temperature > 0 else {"repetition_penalty": repetition_penalty}),
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        self.engine = model_engine(
+            model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window
+        )
         self.limits = Limits(
             completion=max_completion_length,
             context=self.engine.context_length,

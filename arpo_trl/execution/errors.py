@@ -1,7 +1,5 @@
 """Errors that tools and their executor share, and any error as text."""
 
-from .function_worker import error_text
-
 
 class TransientToolError(RuntimeError):
     """A tool call failed in a way that may pass: rate limit, server error, lost connection, time-out.
@@ -49,6 +47,9 @@ class ToolFailure(Exception):
         return f"{self.name}: {self.text}" if self.text else self.name
 
 
-def error_line(error: BaseException) -> str:
-    """Class and message of any exception, as the last line of a traceback shows them, whatever its own methods do."""
-    return ToolFailure(*error_text(error)).line
+def error_repr(error: BaseException) -> str:
+    """The error as Python writes it, or its class alone where its own text raises."""
+    try:
+        return repr(error)
+    except Exception:
+        return type(error).__name__

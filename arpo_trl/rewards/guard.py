@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
 
-from ..execution.errors import error_line
+from ..execution.errors import error_repr
 from ..plain_data import copied
 
 logger = logging.get_logger(__name__)
@@ -152,7 +152,7 @@ def _kept(rows: list[int], found: list[int], error: Exception, name: str) -> lis
     failed = ", ".join(map(str, sorted(found)))
     without = f"row {failed} has no score" if found else "no row alone makes it raise"
     logger.warning(
-        f"The reward function '{name}' raised {error_line(error)} on {len(rows)} rows; {without}.", exc_info=error
+        f"The reward function '{name}' raised {error_repr(error)} on {len(rows)} rows; {without}.", exc_info=error
     )
     return [row for row in rows if row not in found]
 

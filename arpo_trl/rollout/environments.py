@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..execution.errors import error_line
+from ..execution.errors import error_repr
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from .loop import refuse_calls_over_limit
@@ -72,7 +72,7 @@ def fork_environment(environment: Any) -> Any:
     except Exception as error:
         raise TypeError(
             f"A fork needs a copy of its environment, but a `{type(environment).__name__}` cannot be copied "
-            f"({error_line(error)}). Give the class a method `fork(self)` that returns one."
+            f"({error_repr(error)}). Give the class a method `fork(self)` that returns one."
         ) from error
 
 
@@ -137,7 +137,7 @@ class RowTools:
             environments[fork.row] = copied = fork_environment(environment)
         except Exception as error:
             name = type(environment).__name__
-            logger.warning_once(f"A `{name}` could not be copied for a fork, which is not made ({error_line(error)}).")
+            logger.warning_once(f"A `{name}` could not be copied for a fork, which is not made ({error_repr(error)}).")
             return False
         self._copies.append(copied)
         for tools in (self._trainer._sync_tool_dicts, self._trainer._async_tool_dicts):

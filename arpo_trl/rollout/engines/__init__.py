@@ -13,12 +13,19 @@ from .generation_settings import NO_LIMIT, context_length, tell_settings
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
 
-__all__ = ["NO_LIMIT", "Engine", "Sample", "TransformersEngine", "VLLMEngine", "model_engine", "trainer_engine"]
+__all__ = [
+    "NO_LIMIT",
+    "Engine",
+    "Sample",
+    "TransformersEngine",
+    "VLLMEngine",
+    "end_tokens",
+    "model_engine",
+    "trainer_engine",
+]
 
 
-def trainer_engine(
-    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]]
-) -> Engine:
+def trainer_engine(trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]]) -> Engine:
     """
     The engine of a trainer.
 
@@ -52,48 +59,46 @@ def model_engine(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     stop_strings: Sequence[str],
-    sampling: dict[str, Any],
-    max_new_tokens: int,
+    generation_config: GenerationConfig,
     entropy_window: int,
-) -> tuple[Engine, list[int]]:
+) -> Engine:
     """
-    The engine of a model outside of training, and the tokens that end a turn.
+    The engine of a model outside of training.
 
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         stop_strings (`Sequence[str]`): Text at which a segment ends.
-        sampling (`dict[str, Any]`): `temperature` (0 decodes greedily), `top_p`, `top_k`, `min_p`, `repetition_penalty`.
-        max_new_tokens (`int`): Most tokens of a segment.
+        generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM takes its
+            `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
     """
     if hasattr(model, "llm_engine"):
         config = model.llm_engine.model_config
-        ends = _ends(tokenizer, config.try_get_generation_config().get("eos_token_id"))
-        ask = ask_llm(model, sampling, stop_strings, ends)
-        return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window), ends
-    ends = _ends(tokenizer, model.generation_config.eos_token_id)
-    greedy = sampling["temperature"] == 0
-    generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        **({"repetition_penalty": sampling["repetition_penalty"]} if greedy else sampling),
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        told = {name: getattr(generation_config, name) for name in names}
+        sampling = {name: value for name, value in told.items() if value is not None}
+        if not generation_config.do_sample:
+            sampling["temperature"] = 0.0
+        ask = ask_llm(model, sampling, stop_strings, generation_config.eos_token_id)
+        return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
-    engine = TransformersEngine(
+    return TransformersEngine(
         lambda: model,
         lambda contexts: generate_ids(model, contexts, generation_config),
         stop_string_criteria(tokenizer, stop_strings),
         entropy_window,
-        sampling["temperature"] or 1.0,
+        generation_config.temperature or 1.0,
         keeps=True,
         idle_token=tokenizer.eos_token_id,
     )
-    return engine, ends
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, eos: int | list[int] | None) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a turn: the tokenizer's, and those of the model's own generation config."""
+    if hasattr(model, "llm_engine"):
+        eos = model.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
+    else:
+        eos = model.generation_config.eos_token_id
     own = eos if isinstance(eos, list) else [eos] if eos is not None else []
     return sorted({tokenizer.eos_token_id, *own})
