@@ -467,7 +467,8 @@ def test_rollout_metrics_need_no_float64(tokenizer, tmp_path):
     rollout = next(iter(trainer._metrics["train"].values()), None)
     assert rollout is None  # all were logged
     with WithoutFloat64():
-        trainer._reporter.metrics(trainer._groups, trainer._engine.lookups)
+        advantages = list(trainer._logs["advantages"])
+        trainer._reporter.metrics(trainer._groups, trainer._engine.lookups, advantages)
     logged = trainer.state.log_history[0]
     for name, values in trainer._metrics["train"].items():
         assert values[0] == pytest.approx(logged[name]), name
