@@ -1,4 +1,4 @@
-"""The prefix cache with every kind of layer: windows, recurrent and convolution states, layers without, and mixtures."""
+"""The prefix cache with every kind of layer: windows, recurrent and convolution states, none at all, and mixtures."""
 
 import random
 
