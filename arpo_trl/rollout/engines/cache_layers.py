@@ -24,15 +24,18 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    cache_utils,
 )
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+
+# A layer that caches nothing, which older transformers do not have
+_EMPTY = tuple(getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name))
 
 # What a model calls its cache: transformers renamed it
 CACHE = (
@@ -155,7 +158,7 @@ _READ: dict[type, type] = {
     DynamicSlidingWindowLayer: _ReadWindow,
     LinearAttentionAndFullAttentionLayer: _ReadHybrid,
 }
-_KNOWN = (*_READ, LinearAttentionLayer, DummyLayer)
+_KNOWN = (*_READ, LinearAttentionLayer, *_EMPTY)
 
 
 def _layers(config: PreTrainedConfig) -> list[Any]:
