@@ -244,7 +244,7 @@ def test_states_stand_where_they_are_needed():
     with PeakBytes(counts) as plain, torch.no_grad():
         model.generate(torch.full((6, 60), 3), max_new_tokens=2, do_sample=False, pad_token_id=0)
     peak, cache = peak_in_caches(model, counts)
-    # While a segment is sampled, and of each row: its prompt, where the segment began, and where it ended
+    # Of each row also its prompt, where its segment began and where it ended
     assert peak <= plain.peak + 3 * one
     assert len(cache._places) == 3 * 6
 
