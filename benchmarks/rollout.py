@@ -5,18 +5,19 @@ critical path; all sides in one run.
     python benchmarks/rollout.py --json outputs/rollout.json
     python benchmarks/rollout.py --prompts 1 --hidden 512 --repeats 1
 
-First table: both sides are a trainer's own `_generate`, from prompts to token ids, with a real model of random weights that reads and
-samples every token. Only what decides the shape of a rollout is written for it: where a segment ends (16 to 39 tokens),
-that it ends in a call, and after three calls in an answer. TRL fills its groups of 16 from the prompt; ARPO samples 8
-and forks the rest. With tools of 0 s what differs is how much is read and sampled; TRL runs tools one after another.
+First table: both sides are a trainer's own `_generate`, from prompts to token ids, with a real model of random weights
+that reads and samples every token. Only what decides the shape of a rollout is written for it: where a segment ends
+(16 to 39 tokens), that it ends in a call, and after three calls in an answer. TRL fills its groups of 16 from the
+prompt; ARPO samples 8 and forks the rest. With tools of 0 s what differs is how much is read and sampled; TRL runs
+tools one after another.
 
 Second table: four segments of 32 tokens for 16 rows of one prompt of 750 tokens, with a result of 110 tokens between
 them, by `generate` as TRL calls it, by `generate` with our prefix cache, and by transformers' continuous batching with
 its own prefix cache kept from one call to the next. Third table: the same with results of 90 to 130 tokens, `generate`
 and our prefix cache, for models whose caches hold windows of 128 tokens, states, or both.
 
-Fourth table: 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its tools,
-and what the rollout takes without any.
+Fourth table: 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its
+tools, and what the rollout takes without any.
 """
 
 import argparse

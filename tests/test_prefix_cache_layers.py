@@ -1,4 +1,6 @@
-"""The prefix cache with every kind of layer: windows, recurrent and convolution states, layers without, and mixtures."""
+"""
+The prefix cache with every kind of layer: windows, recurrent and convolution states, layers without, and mixtures.
+"""
 
 import random
 

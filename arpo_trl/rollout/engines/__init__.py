@@ -1,6 +1,7 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or
+a model has is decided here and nowhere else.
 """
 
 from collections.abc import Callable, Sequence

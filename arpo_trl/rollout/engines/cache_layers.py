@@ -245,7 +245,9 @@ def rows_apart(state: State, rows: Sequence[int]) -> list[State]:
 
 
 def states_taken(cache: Cache, rows: Sequence[int]) -> list[State]:
-    """The states of some rows, each on its own; the cache loses its states, so that no more than a layer stands twice."""
+    """
+    The states of some rows, each on its own; the cache loses its states, so that no more than a layer stands twice.
+    """
     taken: list[State] = [[] for _ in rows]
     for layer in cache.layers:
         if not isinstance(layer, LinearAttentionLayer):
@@ -259,7 +261,9 @@ def states_taken(cache: Cache, rows: Sequence[int]) -> list[State]:
 
 
 class Target(NamedTuple):
-    """Where known prefixes are copied to: `found[i]` into row `i`, so that it ends before column `ends[i]` of `width`."""
+    """
+    Where known prefixes are copied to: `found[i]` into row `i`, so that it ends before column `ends[i]` of `width`.
+    """
 
     found: Sequence[Found]
     ends: Sequence[int]
@@ -302,10 +306,10 @@ def parts_to_read(lengths: Sequence[int], known: Sequence[int], width: int, recu
     """
     How to read the rest of each row in few forwards.
 
-    Attention takes one: a row whose rest is short reads some tokens again. A state goes on from where it is, and padding
-    would change it: rows that have one read together as many tokens as each still lacks. Where many lengths meet, these
-    are powers of two, so that there are no more forwards than bits in the longest rest. Rows without a state are padded
-    on the left, as by `generate`.
+    Attention takes one: a row whose rest is short reads some tokens again. A state goes on from where it is, and
+    padding would change it: rows that have one read together as many tokens as each still lacks. Where many lengths
+    meet, these are powers of two, so that there are no more forwards than bits in the longest rest. Rows without a
+    state are padded on the left, as by `generate`.
 
     Args:
         lengths (`Sequence[int]`): Tokens of each row, which ends before column `width`.
@@ -353,8 +357,8 @@ def read_into(
         known (`Sequence[int]`): How many of them are known.
         layers (`list[tuple[torch.Tensor, torch.Tensor] | None]`): Keys and values of all rows, each row ending before
             column `width`; completed in place.
-        state (`State`): For a model with states, those of all rows after their known tokens, `[]` where nothing is known
-            of any ([`joined`]).
+        state (`State`): For a model with states, those of all rows after their known tokens, `[]` where nothing is
+            known of any ([`joined`]).
         width (`int`): Columns.
 
     Returns:
@@ -415,8 +419,8 @@ def generation_cache(config: PreTrainedConfig, layers: Sequence[KeysValues | Non
 
 def forget_positions(model: PreTrainedModel) -> None:
     """
-    Let a vision-language model compute the positions of rows of text anew: one that goes on from a cache adds what images
-    shifted in its latest `generate`, whose rows were others.
+    Let a vision-language model compute the positions of rows of text anew: one that goes on from a cache adds what
+    images shifted in its latest `generate`, whose rows were others.
     """
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
@@ -425,7 +429,8 @@ def forget_positions(model: PreTrainedModel) -> None:
 
 class EndStates(StoppingCriteria):
     """
-    Copies the state of each row when it ends, since `generate` goes on with it as long as any row goes on. Ends nothing.
+    Copies the state of each row when it ends, since `generate` goes on with it as long as any row goes on. Ends
+    nothing.
 
     Args:
         criteria ([`~transformers.StoppingCriteriaList`]): What ends a row beside its end-of-turn tokens.
@@ -433,8 +438,8 @@ class EndStates(StoppingCriteria):
         cache ([`~transformers.DynamicCache`]): The cache of the rows.
 
     Attributes:
-        states (`dict[int, tuple[int, State]]`): For each row that has ended, the columns that had been read by then (all
-            but the token that was just sampled), and its state.
+        states (`dict[int, tuple[int, State]]`): For each row that has ended, the columns that had been read by then
+            (all but the token that was just sampled), and its state.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, ends: Sequence[int], cache: DynamicCache):

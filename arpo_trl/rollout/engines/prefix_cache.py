@@ -1,18 +1,18 @@
 """Keys, values and states of the contexts that a rollout has already read, so that `generate` reads no token twice.
 
-Within one call, what several contexts share (a system prompt, the prompt of a group) is read once. Between the calls of
-a rollout, a row goes on from what it left, and a fork or a supplement from what the row has whose tokens it repeats.
-What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
+Within one call, what several contexts share (a system prompt, the prompt of a group) is read once. Between the calls
+of a rollout, a row goes on from what it left, and a fork or a supplement from what the row has whose tokens it
+repeats. What is cached is found from the tokens alone, so the rollout loop knows nothing of it.
 
-Keys and values are known at every token. Recurrent and convolution states are known at the places where a row may go on
-or be left: where its prompt ends, where its latest segment began (every segment, if forks may leave anywhere) and where
-that ended. From anywhere else the row is read again from the place before. What each kind of layer takes is in
+Keys and values are known at every token. Recurrent and convolution states are known at the places where a row may go
+on or be left: where its prompt ends, where its latest segment began (every segment, if forks may leave anywhere) and
+where that ended. From anywhere else the row is read again from the place before. What each kind of layer takes is in
 `cache_layers.py`.
 
 What it does not do: positions that are rotated by another angle in a longer context, quantised, offloaded or static
-caches, any search but sampling and greedy decoding, prompt-learning adapters, images, models whose forward is collective
-(FSDP, ZeRO-3: the number of forwards would differ between processes). For those `cache_obstacle` names the reason, which
-is told once, and `generate` starts anew.
+caches, any search but sampling and greedy decoding, prompt-learning adapters, images, models whose forward is
+collective (FSDP, ZeRO-3: the number of forwards would differ between processes). For those `cache_obstacle` names the
+reason, which is told once, and `generate` starts anew.
 """
 
 from collections import Counter
@@ -69,13 +69,13 @@ class Place(NamedTuple):
 
 def cache_obstacle(model: PreTrainedModel, generation_config: GenerationConfig) -> str | None:
     """
-    Why `generate` has to start anew; `None` if what the model's cache holds depends on the tokens up to there alone, is
-    kept, and is used.
+    Why `generate` has to start anew; `None` if what the model's cache holds depends on the tokens up to there alone,
+    is kept, and is used.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
-        generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed, which it completes
-            with the model's own.
+        generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed, which it
+            completes with the model's own.
     """
     merged, _ = model._prepare_generation_config(generation_config)
     for name in ("cache_implementation", "prefill_chunk_size"):
@@ -172,17 +172,18 @@ class PrefixCache:
     """
     What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
 
-    Keys and values take the memory of the cache of one `generate`, kept while the tools run, and of what [`keep`] names.
-    At the peak one layer stands twice, and what contexts share stands once beside the rows that share it. The keys and
-    values of sliding windows are kept whole, as those of full attention. States stand up to four times: while a segment is
-    sampled, as in one `generate`, where it began, where it ended, and where the prompt ended; equal places stand once.
+    Keys and values take the memory of the cache of one `generate`, kept while the tools run, and of what [`keep`]
+    names. At the peak one layer stands twice, and what contexts share stands once beside the rows that share it. The
+    keys and values of sliding windows are kept whole, as those of full attention. States stand up to four times: while
+    a segment is sampled, as in one `generate`, where it began, where it ended, and where the prompt ended; equal
+    places stand once.
 
     `lookups` counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
     (`prefix_cache_hits`).
 
     Args:
-        every_start (`bool`, *optional*, defaults to `False`): Keep the state at the start of every segment of a row, not
-            of the first and the latest alone, since forks may leave at any.
+        every_start (`bool`, *optional*, defaults to `False`): Keep the state at the start of every segment of a row,
+            not of the first and the latest alone, since forks may leave at any.
     """
 
     def __init__(self, every_start: bool = False) -> None:
@@ -284,7 +285,8 @@ class PrefixCache:
     ) -> tuple[list[KeysValues | None], State]:
         """
         Keys and values, and states, of rows that end before column `width`; what is not known is read. With `last`,
-        what these rows and the contexts named by `keep` do not need is forgotten, and memory is free before it is taken.
+        what these rows and the contexts named by `keep` do not need is forgotten, and memory is free before it is
+        taken.
         """
         found = self._find(rows)
         known = [place.length for place in found]
