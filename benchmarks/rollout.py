@@ -13,9 +13,10 @@ tools one after another.
 
 Second table: four segments of 32 tokens for 16 rows of one prompt of 750 tokens, with a result of 110 tokens between
 them, by `generate` as TRL calls it, by `generate` with our prefix cache, and by transformers' continuous batching with
-its own prefix cache kept from one call to the next.
+its own prefix cache kept from one call to the next. Third table: the same with results of 90 to 130 tokens, `generate`
+and our prefix cache, for models whose caches hold windows of 128 tokens, states, or both.
 
-Third table: 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its
+Fourth table: 16 rows whose tools take 0.1 to 5 s. The critical path is that of the slowest row: the seconds of its
 tools, and what the rollout takes without any.
 """
 
@@ -32,6 +33,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import hybrid_models  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
@@ -200,28 +202,44 @@ def against_trl(hidden: int, prompts: int, repeats: int) -> list[dict]:
     return table
 
 
+def padded(contexts):
+    width = max(map(len, contexts))
+    ids = torch.tensor([[0] * (width - len(context)) + context for context in contexts])
+    mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generated(generate, config: GenerationConfig):
+    """Continues contexts with `generate`."""
+
+    def continued(contexts):
+        inputs = padded(contexts)
+        output = generate(**inputs, generation_config=config)
+        return output[:, inputs["input_ids"].size(1) :].tolist()
+
+    return continued
+
+
+def seconds_of_segments(generate, results: range) -> float:
+    """Seconds of four segments of 16 rows, with a result of one of the lengths `results` between them."""
+    rng = random.Random(0)
+    contexts = [[rng.randrange(3, 200) for _ in range(750)]] * 16
+    start = time.perf_counter()
+    with torch.no_grad():
+        for _ in range(4):
+            outputs = generate(contexts)
+            contexts = [
+                context + output + [rng.randrange(3, 200) for _ in range(rng.choice(results))]
+                for context, output in zip(contexts, outputs, strict=True)
+            ]
+    return time.perf_counter() - start
+
+
 def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
     tokenizer = tiny.build_tokenizer()
     model = build_model(tokenizer, hidden).eval()
     config = GenerationConfig(do_sample=True, max_new_tokens=32, pad_token_id=0, top_k=0)
-
-    def padded(contexts):
-        width = max(map(len, contexts))
-        ids = torch.tensor([[0] * (width - len(context)) + context for context in contexts])
-        mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
-        return {"input_ids": ids, "attention_mask": mask, "generation_config": config}
-
-    def stock(contexts):
-        inputs = padded(contexts)
-        return Qwen3ForCausalLM.generate(model, **inputs)[:, inputs["input_ids"].size(1) :].tolist()
-
-    def cached(cache):
-        def generate(contexts):
-            inputs = padded(contexts)
-            output = cache.generate(model, functools.partial(Qwen3ForCausalLM.generate, model), **inputs)
-            return output[:, inputs["input_ids"].size(1) :].tolist()
-
-        return generate
+    stock = functools.partial(Qwen3ForCausalLM.generate, model)
 
     def continuous(contexts):
         settings = ContinuousBatchingConfig(page_size=32, num_blocks=2000, max_batch_tokens=2048)
@@ -230,32 +248,49 @@ def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
         )
         return [output.generated_tokens for output in outputs.values()]
 
-    def seconds_of(generate) -> float:
-        rng = random.Random(0)
-        contexts = [[rng.randrange(200) for _ in range(750)]] * 16
-        start = time.perf_counter()
-        for _ in range(4):
-            outputs = generate(contexts)
-            contexts = [
-                context + output + [rng.randrange(200) for _ in range(110)]
-                for context, output in zip(contexts, outputs, strict=True)
-            ]
-        return time.perf_counter() - start
-
     print(f"\nFour segments of 16 rows, hidden size {hidden}\n")
     print(f"{'':<24}{'s':>8}{'ratio':>9}")
     medians: dict[str, float] = {}
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    with torch.no_grad():
-        taken = [
-            (seconds_of(stock), seconds_of(cached(PrefixCache())), seconds_of(continuous)) for _ in range(repeats)
+    taken = [
+        [
+            seconds_of_segments(generate, range(110, 111))
+            for generate in (
+                generated(stock, config),
+                generated(functools.partial(PrefixCache().generate, model, stock), config),
+                continuous,
+            )
         ]
+        for _ in range(repeats)
+    ]
     for name, seconds in zip(
         ("generate", "with our prefix cache", "continuous batching"), zip(*taken, strict=True), strict=True
     ):
         medians[name] = statistics.median(seconds)
         print(f"{name:<24}{medians[name]:>8.2f}{medians['generate'] / medians[name]:>8.2f}×", flush=True)
     return medians
+
+
+def by_kind_of_layer(hidden: int, repeats: int) -> dict[str, dict[str, float]]:
+    print(f"\nFour segments of 16 rows, windows and states, hidden size {hidden}\n")
+    print(f"{'':<14}{'generate, s':>13}{'our cache, s':>14}{'ratio':>8}")
+    config = GenerationConfig(do_sample=True, max_new_tokens=32, pad_token_id=0, top_k=0, eos_token_id=None)
+    table = {}
+    for family in ("qwen3_5", "gemma4", "gpt_oss", "lfm2", "nemotron_h"):
+        model = hybrid_models.build(family, hidden=hidden, vocab=1000, window=128)
+        model.generation_config.eos_token_id = None
+        runs = []
+        for _ in range(repeats):
+            cached = functools.partial(PrefixCache().generate, model, model.generate)
+            plain, own = (
+                seconds_of_segments(generated(generate, config), range(90, 131))
+                for generate in (model.generate, cached)
+            )
+            runs.append((plain / own, plain, own))
+        ratio, plain, own = statistics.median_low(runs)
+        table[family] = {"generate_s": plain, "cache_s": own, "ratio": ratio}
+        print(f"{family:<14}{plain:>13.2f}{own:>14.2f}{ratio:>7.2f}×", flush=True)
+    return table
 
 
 def against_critical_path(hidden: int, repeats: int) -> list[dict]:
@@ -291,6 +326,7 @@ def main() -> None:
         "prompts": args.prompts,
         "against_trl": against_trl(args.hidden, args.prompts, args.repeats),
         "ways_to_generate": ways_to_generate(args.hidden, args.repeats),
+        "by_kind_of_layer": by_kind_of_layer(args.hidden, args.repeats),
         "against_critical_path": against_critical_path(args.hidden, args.repeats),
     }
     if args.json:

@@ -144,6 +144,7 @@ def test_how_generate_merges_its_configs():
     assert list(inspect.signature(GenerationMixin._prepare_generation_config).parameters)[1] == "generation_config"
     assert GenerationConfig._get_default_generation_params()["num_beams"] == 1
     assert PreTrainedModel._is_stateful is False
+    assert callable(GenerationMixin._supports_default_dynamic_cache)
 
 
 @pytest.mark.parametrize(

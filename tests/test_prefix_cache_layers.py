@@ -1,4 +1,6 @@
-"""The prefix cache with every kind of layer: windows, recurrent and convolution states, none at all, and mixtures."""
+"""
+The prefix cache with every kind of layer: windows, recurrent and convolution states, layers without, and mixtures.
+"""
 
 import random
 
@@ -244,7 +246,7 @@ def test_states_stand_where_they_are_needed():
     with PeakBytes(counts) as plain, torch.no_grad():
         model.generate(torch.full((6, 60), 3), max_new_tokens=2, do_sample=False, pad_token_id=0)
     peak, cache = peak_in_caches(model, counts)
-    # While a segment is sampled, and of each row: its prompt, where the segment began, and where it ended
+    # Of each row also its prompt, where its segment began and where it ended
     assert peak <= plain.peak + 3 * one
     assert len(cache._places) == 3 * 6
 

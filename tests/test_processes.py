@@ -145,7 +145,7 @@ def test_metrics_are_those_of_all_processes(runs, name):
         calls = [call for record in records for call in record["tool_calls"]]
         kinds = Counter(map(call_kind, calls))
         assert {kind: log[f"tools/calls_{kind}"] for kind in CALL_KINDS} == {kind: kinds[kind] for kind in CALL_KINDS}
-        assert log["tools/calls_made"] == len(calls) > kinds["executed"] > 0
+        assert log["tools/calls_made"] == len(calls) >= kinds["executed"] > 0
         size = 1 + max(record["row"] for record in records)
         for kind, metric in (("initial", "initial"), ("fork", "forks"), ("supplement", "supplements")):
             per_group = sum(record["kind"] == kind for record in records) * size / len(records)

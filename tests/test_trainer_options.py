@@ -1,7 +1,6 @@
 """Where GRPOTrainer holds, ARPOTrainer holds with branching on: one test an option."""
 
 import asyncio
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     TrainerCallback,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 
@@ -550,17 +545,3 @@ def test_the_tool_limit_per_row(agent_dirs, tokenizer, tmp_path):
     for record in records(tmp_path):
         errors = [call["error"] for call in record["tool_calls"]]
         assert all("may be called 1 times" in error for error in errors[1:])
-
-
-def test_a_vision_language_model_with_tools_does_not_branch(tokenizer, tmp_path):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
-    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlavaConfig(
-        text_config={"model_type": "qwen3", "vocab_size": len(tokenizer), "num_key_value_heads": 1, **shape},
-        vision_config={"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **shape},
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    processor = LlavaProcessor(CLIPImageProcessorPil(), tokenizer, patch_size=14)
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration.*vision-language.*do not branch: use a text"):
-        build({}, processor, tmp_path, "tags", model=LlavaForConditionalGeneration(config))

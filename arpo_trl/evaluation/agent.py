@@ -30,15 +30,13 @@ class Agent:
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, or
-        the
-            processor of a multimodal checkpoint, which is then asked in text alone.
+            the processor of a multimodal checkpoint, which is then asked in text alone.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
         tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
         max_completion_length (`int`): Tokens of a completion, tool results included.
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
-        temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
-        decodes
-            greedily.
+            temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
+            decodes greedily.
         batch_size (`int`): Completions sampled together.
         chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.
         tool_timeout (`float`, *optional*): Seconds after which a tool call is given up.

@@ -85,8 +85,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, fin
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Tokenizer, or
-        processor
-            of a multimodal checkpoint, whose template is looked at.
+            processor of a multimodal checkpoint, whose template is looked at.
         fine_tuning (`bool`): Whether it is for supervised fine-tuning, which parses nothing, but has to find the
             assistant's tokens in a conversation.
 

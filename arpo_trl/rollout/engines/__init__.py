@@ -75,8 +75,7 @@ def model_engine(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         stop_strings (`Sequence[str]`): Text at which a segment ends.
         generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM
-        takes its
-            `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
+            takes its `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
     """
     if hasattr(model, "llm_engine"):

@@ -234,6 +234,14 @@ def _put(state: State, rows: list[int], values: State, size: int) -> State:
     return state
 
 
+def joined(states: dict[int, State], size: int) -> State:
+    """The states of some rows as one of `size` rows; `[]` of none."""
+    if not states:
+        return []
+    parts = zip(*states.values(), strict=True)
+    return _put([], list(states), [None if part[0] is None else torch.cat(part) for part in parts], size)
+
+
 def rows_apart(state: State, rows: Sequence[int]) -> list[State]:
     """Copies of some rows of a state, each on its own."""
     return [_rows_of(state, [row]) for row in rows]
@@ -340,7 +348,7 @@ def read_into(
     rows: Sequence[np.ndarray],
     known: Sequence[int],
     layers: list[KeysValues | None],
-    states: Sequence[State | None],
+    state: State,
     width: int,
 ) -> State:
     """
@@ -352,8 +360,8 @@ def read_into(
         known (`Sequence[int]`): How many of them are known.
         layers (`list[tuple[torch.Tensor, torch.Tensor] | None]`): Keys and values of all rows, each row ending before
             column `width`; completed in place.
-        states (`Sequence[State | None]`): For a model with states, that of each row after its known tokens; `None`
-            where nothing is known.
+        state (`State`): For a model with states, those of all rows after their known tokens, `[]` where nothing is
+            known of any ([`joined`]).
         width (`int`): Columns.
 
     Returns:
@@ -365,11 +373,6 @@ def read_into(
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     for row, ids in enumerate(rows):
         tokens[row, width - len(ids) :] = ids
-    state: State = []
-    if going := [row for row, own in enumerate(states) if own is not None]:
-        own = [states[row] for row in going]
-        joined = [None if parts[0] is None else torch.cat(parts) for parts in zip(*own, strict=True)]
-        state = _put([], going, joined, len(rows))
     for part in parts_to_read(lengths, known, width, recurrent):
         cache = DynamicCache(config=config)
         for index, layer in enumerate(cache.layers):

@@ -38,6 +38,7 @@ from .cache_layers import (
     gathered,
     generation_cache,
     is_recurrent,
+    joined,
     keys_values_of,
     layers_obstacle,
     read_into,
@@ -74,8 +75,7 @@ def cache_obstacle(model: PreTrainedModel, generation_config: GenerationConfig) 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model.
         generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed, which it
-        completes
-            with the model's own.
+            completes with the model's own.
     """
     merged, _ = model._prepare_generation_config(generation_config)
     for name in ("cache_implementation", "prefill_chunk_size"):
@@ -291,10 +291,13 @@ class PrefixCache:
         found = self._find(rows)
         known = [place.length for place in found]
         ends = [width - len(row) + length for row, length in zip(rows, known, strict=True)]
-        states = [
-            self._places[row[:length].tobytes()].state if self._recurrent and length else None
-            for row, length in zip(rows, known, strict=True)
-        ]
+        state: State = []
+        if self._recurrent:
+            going = {
+                row: self._places[rows[row][:length].tobytes()].state for row, length in enumerate(known) if length
+            }
+            state = joined(going, len(rows))
+            del going
         targets = [Target(found, ends, width)]
         later: list[np.ndarray] = []
         if last:
@@ -310,8 +313,8 @@ class PrefixCache:
         layers, *others = gathered(self._blocks, targets, release=last)
         if last:
             self._blocks = [Block(others[0], [0] * len(later), later)] if later else []
-            self._forget([*rows, *later])
-        state = read_into(model, rows, known, layers, states, width)
+            self._forget(rows, later)
+        state = read_into(model, rows, known, layers, state, width)
         self.lookups["prefix_cache_hits"] -= sum(map(len, rows)) - sum(known)
         return layers, state
 
@@ -320,15 +323,16 @@ class PrefixCache:
             if row.size:
                 self._places[row.tobytes()] = Place(row, state, begins)
 
-    def _forget(self, rows: Sequence[np.ndarray]) -> None:
-        """
-        Forget the states that no row needs: those of no row, and of segments that began between first and latest.
-        """
+    def _forget(self, rows: Sequence[np.ndarray], later: Sequence[np.ndarray]) -> None:
+        """Forget the states that are not needed any more, once `rows` have been read: where they end is known anew."""
         places = list(self._places.values())
         needed: dict[bytes, Place] = {}
-        for prefixes in known_prefixes(rows, [place.tokens for place in places]):
+        for row, prefixes in enumerate(known_prefixes([*rows, *later], [place.tokens for place in places])):
             starts = [index for index in prefixes if places[index].begins]
-            for index in (*(starts if self._every_start else starts[:1]), *prefixes[-1:]):
+            for index in (
+                *(starts if self._every_start else starts[:1]),
+                *(prefixes[-1:] if row >= len(rows) else ()),
+            ):
                 needed[places[index].tokens.tobytes()] = places[index]
         self._places = needed
 

@@ -75,7 +75,7 @@ class BranchRule:
 
         Args:
             group ([`Group`]): Its rows have ended; `group.budget` are missing, `group.rounds` times it was asked
-            before.
+                before.
             rng (`random.Random`): Source of chance.
 
         Returns:
