@@ -105,8 +105,8 @@ def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig,
     Args:
         protocol (`type[ToolProtocol]`): How tools are spoken to.
         branches (`bool`): Whether a group has forks.
-        args ([`ARPOConfig`]): Named in the error. **datasets: By the name of the argument. An evaluation never
-            branches.
+        args ([`ARPOConfig`]): Named in the error.
+        **datasets: By the name of the argument. An evaluation never branches.
 
     Raises:
         ValueError: Names the column and what to do.

@@ -116,8 +116,8 @@ def cold_start_trainer(
         args ([`~trl.SFTConfig`]): Training arguments; the one that chooses where loss falls is set here.
         traces (`Dataset`): Data set with a column `messages`, and possibly `tools`.
         eval_traces (`Dataset`, *optional*): As `traces`.
-        protocol (`str`, *optional*, defaults to `"tags"`): `"tags"` or `"chat_template"`. **kwargs: Passed to
-            [`~trl.SFTTrainer`].
+        protocol (`str`, *optional*, defaults to `"tags"`): `"tags"` or `"chat_template"`.
+        **kwargs: Passed to [`~trl.SFTTrainer`].
 
     Returns:
         [`~trl.SFTTrainer`]: For the chat template it finds the assistant's tokens with TRL's training variant of the

@@ -35,7 +35,7 @@ class Agent:
         tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
         max_completion_length (`int`): Tokens of a completion, tool results included.
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
-            temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
+        temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
             decodes greedily.
         batch_size (`int`): Completions sampled together.
         chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.

@@ -185,8 +185,8 @@ def math_reward(
         model_text (`list[str]`, *optional*): What the model wrote, as [`ARPOTrainer`] passes it.
         log_metric (`Callable`, *optional*): Provided by the trainer. Logged are the mean and `math_reward/given_up`,
             the comparisons that ran out of time or memory, which score 0.
-        verifier ([`~rewards.MathVerifier`], *optional*): The processes that compare; shared ones by default. **kwargs:
-            The dataset's columns; `answer` (or `solution`, `ground_truth`) holds a string or a list per row.
+        verifier ([`~rewards.MathVerifier`], *optional*): The processes that compare; shared ones by default.
+        **kwargs: The dataset's columns; `answer` (or `solution`, `ground_truth`) holds a string or a list per row.
 
     Returns:
         `list[float]`: One value per row; `None` for a row without ground truth.

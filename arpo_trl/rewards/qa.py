@@ -106,8 +106,8 @@ def exact_match_reward(
         completions (`list`): Strings or messages; the answer is the last `\boxed{}` of `<answer>`, or of the last
             turn.
         model_text (`list[str]`, *optional*): What the model wrote, as [`ARPOTrainer`] passes it.
-        log_metric (`Callable`, *optional*): Provided by the trainer. **kwargs: The dataset's columns; `answer` (or
-            `solution`, `ground_truth`) holds a string or a list per row.
+        log_metric (`Callable`, *optional*): Provided by the trainer.
+        **kwargs: The dataset's columns; `answer` (or `solution`, `ground_truth`) holds a string or a list per row.
 
     Returns:
         `list[float]`: One value per row; `None` for a row without ground truth.

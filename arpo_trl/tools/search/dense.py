@@ -92,8 +92,8 @@ class DenseSearch(PassageSearch):
         """Open a saved index, memory-mapped.
 
         Args:
-            directory (`str` or `PathLike`): What `save` wrote. encoder, top_k, query_encoder: As in the constructor;
-                the encoder is not saved.
+            directory (`str` or `PathLike`): What `save` wrote.
+            encoder, top_k, query_encoder: As in the constructor; the encoder is not saved.
         """
         search = cls.__new__(cls)
         PassageSearch.__init__(search, load_passages(directory), top_k)
@@ -107,7 +107,8 @@ class HybridSearch(PassageSearch):
     A passage at rank r of one of the two lists gets 1 / (60 + r) from it; passages are ordered by the sum.
 
     Args:
-        passages (`Sequence[str]` or `pa.Array`): Texts to search in. encoder, query_encoder: As in [`DenseSearch`].
+        passages (`Sequence[str]` or `pa.Array`): Texts to search in.
+        encoder, query_encoder: As in [`DenseSearch`].
         top_k (`int`): Passages that a search returns at most.
         depth (`int`): Length of the two lists that are fused, if that is more than `top_k`.
     """
@@ -143,8 +144,8 @@ class HybridSearch(PassageSearch):
         """Open a saved index, memory-mapped.
 
         Args:
-            directory (`str` or `PathLike`): What `save` wrote. encoder, top_k, query_encoder, depth: As in the
-                constructor; the encoder is not saved.
+            directory (`str` or `PathLike`): What `save` wrote.
+            encoder, top_k, query_encoder, depth: As in the constructor; the encoder is not saved.
         """
         search = cls.__new__(cls)
         PassageSearch.__init__(search, load_passages(directory), top_k)
