@@ -11,7 +11,6 @@ from transformers.utils import is_matplotlib_available
 from .config import ARPOConfig
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
-from .rollout.rules import BranchRule, branch_rule
 from .rollout.tree import group_parts
 
 
@@ -23,9 +22,7 @@ def check_config(args: object) -> None:
         )
 
 
-def check_arguments(
-    args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
-) -> None:
+def check_arguments(args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object) -> None:
     """Refuse what cannot work, before a model is loaded."""
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
@@ -53,12 +50,6 @@ def check_arguments(
         raise ValueError(
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
-        )
-    if environment_factory is not None and rule.expands:
-        named_rule = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
-        raise ValueError(
-            f"`branch_rule={named_rule}` forks from rows that have ended, and what `environment_factory` makes "
-            f"cannot be taken back to an earlier tool result: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):

@@ -45,6 +45,10 @@ class ARPOConfig(GRPOConfig):
         expansion_rounds (`int`, *optional*, defaults to `2`):
             Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the
             rows of the first.
+        max_environment_states (`int`, *optional*, defaults to `256`):
+            Copies of stateful environments that a process keeps during a rollout, so that `"expansion"` and
+            `"random_expansion"` can fork where a row has been. Beyond that, those go first before which the fewest
+            calls stand; a fork from there starts from the prompt. The other rules keep none.
 
         > Parameters that control the advantage
 
@@ -152,6 +156,13 @@ class ARPOConfig(GRPOConfig):
         default=2,
         metadata={"help": "Rounds in which the rules 'expansion' and 'random_expansion' fill a group."},
     )
+    max_environment_states: int = field(
+        default=256,
+        metadata={
+            "help": "Copies of stateful environments that a process keeps during a rollout for forks of the rules "
+            "'expansion' and 'random_expansion'."
+        },
+    )
 
     # Parameters that control the advantage
     advantage_attribution: str = field(
@@ -242,6 +253,7 @@ class ARPOConfig(GRPOConfig):
             ("branch_factor", 1),
             ("entropy_window", 1),
             ("expansion_rounds", 1),
+            ("max_environment_states", 1),
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
             ("log_tree_steps", 0),

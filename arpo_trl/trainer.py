@@ -83,8 +83,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     place of the image that a tool returns.
 
     What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol
-    or a rule of expansion. Each is refused at construction.
+    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol.
+    Each is refused at construction.
 
     Example:
 
@@ -108,7 +108,9 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
         environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the
             row it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been
-            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool.
+            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool. A class with
+            `deterministic = True` says that what an environment answers, and becomes, depends on what `reset` was
+            given and on the calls before alone: rows of a group with equal calls so far then share one execution.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
             one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
@@ -164,7 +166,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         check_config(args)
         tools = distinct_tools(tools or [])
         rule = rule_of(branch_rule if branch_rule is not None else args.branch_rule, args)
-        check_arguments(args, tools, rollout_func, environment_factory, rule)
+        check_arguments(args, tools, rollout_func, environment_factory)
         if (tools or environment_factory is not None) and rollout_func is None:
             check_columns(train_dataset, "train_dataset")
             check_columns(eval_dataset, "eval_dataset")
@@ -205,7 +207,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
         )
-        self._row_tools = RowTools(self, self._executor, forks=self._branches)
+        kept_states = args.max_environment_states if rule.expands else 0
+        self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
         # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
         # decided with each one: its prompts may hold images, and so may what these tools return
         self._tools_return_images = (
@@ -318,6 +321,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 self.eos_token_ids.__contains__,
                 eager=self.args.rollout_schedule == "eager",
             )
+        self._row_tools.settle()
         for trajectory in trajectories:
             prompt_ids[trajectory.row] = trajectory.prompt_ids
         conversational = is_conversational({"prompt": prompts[0]})

@@ -88,8 +88,8 @@ class RolloutHooks:
             longer than each limit. Called with empty lists where this process has nothing to do and others have.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
-        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
-            to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
+        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Gives a fork what a stateful environment of its parent
+            held where it leaves. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for
             a tool, with a rule that expands those that have ended and may be forked from.
@@ -200,7 +200,7 @@ def run_waves(
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
             for group in groups:
                 if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching.rule, rng)
+                    waiting += _fill(group, prompts, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -242,11 +242,11 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
     return fork
 
 
-def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
+def _fork_with_state(group: Group, parent: Trajectory, place: Place, hooks: RolloutHooks) -> Trajectory | None:
     """
-    A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free.
+    A trajectory that leaves `parent` at `place`; `None` where its state cannot be copied, and the row stays free.
     """
-    fork = _fork(group, parent, parent.end)
+    fork = _fork(group, parent, place)
     if hooks.copy_state(parent, fork):
         return fork
     group.trajectories.pop()
@@ -287,14 +287,16 @@ def _decide(
     priorities = [priority(rule, step.segment) for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
-        made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
+        made = [_fork_with_state(group, step.trajectory, step.trajectory.end, hooks) for _ in range(count)]
         copied = [fork for fork in made if fork is not None]
         step.segment.forks = len(copied)
         forks += copied
     return forks
 
 
-def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
+def _fill(
+    group: Group, prompts: Sequence[list[int]], rule: BranchRule, hooks: RolloutHooks, rng: random.Random
+) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
     group.rounds += 1
@@ -305,12 +307,14 @@ def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: ran
                     segment.forks = segment.forks or 0
     started = []
     for node in nodes:
-        if node.segment == 0:
+        parent, fork = group.trajectories[node.row], None
+        if node.segment > 0:
+            fork = _fork_with_state(group, parent, parent.starts[node.segment], hooks)
+        if fork is None:
             started.append(_start(group, prompts, "supplement"))
             continue
-        parent = group.trajectories[node.row]
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
-        started.append(_fork(group, parent, parent.starts[node.segment]))
+        started.append(fork)
     return started
 
 
