@@ -90,9 +90,7 @@ def maze_rollout(kind, seed, groups, size, initial, branching, limits, eager=Fal
     prompts = [[100 + row // size] for row in range(groups * size)]
     most_kept = 0
     with ToolExecutor() as executor:
-        row_tools = RowTools(
-            trainer, executor, forks=True, kept_states=kept_states if branching.rule.expands else 0
-        )
+        row_tools = RowTools(trainer, executor, forks=True, kept_states=kept_states if branching.rule.expands else 0)
         row_tools.begin(parts)
 
         def on_wave(wave):
@@ -174,9 +172,7 @@ LIMITS = Limits(completion=60, context=80, tool_turns=6)
 
 
 def test_a_bound_on_copies_costs_forks_and_nothing_else(caplog):
-    case = dict(
-        seed=3, groups=2, size=10, initial=2, branching=make_branching(100, "random_expansion"), limits=LIMITS
-    )
+    case = dict(seed=3, groups=2, size=10, initial=2, branching=make_branching(100, "random_expansion"), limits=LIMITS)
     free, bound = (maze_rollout(Maze, **case, kept_states=limit) for limit in (1000, 2))
     assert free.most_kept > 2 and bound.most_kept == 2
     assert "More than `max_environment_states` (2) copies" in caplog.text

@@ -235,7 +235,7 @@ class EnvironmentStates:
         return self._limit > 0 and state.follows_a_call and self._groups[state.group].budget > 0
 
     def _leave_copy(self, state: State, leaving: int) -> None:
-        """The environment of a row is about to leave `state`: keep a copy if it is needed and no other stands there."""
+        """A row's environment is about to leave `state`: keep a copy if one is needed and no other stands there."""
         if state.kept is not None or not self._needed(state, leaving):
             return
         if any(not self._rows[row].behind for row in state.rows if row != leaving):
