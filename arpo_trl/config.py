@@ -7,6 +7,8 @@ from .protocols import protocol_class
 from .rollout.rules import branch_rule
 
 ROLLOUT_SCHEDULES = ("waves", "eager")
+BRANCH_MEASURES = ("entropy", "novelty")
+FORK_SAMPLINGS = ("independent", "distinct", "weighted")
 
 
 @dataclass
@@ -45,6 +47,19 @@ class ARPOConfig(GRPOConfig):
         expansion_rounds (`int`, *optional*, defaults to `2`):
             Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the
             rows of the first.
+        branch_measure (`str`, *optional*, defaults to `"entropy"`):
+            What decides where to fork. `"entropy"`: that of the first tokens after a tool result, as in the papers.
+            `"novelty"`: the probability that a fork differs, 1 − p, with p the probability of the segments that were
+            sampled there. With the rules `"bernoulli"` and `"threshold"` it is P; with `"expansion"` it stands in
+            place of the entropy. The rules of chance are as they are.
+        fork_sampling (`str`, *optional*, defaults to `"independent"`):
+            `"independent"`: the first segment of a fork is what the model samples, often that of its parent again.
+            `"distinct"`: it is sampled anew, at most `fork_tries` times in all, until nothing that was sampled at its
+            node equals it; what is thrown away costs tokens and no call. `"weighted"`: the same, with the weights of
+            [Kool et al.](https://huggingface.co/papers/2002.06043) on the advantages, which keep the expectation of
+            the gradient where the number of forks at a node does not depend on what was sampled there.
+        fork_tries (`int`, *optional*, defaults to `6`):
+            Times that a fork is sampled at most with `fork_sampling="distinct"` or `"weighted"`.
         max_environment_states (`int`, *optional*, defaults to `256`):
             Copies of stateful environments that a process keeps during a rollout, so that `"expansion"` and
             `"random_expansion"` can fork where a row has been. Beyond that, those go first before which the fewest
@@ -156,6 +171,22 @@ class ARPOConfig(GRPOConfig):
         default=2,
         metadata={"help": "Rounds in which the rules 'expansion' and 'random_expansion' fill a group."},
     )
+    branch_measure: str = field(
+        default="entropy",
+        metadata={
+            "help": "What decides where to fork: 'entropy', or 'novelty', the probability that a fork differs.",
+            "choices": list(BRANCH_MEASURES),
+        },
+    )
+    fork_sampling: str = field(
+        default="independent",
+        metadata={
+            "help": "'independent'; 'distinct' samples a fork until it differs from what was sampled at its node; "
+            "'weighted' also gives the rows the weights that keep the expectation of the gradient.",
+            "choices": list(FORK_SAMPLINGS),
+        },
+    )
+    fork_tries: int = field(default=6, metadata={"help": "Times that a fork is sampled at most until it differs."})
     max_environment_states: int = field(
         default=256,
         metadata={
@@ -253,6 +284,7 @@ class ARPOConfig(GRPOConfig):
             ("branch_factor", 1),
             ("entropy_window", 1),
             ("expansion_rounds", 1),
+            ("fork_tries", 1),
             ("max_environment_states", 1),
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
@@ -272,8 +304,12 @@ class ARPOConfig(GRPOConfig):
         protocol_class(self.tool_protocol)
         branch_rule(self.branch_rule, self)
         attribution(self.advantage_attribution)
-        if self.rollout_schedule not in ROLLOUT_SCHEDULES:
-            raise ValueError(
-                f"`rollout_schedule` is {self.rollout_schedule!r}; set it to one of "
-                f"{', '.join(map(repr, ROLLOUT_SCHEDULES))}."
-            )
+        for name, choices in (
+            ("rollout_schedule", ROLLOUT_SCHEDULES),
+            ("branch_measure", BRANCH_MEASURES),
+            ("fork_sampling", FORK_SAMPLINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; set it to one of {', '.join(map(repr, choices))}."
+                )

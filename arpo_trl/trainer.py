@@ -38,7 +38,7 @@ from .rollout.engines import trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.outputs import attribute, mask_truncated, reward_columns
+from .rollout.outputs import attribute, mask_truncated, reward_columns, weigh
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
@@ -224,7 +224,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             if protocol.structured:
                 warn_of_endless_calls(*template, self.eos_token_ids)
         self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
-        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
+        tries = 1 if args.fork_sampling == "independent" else args.fork_tries
+        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size, tries)
         self._groups: list[Group] = []  # of the latest rollout
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
@@ -381,6 +382,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
+        if self.model.training and self.args.fork_sampling == "weighted":
+            weigh(output, self._groups)
         advantages = output["advantages"].tolist()
         self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:

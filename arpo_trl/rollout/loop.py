@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
+from .distinct import distinct_samples
 from .engines.base import Sample
-from .entropy import entropy_gap, mean_entropy
+from .entropy import entropy_gap, mean_entropy, segment_logprob
 from .rules.answers import decide, expand, priority
 from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
@@ -37,11 +39,14 @@ class Branching:
         rule ([`BranchRule`]): When it forks.
         entropy_window (`int`): Tokens at the start of a segment over which its entropy is read, k.
         vocab_size (`int`): V.
+        fork_tries (`int`, *optional*, defaults to `1`): Times that a fork is sampled at most until its first segment
+            is another than those of its node.
     """
 
     rule: BranchRule
     entropy_window: int
     vocab_size: int
+    fork_tries: int = 1
 
 
 @dataclass
@@ -156,12 +161,17 @@ def run_waves(
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager or branching.rule.expands:
-            hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
+        later: list[list[int]] = []
+        if eager or branching.rule.expands or branching.fork_tries > 1:
+            later = _needed_later(groups, waiting, pending, branching.rule)
+            hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         with hooks.timed("sample"):
             samples = hooks.sample(contexts, budgets)
+            if branching.fork_tries > 1:
+                again = partial(_sample_again, hooks, contexts, budgets, later)
+                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
         with hooks.timed("parse"):
@@ -228,6 +238,20 @@ def _needed_later(
     return contexts
 
 
+def _sample_again(
+    hooks: RolloutHooks,
+    contexts: Sequence[list[int]],
+    budgets: Sequence[int],
+    later: Sequence[list[int]],
+    rows: list[int],
+    samples: Sequence[Sample],
+) -> list[Sample]:
+    """Sample some rows of a wave anew; the engine keeps what the others go on from."""
+    others = [index for index in range(len(contexts)) if index not in rows]
+    hooks.keep([*later, *(contexts[index] + samples[index].ids for index in others)])
+    return hooks.sample([contexts[index] for index in rows], [budgets[index] for index in rows])
+
+
 def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
     trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
@@ -257,7 +281,7 @@ def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segme
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
     entropy = mean_entropy(sample.entropies, branching.entropy_window)
-    segment = Segment(start, start + len(sample.ids), entropy)
+    segment = Segment(start, start + len(sample.ids), entropy, logprob=segment_logprob(sample.logprobs))
     if start == 0:
         trajectory.baseline = entropy
     elif entropy is not None and trajectory.baseline is not None:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from ..advantages import Span, attribution, check_spans
+from .distinct import fork_weights
 from .record import call_records
 from .tree import Group, Trajectory
 
@@ -26,6 +27,12 @@ def reward_columns(trajectories: Sequence[Trajectory], tokenizer: PreTrainedToke
         "tool_calls": [call_records(trajectory) for trajectory in trajectories],
         "model_text": tokenizer.batch_decode(own_ids, skip_special_tokens=True),
     }
+
+
+def weigh(output: dict[str, Any], groups: Sequence[Group]) -> None:
+    """Multiply the advantage of each row by its weight among forks that differ (see [`fork_weights`])."""
+    weights = [weight for group in groups for weight in fork_weights(group)]
+    output["advantages"] = output["advantages"] * output["advantages"].new_tensor(weights)
 
 
 def attribute(output: dict[str, Any], groups: Sequence[Group], name: str) -> list[list[Span]] | None:

@@ -1,5 +1,6 @@
 """Trajectories, segments and groups of a rollout: plain data, and how a fork is copied."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ class Segment:
         entropy_gap (`float`, *optional*): ΔH; `None` for the first segment of a trajectory.
         branch_probability (`float`, *optional*): P; `None` where nothing was decided.
         forks (`int`, *optional*): Forks made here; `None` where nothing was decided.
+        logprob (`float`, *optional*): Log-probability of the whole segment; `None` where the engine does not tell.
     """
 
     start: int
@@ -30,6 +32,12 @@ class Segment:
     entropy_gap: float | None = None
     branch_probability: float | None = None
     forks: int | None = None
+    logprob: float | None = None
+
+    @property
+    def novelty(self) -> float | None:
+        """Probability that a fork samples another segment in its place: 1 − p."""
+        return None if self.logprob is None else -math.expm1(self.logprob)
 
 
 @dataclass
@@ -71,6 +79,7 @@ class Trajectory:
         calls (`list[CallOfRow]`): Tool calls, in order.
         tool_turns (`int`): Turns whose calls were answered.
         resamples (`bool`): Whether the next segment re-samples the one that a fork left.
+        rejected_tokens (`int`): Tokens of segments that were sampled for the row and thrown away.
         truncated (`bool`): Whether it ran into a length or call limit.
         out_of_turns (`bool`): Whether that was the call limit: its last calls were not made.
     """
@@ -90,6 +99,7 @@ class Trajectory:
     calls: list[CallOfRow] = field(default_factory=list)
     tool_turns: int = 0
     resamples: bool = False
+    rejected_tokens: int = 0
     truncated: bool = False
     out_of_turns: bool = False
 
@@ -123,6 +133,7 @@ class Trajectory:
             calls=[replace(call, shared=True) for call in self.calls[: place.calls]],
             tool_turns=place.tool_turns,
             resamples=True,
+            rejected_tokens=0,
             truncated=False,
             out_of_turns=False,
         )
