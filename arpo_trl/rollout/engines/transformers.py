@@ -62,7 +62,7 @@ class EntropyRecorder(LogitsProcessor):
                 self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
         return scores
 
-    def sampled(self, tokens: torch.LongTensor) -> None:
+    def sampled(self, tokens: torch.Tensor) -> None:
         """Told the token of each row that was sampled from the scores of the latest call, of shape `(B,)`."""
         if self._latest is not None:
             self._sampled.append(self._latest.gather(1, tokens.unsqueeze(1)).squeeze(1))
@@ -88,14 +88,14 @@ class RowStops(StoppingCriteria):
     Args:
         limits (`Sequence[int]`): Tokens that each row may sample.
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a row ends.
-        on_tokens (`Callable[[torch.LongTensor], None]`, *optional*): Told each row's token as soon as it is sampled.
+        on_tokens (`Callable[[torch.Tensor], None]`, *optional*): Told each row's token as soon as it is sampled.
     """
 
     def __init__(
         self,
         limits: Sequence[int],
         stop_strings: StopStringCriteria | None = None,
-        on_tokens: Callable[[torch.LongTensor], None] = lambda tokens: None,
+        on_tokens: Callable[[torch.Tensor], None] = lambda tokens: None,
     ):
         self.limits = [max(limit, 1) for limit in limits]  # `generate` samples at least one token
         self.stop_strings = stop_strings
