@@ -11,6 +11,7 @@ from transformers.utils import is_matplotlib_available
 from .config import ARPOConfig
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
+from .rollout.rules import BranchRule
 from .rollout.tree import group_parts
 
 
@@ -22,7 +23,9 @@ def check_config(args: object) -> None:
         )
 
 
-def check_arguments(args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object) -> None:
+def check_arguments(
+    args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
+) -> None:
     """Refuse what cannot work, before a model is loaded."""
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
@@ -50,6 +53,11 @@ def check_arguments(args: ARPOConfig, tools: list, rollout_func: object, environ
         raise ValueError(
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
+        )
+    if environment_factory is not None and rule.needs_rewards:
+        raise ValueError(
+            f"`branch_rule={args.branch_rule!r}` scores rows before their group is full, and what "
+            f"`environment_factory` makes may be scored once: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):

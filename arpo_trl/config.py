@@ -42,11 +42,14 @@ class ARPOConfig(GRPOConfig):
             out over the tool results (and the prompt) of the whole group, in proportion to the entropy read there for
             each tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer
             tool calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws
-            these nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β,
+            these nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). `"contrast"` scores
+            the rows before it shares the missing ones out, and prefers nodes from which rows are likely to end
+            differently, after [BranPO](https://huggingface.co/papers/2602.03719); a group whose rows have all earned
+            the same gets no more. It needs reward functions that score each row by itself. These three ignore α, β,
             τ and Z. `"my_module:MyRule"`: a subclass of [`~arpo_trl.rollout.rules.BranchRule`] of your own.
         expansion_rounds (`int`, *optional*, defaults to `2`):
-            Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the
-            rows of the first.
+            Rounds in which `"expansion"`, `"random_expansion"` and `"contrast"` fill a group; the second round can
+            fork from the rows of the first.
         branch_measure (`str`, *optional*, defaults to `"entropy"`):
             What decides where to fork. `"entropy"`: that of the first tokens after a tool result, as in the papers.
             `"novelty"`: the probability that a fork differs, 1 − p, with p the probability of the segments that were
@@ -73,6 +76,12 @@ class ARPOConfig(GRPOConfig):
             token, so that a branch is also compared with its siblings
             ([TreeRL](https://huggingface.co/papers/2506.11902)). `"my_module:my_attribution"`: a function of your own
             like [`~arpo_trl.advantages.hard_advantages`].
+
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Whether groups all of whose rows have earned the same are taken out of the loss, as in
+            [DAPO](https://huggingface.co/papers/2503.14476). Their advantages are 0; without them, a loss that is a
+            mean over tokens (`loss_type="dapo"`) is one over the tokens that teach something. They are not replaced
+            by other prompts: a batch has the size that it has.
 
         > Parameters that control tools
 
@@ -163,13 +172,13 @@ class ARPOConfig(GRPOConfig):
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
             "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, "
-            "in proportion to the entropy per tool call; 'random_expansion' anywhere at random. Or a class of your "
-            "own: 'my_module:MyRule'."
+            "in proportion to the entropy per tool call; 'random_expansion' anywhere at random; 'contrast' where rows "
+            "are likely to end differently. Or a class of your own: 'my_module:MyRule'."
         },
     )
     expansion_rounds: int = field(
         default=2,
-        metadata={"help": "Rounds in which the rules 'expansion' and 'random_expansion' fill a group."},
+        metadata={"help": "Rounds in which the rules 'expansion', 'random_expansion' and 'contrast' fill a group."},
     )
     branch_measure: str = field(
         default="entropy",
@@ -203,6 +212,11 @@ class ARPOConfig(GRPOConfig):
             "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there. Or "
             "a function of your own: 'my_module:my_attribution'."
         },
+    )
+
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Whether groups all of whose rows have earned the same are taken out of the loss."},
     )
 
     # Parameters that control tools

@@ -4,7 +4,7 @@ import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -34,11 +34,21 @@ from .protocols.suffix import suffix_renderer, warn_of_endless_calls
 from .random_state import kept_random_state
 from .reporting import Reporter
 from .rewards.guard import guarded
+from .rewards.memory import RewardMemory
 from .rollout.engines import trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.outputs import attribute, mask_truncated, reward_columns, weigh
+from .rollout.outputs import (
+    attribute,
+    mask_truncated,
+    mask_uniform,
+    reward_columns,
+    row_rewards,
+    weigh,
+    with_stand_ins,
+    working_rows,
+)
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
@@ -166,7 +176,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         check_config(args)
         tools = distinct_tools(tools or [])
         rule = rule_of(branch_rule if branch_rule is not None else args.branch_rule, args)
-        check_arguments(args, tools, rollout_func, environment_factory)
+        check_arguments(args, tools, rollout_func, environment_factory, rule)
         if (tools or environment_factory is not None) and rollout_func is None:
             check_columns(train_dataset, "train_dataset")
             check_columns(eval_dataset, "eval_dataset")
@@ -227,6 +237,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         tries = 1 if args.fork_sampling == "independent" else args.fork_tries
         self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size, tries)
         self._groups: list[Group] = []  # of the latest rollout
+        self._examples: list[dict[str, Any]] = []  # columns of the data set, by row of the latest rollout
+        self._memory = RewardMemory() if rule.needs_rewards and self._branches else None
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
 
@@ -303,6 +315,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                     sample=self._engine.sample,
                     tools_of=self._row_tools.of,
                     submit=self._row_tools.submit,
+                    score=lambda: self._score_rollout(prompts),
                     copy_state=self._row_tools.copy,
                     keep=self._engine.keep,
                     anyone=self._anyone,
@@ -356,12 +369,16 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
 
     # Rewards and advantages
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _guarded_rewards(self, inputs, prompts, completions, completion_ids_list, quiet=False):
+        """What TRL makes of the reward functions; with a memory, of those rows that they have not scored before."""
         functions = self.reward_funcs
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else guarded(function, name)
-            for function, name in zip(functions, self.reward_func_names, strict=True)
-        ]
+        memory = self._memory if self.model.training else None
+        self.reward_funcs = []
+        for index, (function, name) in enumerate(zip(functions, self.reward_func_names, strict=True)):
+            guard = function if isinstance(function, torch.nn.Module) else guarded(function, name)
+            if memory is not None and guard is not function:
+                guard = memory.of(index, guard, quiet)
+            self.reward_funcs.append(guard)
         try:
             with self._reporter.timed("rewards"):
                 rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -369,11 +386,43 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward
         rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
+        return rewards_per_func
+
+    def _score_rollout(self, prompts: list) -> None:
+        """Score the rows that there are, for a rule that asks for it in the midst of a rollout."""
+        assert self._memory is not None
+        self._memory.rows = working_rows(self._groups).keys()
+        trajectories = with_stand_ins(self._groups, len(prompts))
+        columns = reward_columns(trajectories, self._tokenizer)
+        conversational = is_conversational({"prompt": prompts[0]})
+        inputs = [
+            example | {name: values[row] for name, values in columns.items()}
+            for row, example in enumerate(self._examples)
+        ]
+        completions = [self._protocol.completion(row.turns, conversational) for row in trajectories]
+        completion_ids = [row.completion_ids for row in trajectories]
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids, quiet=True)
+        first = self.accelerator.process_index * len(prompts)
+        rewards = row_rewards(rewards_per_func[first : first + len(prompts)], self.reward_weights)
+        for group in self._groups:
+            group.rewards = [None if row.kind == "idle" else rewards[row.row] for row in group.trajectories]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        working = working_rows(self._groups)
+        if self._memory is not None:
+            self._memory.rows = working.keys()
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._memory is not None and self.model.training:
+            idle = torch.tensor([row not in working for row in range(len(prompts))], device=rewards_per_func.device)
+            rewards_per_func[self.accelerator.gather(idle)] = torch.nan  # a group is normalised by its other rows
         if self.rollout_func is None:
             self._reporter.rewards(rewards_per_func, inputs, self._groups)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._examples = inputs
+        if self._memory is not None:
+            self._memory.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -382,6 +431,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
+        if self.model.training and self.args.dynamic_sampling:
+            mask_uniform(output, self._groups, self._reporter.group_rewards(self._groups), self.accelerator)
         if self.model.training and self.args.fork_sampling == "weighted":
             weigh(output, self._groups)
         advantages = output["advantages"].tolist()

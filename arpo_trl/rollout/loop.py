@@ -93,6 +93,8 @@ class RolloutHooks:
             longer than each limit. Called with empty lists where this process has nothing to do and others have.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
+        score (`Callable[[], None]`): Scores the rows of all groups, which have ended: sets `group.rewards`. Called for
+            a rule that `needs_rewards`; collective.
         copy_state (`Callable[[Trajectory, Trajectory], bool]`): Gives a fork what a stateful environment of its parent
             held where it leaves. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
@@ -107,6 +109,7 @@ class RolloutHooks:
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
+    score: Callable[[], None] = lambda: None
     copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
@@ -208,9 +211,10 @@ def run_waves(
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
-            for group in groups:
-                if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching.rule, hooks, rng)
+            if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):
+                for group in groups:
+                    if group.budget and id(group) not in unfinished:
+                        waiting += _fill(group, prompts, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -219,6 +223,14 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _scored(groups: Sequence[Group], unfinished: bool, hooks: RolloutHooks) -> bool:
+    """Score the rows of all groups, once none is unfinished on any process and rows are missing on one."""
+    if hooks.anyone(unfinished) or not hooks.anyone(any(group.budget for group in groups)):
+        return False
+    hooks.score()
+    return True
 
 
 def _needed_later(
@@ -323,6 +335,9 @@ def _fill(
 ) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
+    if not nodes:
+        group.end()
+        return []
     group.rounds += 1
     if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
         for row in group.trajectories:

@@ -67,6 +67,7 @@ class Trajectory:
         row (`int`): Place among the rows of this process.
         prompt_ids (`list[int]`): Tokens of the prompt.
         kind (`str`): Where it started: `"initial"` and `"supplement"` at the prompt, `"fork"` at a tool result.
+            `"idle"` is no trajectory: it fills a row of a group that gets no more, and nothing is learnt from it.
         parent (`int`, *optional*): Row that a fork left.
         fork_token (`int`, *optional*): Index into `completion_ids` at which it left.
         completion_ids, tool_mask (`list[int]`): Tokens, and 1 for a token of the model, 0 for one of a tool result.
@@ -86,7 +87,7 @@ class Trajectory:
 
     row: int
     prompt_ids: list[int]
-    kind: Literal["initial", "fork", "supplement"] = "initial"
+    kind: Literal["initial", "fork", "supplement", "idle"] = "initial"
     parent: int | None = None
     fork_token: int | None = None
     completion_ids: list[int] = field(default_factory=list)
@@ -151,6 +152,8 @@ class Group:
         first_row (`int`): Row of the whole group that `rows.start` is; above 0 where another process holds the rest.
         trajectories (`list[Trajectory]`): The rows made so far, in the order of `rows`.
         rounds (`int`): Times that it was expanded.
+        rewards (`list[float | None]`): Of the trajectories, for a rule that `needs_rewards`; `None` for one without a
+            score.
     """
 
     rows: range
@@ -159,6 +162,7 @@ class Group:
     first_row: int = 0
     trajectories: list[Trajectory] = field(default_factory=list)
     rounds: int = 0
+    rewards: list[float | None] = field(default_factory=list)
 
     @property
     def budget(self) -> int:
@@ -168,6 +172,16 @@ class Group:
     @property
     def next_row(self) -> int:
         return self.rows.start + len(self.trajectories)
+
+    def end(self) -> None:
+        """Fill the missing rows with idle ones: one token that ended a row, and that carries no loss."""
+        first = self.trajectories[0]
+        ends = [row.completion_ids[-1] for row in self.trajectories if row.completion_ids and not row.truncated]
+        token = (ends + first.completion_ids + first.prompt_ids)[0]
+        while self.budget:
+            idle = Trajectory(self.next_row, list(first.prompt_ids), "idle")
+            idle.completion_ids, idle.tool_mask, idle.logprobs = [token], [0], [0.0]
+            self.trajectories.append(idle)
 
 
 def initial_share(start: int, stop: int, group_size: int, num_initial: int) -> int:

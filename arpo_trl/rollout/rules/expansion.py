@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from ..tree import Group, Trajectory
 from .base import PROMPT, BranchRule, Node
@@ -78,6 +78,38 @@ def _segments(group: Group) -> Iterator[tuple[Node, Trajectory, int]]:
             yield node, trajectory, index
 
 
+class Sampled(NamedTuple):
+    """
+    What came of a node.
+
+    Args:
+        segments (`int`): Segments that were sampled there.
+        calls (`float`): Calls that their rows went on to make, on average.
+        rows (`list[int]`): Indices in the group of the rows that have passed it, forks that left later included.
+    """
+
+    segments: int
+    calls: float
+    rows: list[int]
+
+
+def stretches(group: Group) -> dict[Node, Sampled]:
+    """What came of each node of a finished group at which a segment was sampled."""
+    first = {(row.row, row.segments[index].start): node for node, row, index in _segments(group)}
+    passed: dict[Node, list[int]] = {}
+    for number, row in enumerate(group.trajectories):
+        for segment in row.segments[: len(row.starts)]:
+            owner = row
+            while owner.parent is not None and segment.start < (owner.fork_token or 0):
+                owner = group.trajectories[owner.parent - group.rows.start]
+            passed.setdefault(first[owner.row, segment.start], []).append(number)
+    return {
+        node: Sampled(len(sampled), fmean(calls for _, calls in sampled), passed[node])
+        for node, sampled in sampled_nodes(group).items()
+        if node in passed
+    }
+
+
 def node_novelties(group: Group) -> dict[Node, float]:
     """
     Probability that a row from each node of a finished group samples there what no row has sampled there yet: 1 − Σ p
@@ -101,10 +133,13 @@ class RandomExpansion(BranchRule):
     expands: ClassVar[bool] = True
 
     def expand(self, group: Group, rng: random.Random) -> list[Node]:
-        rows = math.ceil(group.budget / max(self.expansion_rounds - group.rounds, 1))
         nodes = self.nodes(group)
-        granted = self.share(list(nodes.values()), rows, rng)
+        granted = self.share(list(nodes.values()), self.rows_now(group), rng)
         return [node for node, count in zip(nodes, granted, strict=True) for _ in range(count)]
+
+    def rows_now(self, group: Group) -> int:
+        """Rows of this round."""
+        return math.ceil(group.budget / max(self.expansion_rounds - group.rounds, 1))
 
     def nodes(self, group: Group) -> dict[Node, list[tuple[float | None, int]]]:
         """What the rows are shared out by (see [`sampled_nodes`])."""
