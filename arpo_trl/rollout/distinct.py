@@ -81,7 +81,7 @@ def weights_without_replacement(probabilities: Sequence[float]) -> list[float]:
     Weights of samples that were drawn one after another, none twice: Σ wᵢ f(sᵢ) has the expectation of f under the
     distribution that they were drawn from, whatever f is.
 
-    wᵢ = p(sᵢ) R(S, sᵢ), with R the leave-one-out ratio of the unordered set estimator (Kool et al., Eq. 10,
+    wᵢ = p(sᵢ) R(S, sᵢ), with R the leave-one-out ratio of the unordered set estimator (Kool et al.,
     https://huggingface.co/papers/2002.06043): the probability that sᵢ was the first to be drawn, given the set. For
     two, w₁ = (1 − p₂) / (2 − p₁ − p₂).
 
