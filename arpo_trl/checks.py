@@ -11,7 +11,7 @@ from transformers.utils import is_matplotlib_available
 from .config import ARPOConfig
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
-from .rollout.rules import BranchRule, branch_rule
+from .rollout.rules import BranchRule
 from .rollout.tree import group_parts
 
 
@@ -54,11 +54,10 @@ def check_arguments(
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
         )
-    if environment_factory is not None and rule.expands:
-        named_rule = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
+    if environment_factory is not None and rule.needs_rewards:
         raise ValueError(
-            f"`branch_rule={named_rule}` forks from rows that have ended, and what `environment_factory` makes "
-            f"cannot be taken back to an earlier tool result: choose another rule, {off}."
+            f"`branch_rule={args.branch_rule!r}` scores rows before their group is full, and what "
+            f"`environment_factory` makes may be scored once: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):

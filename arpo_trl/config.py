@@ -7,6 +7,8 @@ from .protocols import protocol_class
 from .rollout.rules import branch_rule
 
 ROLLOUT_SCHEDULES = ("waves", "eager")
+BRANCH_MEASURES = ("entropy", "novelty")
+FORK_SAMPLINGS = ("independent", "distinct", "weighted")
 
 
 @dataclass
@@ -40,11 +42,31 @@ class ARPOConfig(GRPOConfig):
             out over the tool results (and the prompt) of the whole group, in proportion to the entropy read there for
             each tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767): fewer
             tool calls, above all with few initial rows, for a rollout that takes longer. `"random_expansion"` draws
-            these nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). These two ignore α, β,
+            these nodes at random, as in [Tree-GRPO](https://huggingface.co/papers/2509.21240). `"contrast"` scores
+            the rows before it shares the missing ones out, and prefers nodes from which rows are likely to end
+            differently, after [BranPO](https://huggingface.co/papers/2602.03719); a group whose rows have all earned
+            the same gets no more. It needs reward functions that score each row by itself. These three ignore α, β,
             τ and Z. `"my_module:MyRule"`: a subclass of [`~arpo_trl.rollout.rules.BranchRule`] of your own.
         expansion_rounds (`int`, *optional*, defaults to `2`):
-            Rounds in which `"expansion"` and `"random_expansion"` fill a group; the second round can fork from the
-            rows of the first.
+            Rounds in which `"expansion"`, `"random_expansion"` and `"contrast"` fill a group; the second round can
+            fork from the rows of the first.
+        branch_measure (`str`, *optional*, defaults to `"entropy"`):
+            What decides where to fork. `"entropy"`: that of the first tokens after a tool result, as in the papers.
+            `"novelty"`: the probability that a fork differs, 1 − p, with p the probability of the segments that were
+            sampled there. With the rules `"bernoulli"` and `"threshold"` it is P; with `"expansion"` it stands in
+            place of the entropy. The rules of chance are as they are.
+        fork_sampling (`str`, *optional*, defaults to `"independent"`):
+            `"independent"`: the first segment of a fork is what the model samples, often that of its parent again.
+            `"distinct"`: it is sampled anew, at most `fork_tries` times in all, until nothing that was sampled at its
+            node equals it; what is thrown away costs tokens and no call. `"weighted"`: the same, with the weights of
+            [Kool et al.](https://huggingface.co/papers/2002.06043) on the advantages, which keep the expectation of
+            the gradient where the number of forks at a node does not depend on what was sampled there.
+        fork_tries (`int`, *optional*, defaults to `6`):
+            Times that a fork is sampled at most with `fork_sampling="distinct"` or `"weighted"`.
+        max_environment_states (`int`, *optional*, defaults to `256`):
+            Copies of stateful environments that a process keeps during a rollout, so that `"expansion"` and
+            `"random_expansion"` can fork where a row has been. Beyond that, those go first before which the fewest
+            calls stand; a fork from there starts from the prompt. The other rules keep none.
 
         > Parameters that control the advantage
 
@@ -54,6 +76,12 @@ class ARPOConfig(GRPOConfig):
             token, so that a branch is also compared with its siblings
             ([TreeRL](https://huggingface.co/papers/2506.11902)). `"my_module:my_attribution"`: a function of your own
             like [`~arpo_trl.advantages.hard_advantages`].
+
+        dynamic_sampling (`bool`, *optional*, defaults to `False`):
+            Whether groups all of whose rows have earned the same are taken out of the loss, as in
+            [DAPO](https://huggingface.co/papers/2503.14476). Their advantages are 0; without them, a loss that is a
+            mean over tokens (`loss_type="dapo"`) is one over the tokens that teach something. They are not replaced
+            by other prompts: a batch has the size that it has.
 
         > Parameters that control tools
 
@@ -144,13 +172,36 @@ class ARPOConfig(GRPOConfig):
         metadata={
             "help": "When to fork: 'bernoulli' with probability P, 'threshold' if P > tau, 'random' with probability "
             "alpha whatever the entropy (the control). 'expansion' once all rows have ended, anywhere in the group, "
-            "in proportion to the entropy per tool call; 'random_expansion' anywhere at random. Or a class of your "
-            "own: 'my_module:MyRule'."
+            "in proportion to the entropy per tool call; 'random_expansion' anywhere at random; 'contrast' where rows "
+            "are likely to end differently. Or a class of your own: 'my_module:MyRule'."
         },
     )
     expansion_rounds: int = field(
         default=2,
-        metadata={"help": "Rounds in which the rules 'expansion' and 'random_expansion' fill a group."},
+        metadata={"help": "Rounds in which the rules 'expansion', 'random_expansion' and 'contrast' fill a group."},
+    )
+    branch_measure: str = field(
+        default="entropy",
+        metadata={
+            "help": "What decides where to fork: 'entropy', or 'novelty', the probability that a fork differs.",
+            "choices": list(BRANCH_MEASURES),
+        },
+    )
+    fork_sampling: str = field(
+        default="independent",
+        metadata={
+            "help": "'independent'; 'distinct' samples a fork until it differs from what was sampled at its node; "
+            "'weighted' also gives the rows the weights that keep the expectation of the gradient.",
+            "choices": list(FORK_SAMPLINGS),
+        },
+    )
+    fork_tries: int = field(default=6, metadata={"help": "Times that a fork is sampled at most until it differs."})
+    max_environment_states: int = field(
+        default=256,
+        metadata={
+            "help": "Copies of stateful environments that a process keeps during a rollout for forks of the rules "
+            "'expansion' and 'random_expansion'."
+        },
     )
 
     # Parameters that control the advantage
@@ -161,6 +212,11 @@ class ARPOConfig(GRPOConfig):
             "the mean of their advantages. 'tree': that, less half of what it was before the fork that led there. Or "
             "a function of your own: 'my_module:my_attribution'."
         },
+    )
+
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Whether groups all of whose rows have earned the same are taken out of the loss."},
     )
 
     # Parameters that control tools
@@ -242,6 +298,8 @@ class ARPOConfig(GRPOConfig):
             ("branch_factor", 1),
             ("entropy_window", 1),
             ("expansion_rounds", 1),
+            ("fork_tries", 1),
+            ("max_environment_states", 1),
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
             ("log_tree_steps", 0),
@@ -260,8 +318,12 @@ class ARPOConfig(GRPOConfig):
         protocol_class(self.tool_protocol)
         branch_rule(self.branch_rule, self)
         attribution(self.advantage_attribution)
-        if self.rollout_schedule not in ROLLOUT_SCHEDULES:
-            raise ValueError(
-                f"`rollout_schedule` is {self.rollout_schedule!r}; set it to one of "
-                f"{', '.join(map(repr, ROLLOUT_SCHEDULES))}."
-            )
+        for name, choices in (
+            ("rollout_schedule", ROLLOUT_SCHEDULES),
+            ("branch_measure", BRANCH_MEASURES),
+            ("fork_sampling", FORK_SAMPLINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; set it to one of {', '.join(map(repr, choices))}."
+                )

@@ -4,7 +4,7 @@ import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -31,11 +31,21 @@ from .protocols.suffix import suffix_renderer, warn_of_endless_calls
 from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
+from .rewards.memory import RewardMemory
 from .rollout.engines import trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.outputs import attribute, mask_truncated, reward_columns
+from .rollout.outputs import (
+    attribute,
+    mask_truncated,
+    mask_uniform,
+    reward_columns,
+    row_rewards,
+    weigh,
+    with_stand_ins,
+    working_rows,
+)
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
@@ -78,8 +88,8 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
     place of the image that a tool returns.
 
     What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol
-    or a rule of expansion. Each is refused at construction.
+    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol.
+    Each is refused at construction.
 
     Example:
 
@@ -103,7 +113,9 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
         environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the
             row it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been
-            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool.
+            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool. A class with
+            `deterministic = True` says that what an environment answers, and becomes, depends on what `reset` was
+            given and on the calls before alone: rows of a group with equal calls so far then share one execution.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
             one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
@@ -200,7 +212,8 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
         )
-        self._row_tools = RowTools(self, self._executor, forks=self._branches)
+        kept_states = args.max_environment_states if rule.expands else 0
+        self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
         # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
         # decided with each one: its prompts may hold images, and so may what these tools return
         self._tools_return_images = (
@@ -216,8 +229,11 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             if protocol.structured:
                 warn_of_endless_calls(*template, self.eos_token_ids)
         self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
-        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
+        tries = 1 if args.fork_sampling == "independent" else args.fork_tries
+        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size, tries)
         self._groups: list[Group] = []  # of the latest rollout
+        self._examples: list[dict[str, Any]] = []  # columns of the data set, by row of the latest rollout
+        self._memory = RewardMemory() if rule.needs_rewards and self._branches else None
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
 
@@ -294,6 +310,7 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
                     sample=self._engine.sample,
                     tools_of=self._row_tools.of,
                     submit=self._row_tools.submit,
+                    score=lambda: self._score_rollout(prompts),
                     copy_state=self._row_tools.copy,
                     keep=self._engine.keep,
                     anyone=self._anyone,
@@ -313,6 +330,7 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
                 self.eos_token_ids.__contains__,
                 eager=self.args.rollout_schedule == "eager",
             )
+        self._row_tools.settle()
         for trajectory in trajectories:
             prompt_ids[trajectory.row] = trajectory.prompt_ids
         conversational = is_conversational({"prompt": prompts[0]})
@@ -346,12 +364,16 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
 
     # Rewards and advantages
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _guarded_rewards(self, inputs, prompts, completions, completion_ids_list, quiet=False):
+        """What TRL makes of the reward functions; with a memory, of those rows that they have not scored before."""
         functions = self.reward_funcs
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else guarded(function, name)
-            for function, name in zip(functions, self.reward_func_names, strict=True)
-        ]
+        memory = self._memory if self.model.training else None
+        self.reward_funcs = []
+        for index, (function, name) in enumerate(zip(functions, self.reward_func_names, strict=True)):
+            guard = function if isinstance(function, torch.nn.Module) else guarded(function, name)
+            if memory is not None and guard is not function:
+                guard = memory.of(index, guard, quiet)
+            self.reward_funcs.append(guard)
         try:
             with self._reporter.timed("rewards"):
                 rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -359,11 +381,43 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward
         rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
+        return rewards_per_func
+
+    def _score_rollout(self, prompts: list) -> None:
+        """Score the rows that there are, for a rule that asks for it in the midst of a rollout."""
+        assert self._memory is not None
+        self._memory.rows = working_rows(self._groups).keys()
+        trajectories = with_stand_ins(self._groups, len(prompts))
+        columns = reward_columns(trajectories, self._tokenizer)
+        conversational = is_conversational({"prompt": prompts[0]})
+        inputs = [
+            example | {name: values[row] for name, values in columns.items()}
+            for row, example in enumerate(self._examples)
+        ]
+        completions = [self._protocol.completion(row.turns, conversational) for row in trajectories]
+        completion_ids = [row.completion_ids for row in trajectories]
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids, quiet=True)
+        first = self.accelerator.process_index * len(prompts)
+        rewards = row_rewards(rewards_per_func[first : first + len(prompts)], self.reward_weights)
+        for group in self._groups:
+            group.rewards = [None if row.kind == "idle" else rewards[row.row] for row in group.trajectories]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        working = working_rows(self._groups)
+        if self._memory is not None:
+            self._memory.rows = working.keys()
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._memory is not None and self.model.training:
+            idle = torch.tensor([row not in working for row in range(len(prompts))], device=rewards_per_func.device)
+            rewards_per_func[self.accelerator.gather(idle)] = torch.nan  # a group is normalised by its other rows
         if self.rollout_func is None:
             self._reporter.rewards(rewards_per_func, inputs, self._groups)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._examples = inputs
+        if self._memory is not None:
+            self._memory.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -372,6 +426,10 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
+        if self.model.training and self.args.dynamic_sampling:
+            mask_uniform(output, self._groups, self._reporter.group_rewards(self._groups), self.accelerator)
+        if self.model.training and self.args.fork_sampling == "weighted":
+            weigh(output, self._groups)
         advantages = output["advantages"].tolist()
         self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:

@@ -90,11 +90,6 @@ def build(tmp_path, tokenizer, config=None, tools=(tiny.add,), **kwargs):
             {"tools": (), "environment_factory": Board},
             ["`environment_factory`", "tool_protocol"],
         ),
-        (
-            {"branch_rule": "expansion"},
-            {"tools": (), "environment_factory": Board},
-            ["`branch_rule='expansion'`", "`environment_factory`", "num_initial_generations=16"],
-        ),
     ],
 )
 def test_bad_combinations(tmp_path, tokenizer, config, kwargs, words):

@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
+from .distinct import distinct_samples
 from .engines.base import Sample
-from .entropy import entropy_gap, mean_entropy
+from .entropy import entropy_gap, mean_entropy, segment_logprob
 from .rules.answers import decide, expand, priority
 from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
@@ -37,11 +39,14 @@ class Branching:
         rule ([`BranchRule`]): When it forks.
         entropy_window (`int`): Tokens at the start of a segment over which its entropy is read, k.
         vocab_size (`int`): V.
+        fork_tries (`int`, *optional*, defaults to `1`): Times that a fork is sampled at most until its first segment
+            is another than those of its node.
     """
 
     rule: BranchRule
     entropy_window: int
     vocab_size: int
+    fork_tries: int = 1
 
 
 @dataclass
@@ -88,8 +93,10 @@ class RolloutHooks:
             longer than each limit. Called with empty lists where this process has nothing to do and others have.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
-        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
-            to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
+        score (`Callable[[], None]`): Scores the rows of all groups, which have ended: sets `group.rewards`. Called for
+            a rule that `needs_rewards`; collective.
+        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Gives a fork what a stateful environment of its parent
+            held where it leaves. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for
             a tool, with a rule that expands those that have ended and may be forked from.
@@ -102,6 +109,7 @@ class RolloutHooks:
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
+    score: Callable[[], None] = lambda: None
     copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
@@ -156,12 +164,17 @@ def run_waves(
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager or branching.rule.expands:
-            hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
+        later: list[list[int]] = []
+        if eager or branching.rule.expands or branching.fork_tries > 1:
+            later = _needed_later(groups, waiting, pending, branching.rule)
+            hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         with hooks.timed("sample"):
             samples = hooks.sample(contexts, budgets)
+            if branching.fork_tries > 1:
+                again = partial(_sample_again, hooks, contexts, budgets, later)
+                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
         with hooks.timed("parse"):
@@ -198,9 +211,10 @@ def run_waves(
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
-            for group in groups:
-                if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching.rule, rng)
+            if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):
+                for group in groups:
+                    if group.budget and id(group) not in unfinished:
+                        waiting += _fill(group, prompts, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -209,6 +223,14 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _scored(groups: Sequence[Group], unfinished: bool, hooks: RolloutHooks) -> bool:
+    """Score the rows of all groups, once none is unfinished on any process and rows are missing on one."""
+    if hooks.anyone(unfinished) or not hooks.anyone(any(group.budget for group in groups)):
+        return False
+    hooks.score()
+    return True
 
 
 def _needed_later(
@@ -228,6 +250,20 @@ def _needed_later(
     return contexts
 
 
+def _sample_again(
+    hooks: RolloutHooks,
+    contexts: Sequence[list[int]],
+    budgets: Sequence[int],
+    later: Sequence[list[int]],
+    rows: list[int],
+    samples: Sequence[Sample],
+) -> list[Sample]:
+    """Sample some rows of a wave anew; the engine keeps what the others go on from."""
+    others = [index for index in range(len(contexts)) if index not in rows]
+    hooks.keep([*later, *(contexts[index] + samples[index].ids for index in others)])
+    return hooks.sample([contexts[index] for index in rows], [budgets[index] for index in rows])
+
+
 def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
     trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
@@ -242,11 +278,11 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
     return fork
 
 
-def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
+def _fork_with_state(group: Group, parent: Trajectory, place: Place, hooks: RolloutHooks) -> Trajectory | None:
     """
-    A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free.
+    A trajectory that leaves `parent` at `place`; `None` where its state cannot be copied, and the row stays free.
     """
-    fork = _fork(group, parent, parent.end)
+    fork = _fork(group, parent, place)
     if hooks.copy_state(parent, fork):
         return fork
     group.trajectories.pop()
@@ -257,7 +293,7 @@ def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segme
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
     entropy = mean_entropy(sample.entropies, branching.entropy_window)
-    segment = Segment(start, start + len(sample.ids), entropy)
+    segment = Segment(start, start + len(sample.ids), entropy, logprob=segment_logprob(sample.logprobs))
     if start == 0:
         trajectory.baseline = entropy
     elif entropy is not None and trajectory.baseline is not None:
@@ -287,16 +323,21 @@ def _decide(
     priorities = [priority(rule, step.segment) for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
-        made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
+        made = [_fork_with_state(group, step.trajectory, step.trajectory.end, hooks) for _ in range(count)]
         copied = [fork for fork in made if fork is not None]
         step.segment.forks = len(copied)
         forks += copied
     return forks
 
 
-def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
+def _fill(
+    group: Group, prompts: Sequence[list[int]], rule: BranchRule, hooks: RolloutHooks, rng: random.Random
+) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
+    if not nodes:
+        group.end()
+        return []
     group.rounds += 1
     if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
         for row in group.trajectories:
@@ -305,12 +346,14 @@ def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: ran
                     segment.forks = segment.forks or 0
     started = []
     for node in nodes:
-        if node.segment == 0:
+        parent, fork = group.trajectories[node.row], None
+        if node.segment > 0:
+            fork = _fork_with_state(group, parent, parent.starts[node.segment], hooks)
+        if fork is None:
             started.append(_start(group, prompts, "supplement"))
             continue
-        parent = group.trajectories[node.row]
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
-        started.append(_fork(group, parent, parent.starts[node.segment]))
+        started.append(fork)
     return started
 
 

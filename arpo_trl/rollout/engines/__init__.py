@@ -57,6 +57,7 @@ def trainer_engine(
         keeps=args.prefix_sharing and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
         idle_token=trainer._tokenizer.eos_token_id,
         forks_anywhere=forks_anywhere,
+        reads_logprobs=args.branch_measure == "novelty" or args.fork_sampling == "weighted",
     )
 
 

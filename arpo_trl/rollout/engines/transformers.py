@@ -41,19 +41,37 @@ class EntropyRecorder(LogitsProcessor):
     Args:
         window (`int`): Tokens to record, k.
         temperature (`float`): Sampling temperature.
+        reads_logprobs (`bool`, *optional*, defaults to `False`): Whether to record the log-probability of each sampled
+            token as well.
     """
 
-    def __init__(self, window: int, temperature: float):
+    def __init__(self, window: int, temperature: float, reads_logprobs: bool = False):
         self.window = window
         self.temperature = temperature
+        self.reads_logprobs = reads_logprobs
         self._columns: list[torch.Tensor] = []
+        self._latest: torch.Tensor | None = None  # log-probabilities that the next token is sampled from
+        self._sampled: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if len(self._columns) < self.window:
+        if self.reads_logprobs or len(self._columns) < self.window:
             logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-            # A token that another processor forbids has log-probability −inf and adds nothing
-            self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
+            self._latest = logprobs if self.reads_logprobs else None
+            if len(self._columns) < self.window:
+                # A token that another processor forbids has log-probability −inf and adds nothing
+                self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
         return scores
+
+    def sampled(self, tokens: torch.Tensor) -> None:
+        """Told the token of each row that was sampled from the scores of the latest call, of shape `(B,)`."""
+        if self._latest is not None:
+            self._sampled.append(self._latest.gather(1, tokens.unsqueeze(1)).squeeze(1))
+
+    def logprobs(self, rows: int) -> list[list[float]] | list[None]:
+        """
+        Log-probabilities of the tokens of each row (tokens after a row's end included); `None` if none were read.
+        """
+        return torch.stack(self._sampled, dim=1).tolist() if self._sampled else [None] * rows
 
     def entropies(self, rows: int) -> list[list[float]]:
         """
@@ -70,11 +88,18 @@ class RowStops(StoppingCriteria):
     Args:
         limits (`Sequence[int]`): Tokens that each row may sample.
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a row ends.
+        on_tokens (`Callable[[torch.Tensor], None]`, *optional*): Told each row's token as soon as it is sampled.
     """
 
-    def __init__(self, limits: Sequence[int], stop_strings: StopStringCriteria | None = None):
+    def __init__(
+        self,
+        limits: Sequence[int],
+        stop_strings: StopStringCriteria | None = None,
+        on_tokens: Callable[[torch.Tensor], None] = lambda tokens: None,
+    ):
         self.limits = [max(limit, 1) for limit in limits]  # `generate` samples at least one token
         self.stop_strings = stop_strings
+        self._on_tokens = on_tokens
         self.lengths = torch.tensor(self.limits)
         self._limits: torch.Tensor | None = None
         self._step = 0
@@ -84,6 +109,7 @@ class RowStops(StoppingCriteria):
             self._limits = torch.tensor(self.limits, device=input_ids.device)
             self.lengths = self._limits.clone()
         self._step += 1
+        self._on_tokens(input_ids[:, -1])
         done = self._limits <= self._step
         if self.stop_strings is not None:
             stopped = self.stop_strings(input_ids, scores)
@@ -105,6 +131,7 @@ def recorded_generation(
     window: int,
     temperature: float,
     cache: PrefixCache | None = None,
+    reads_logprobs: bool = False,
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
@@ -114,7 +141,8 @@ def recorded_generation(
     if cache is not None and "generate" in vars(model):
         logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
         cache = None
-    recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
+    recorder = EntropyRecorder(window, temperature, reads_logprobs)
+    stops = RowStops(limits, stop_strings, recorder.sampled)
     generate = partial(
         partial(cache.generate, model, model.generate) if cache is not None else model.generate,
         logits_processor=LogitsProcessorList([recorder]),
@@ -144,9 +172,10 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
 def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops: RowStops) -> list[Sample]:
     """What a recorded generation sampled; `ids` as `generate` returned them, cut after the end-of-turn token."""
     samples = []
-    for row, length, entropies in zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), strict=True):
+    told = zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), recorder.logprobs(len(ids)), strict=True)
+    for row, length, entropies, logprobs in told:
         row = row[:length]
-        samples.append(Sample(row, entropies[: len(row)]))
+        samples.append(Sample(row, entropies[: len(row)], logprobs and logprobs[: len(row)]))
     return samples
 
 
@@ -177,6 +206,8 @@ class TransformersEngine(Engine):
         idle_token (`int`): What a process without work reads, to take part in a collective forward.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row,
             rather than at its latest.
+        reads_logprobs (`bool`, *optional*, defaults to `False`): Whether samples have the log-probability of each
+            token at the sampling temperature, before top-p and top-k.
     """
 
     def __init__(
@@ -189,6 +220,7 @@ class TransformersEngine(Engine):
         keeps: bool,
         idle_token: int,
         forks_anywhere: bool = False,
+        reads_logprobs: bool = False,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -200,6 +232,7 @@ class TransformersEngine(Engine):
         self._keeps = keeps
         self._idle_token = idle_token
         self._forks_anywhere = forks_anywhere
+        self._reads_logprobs = reads_logprobs
         self._cache: PrefixCache | None = None  # of the rollout that is going on
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
@@ -209,7 +242,13 @@ class TransformersEngine(Engine):
         model = self._model()
         forget_image_positions(model)
         recorded = recorded_generation(
-            model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
+            model,
+            limits,
+            self._stop_strings,
+            self._entropy_window,
+            self._temperature,
+            self._cache,
+            self._reads_logprobs,
         )
         with without_unfit_settings(model), recorded as (recorder, stops):
             ids = self._generate(list(contexts))
