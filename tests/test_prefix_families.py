@@ -176,7 +176,7 @@ def test_levels_by_hand():
     paths = states_of([3, 4, 5, 6, 7], [3, 4, 8], [9, 9])
     assert paths.before.tolist() == [-1, 0, 1, 2, 0, -1]
     roots, leaves = paths.levels
-    assert roots.slots.tolist() == [[0], [5]] and roots.parents is None
+    assert roots.slots.tolist() == [[0], [5]]
     assert leaves.slots.tolist() == [[1, 2, 3], [4, 6, 6]] and leaves.parents.tolist() == [0, 0]  # 6 is padding
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .prefix_tree import PrefixTree
@@ -169,8 +169,8 @@ class PathAttention:
                 query, key, value, attn_mask=causal_lower_right(new, length), **options
             )
         outputs = [
-            F.scaled_dot_product_attention(*states, attn_mask=mask, **options)
-            for *states, mask in self._blocks(query, key, value, window)
+            F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, **options)
+            for queries, keys, values, mask in self._blocks(query, key, value, window)
         ]
         return torch.cat(outputs, dim=2)
 
@@ -269,9 +269,9 @@ def _block_mask(tree: PrefixTree, window: int | None, device: torch.device) -> "
     return create_block_mask(sees, None, None, size, size, device=device, _compile=device.type == "cuda")
 
 
-def attention_inputs(tree: PrefixTree, model: nn.Module, device: torch.device) -> dict[str, Any]:
+def attention_inputs(tree: PrefixTree, model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
     """What the transformers `model` is called with so that each token attends to its ancestors only."""
-    config: PreTrainedConfig = model.config.get_text_config()
+    config = model.config.get_text_config()
     implementation = config._attn_implementation
     if implementation != "flex_attention":
         _route(model, implementation)

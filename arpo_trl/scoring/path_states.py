@@ -17,7 +17,7 @@ memory, as the layer itself does).
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from .prefix_tree import PrefixTree
+
+
+class Level(NamedTuple):
+    """
+    Stretches of a tree that are scanned in one call.
+
+    Args:
+        slots (`np.ndarray` of shape `(stretches, tokens)`): Where their tokens stand in the pack; L for padding.
+        parents (`np.ndarray` of shape `(stretches,)`): Which stretch of the level before each one goes on from; of no
+            meaning in the first level.
+    """
+
+    slots: np.ndarray
+    parents: np.ndarray
 
 
 class PathStates:
@@ -36,69 +50,71 @@ class PathStates:
     """
 
     def __init__(self, tree: PrefixTree):
-        size = len(tree.input_ids)
-        self.size = size
+        self.size = size = len(tree.input_ids)
         self.before = np.arange(-1, size - 1)  # the token before each one on its path, -1 for none
         for segment in tree.segments:
             self.before[segment.start] = tree.slots[segment.row][segment.depth - 1] if segment.depth else -1
         self.starts = np.array([segment.start for segment in tree.segments])
+        self.levels = self._levels()
+        laid_out = np.concatenate([level.slots.ravel() for level in self.levels])
+        places = np.empty(size + 1, dtype=np.int64)  # of each token in what is laid out; the last is padding
+        places[laid_out] = np.arange(len(laid_out))
+        self.arrays: dict[Any, np.ndarray] = {"scan": laid_out, "scanned": places[:-1]}
+        self.arrays |= {("parents", depth): level.parents for depth, level in enumerate(self.levels)}
+        self.indices: dict[Any, torch.Tensor] = {}  # these on each device: layers of a split model run on several
 
+    def _levels(self) -> list[Level]:
         # Cut where a segment begins, and behind each token that another segment goes on from
         forks = self.before[self.starts]
         cuts = np.union1d(self.starts, forks[forks >= 0] + 1)
-        ends = np.r_[cuts[1:], size]
+        ends = np.r_[cuts[1:], self.size]
         parents = np.searchsorted(ends, self.before[cuts], side="right")  # of each stretch; unused for a root
         depths = np.zeros(len(cuts), dtype=np.int64)
         for stretch, parent in enumerate(parents):  # in depth-first order parents come first
             if self.before[cuts[stretch]] >= 0:
                 depths[stretch] = depths[parent] + 1
-        self.levels: list[Level] = []
-        place = np.empty(len(cuts), dtype=np.int64)  # of a stretch in its level
+        levels = []
+        places = np.zeros(len(cuts), dtype=np.int64)  # of a stretch in its level
         for depth in range(depths.max() + 1):
             own = np.flatnonzero(depths == depth)
-            place[own] = np.arange(len(own))
+            places[own] = np.arange(len(own))
             lengths = ends[own] - cuts[own]
             tokens = np.arange(lengths.max())
-            slots = np.where(tokens < lengths[:, None], cuts[own, None] + tokens, size)
-            self.levels.append(Level(slots, place[parents[own]] if depth else None))
-        laid_out = np.concatenate([level.slots.ravel() for level in self.levels])
-        self.places = np.empty(size + 1, dtype=np.int64)  # of each token among those of all levels, padding included
-        self.places[laid_out] = np.arange(len(laid_out))
-        self.laid_out = laid_out
-        self.indices: dict[tuple[Any, torch.device], torch.Tensor] = {}  # layers of a split model run on other devices
+            slots = np.where(tokens < lengths[:, None], cuts[own, None] + tokens, self.size)
+            levels.append(Level(slots, places[parents[own]]))
+        return levels
 
-    def _index(self, name: Any, device: torch.device, values: Callable[[], np.ndarray]) -> torch.Tensor:
+    def _index(self, name: Any, device: torch.device) -> torch.Tensor:
         if (name, device) not in self.indices:
-            self.indices[name, device] = torch.from_numpy(values()).to(device)
+            self.indices[name, device] = torch.from_numpy(self.arrays[name]).to(device)
         return self.indices[name, device]
+
+    def _lay_behind_context(self, context: int) -> None:
+        """Lay each segment behind the so many tokens before it; L stands where there are none."""
+        ancestors, slots = [], self.starts
+        for _ in range(context):
+            slots = np.where(slots >= 0, self.before[slots], -1)
+            ancestors.insert(0, slots)
+        ends = np.r_[self.starts[1:], self.size]
+        parts = [
+            np.r_[[slots[segment] for slots in ancestors], np.arange(start, end)].astype(np.int64)
+            for segment, (start, end) in enumerate(zip(self.starts, ends, strict=True))
+        ]
+        laid_out = np.concatenate(parts)
+        tokens = np.arange(self.size)
+        self.arrays["convolution", context] = np.where(laid_out < 0, self.size, laid_out)
+        self.arrays["convolved", context] = tokens + context * np.searchsorted(self.starts, tokens, side="right")
 
     def convolve(
         self, stock: Callable[..., torch.Tensor], states: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """A causal convolution along paths; states are of shape `(1, channels, L)`."""
         context = weight.shape[-1] - 1
-
-        def laid_out() -> np.ndarray:
-            behind = []  # the tokens before each segment, nearest first; -1, that is L, for none
-            slots = self.starts
-            for _ in range(context):
-                slots = np.where(slots >= 0, self.before[slots], -1)
-                behind.append(slots)
-            ends = np.r_[self.starts[1:], self.size]
-            parts = [
-                np.r_[[slots[i] for slots in reversed(behind)], np.arange(start, end)].astype(np.int64)
-                for i, (start, end) in enumerate(zip(self.starts, ends, strict=True))
-            ]
-            index = np.concatenate(parts)
-            return np.where(index < 0, self.size, index)
-
-        def kept() -> np.ndarray:
-            return np.arange(self.size) + context * np.searchsorted(self.starts, np.arange(self.size), side="right")
-
-        index = self._index(("convolution", context), states.device, laid_out)
-        own = self._index(("own", context), states.device, kept)
-        mixed = stock(F.pad(states, (0, 1)).index_select(2, index), weight, *args, **kwargs)
-        return mixed.index_select(2, own)
+        if ("convolution", context) not in self.arrays:
+            self._lay_behind_context(context)
+        laid_out = F.pad(states, (0, 1)).index_select(2, self._index(("convolution", context), states.device))
+        mixed = stock(laid_out, weight, *args, **kwargs)
+        return mixed.index_select(2, self._index(("convolved", context), states.device))
 
     def scan(
         self, call: Callable[..., tuple[torch.Tensor, torch.Tensor]], inputs: tuple[torch.Tensor, ...]
@@ -110,65 +126,70 @@ class PathStates:
             call (`Callable`): Takes the inputs of a level, of shape `(stretches, tokens, …)` and 0 for padding, and
                 the states that they start from, or `None`; gives outputs and last states.
             inputs (`tuple[torch.Tensor, ...]`): Each of shape `(1, L, …)`.
+
+        Returns:
+            `torch.Tensor` of shape `(1, L, …)`
         """
         device = inputs[0].device
-        index = self._index("scan", device, lambda: self.laid_out)
-        padded = [F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1)).index_select(0, index) for x in inputs]
-        sizes = [level.slots.size for level in self.levels]
+        index = self._index("scan", device)
+        laid_out = [F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1)).index_select(0, index) for x in inputs]
+        parts = zip(*(x.split([level.slots.size for level in self.levels]) for x in laid_out), strict=True)
         outputs, states = [], None
-        for depth, (level, *own) in enumerate(zip(self.levels, *(x.split(sizes) for x in padded), strict=True)):
-            if level.parents is not None and states is not None:
-                parents = level.parents
-                states = states.index_select(0, self._index(("parents", depth), device, lambda p=parents: p))
+        for depth, (level, own) in enumerate(zip(self.levels, parts, strict=True)):
+            if states is not None:
+                states = states.index_select(0, self._index(("parents", depth), device))
             output, states = call(*(x.unflatten(0, level.slots.shape) for x in own), states)
             outputs.append(output.flatten(0, 1))
-        places = self._index("places", device, lambda: self.places[:-1])
-        return torch.cat(outputs).index_select(0, places)[None]
+        return torch.cat(outputs).index_select(0, self._index("scanned", device))[None]
 
 
-class Level:
-    """
-    Stretches of a tree that are scanned in one call.
-
-    Args:
-        slots (`np.ndarray` of shape `(stretches, tokens)`): Where their tokens stand in the pack; L for padding.
-        parents (`np.ndarray` of shape `(stretches,)`, *optional*): Which stretch of the level before each one goes on
-            from; `None` where a row begins.
-    """
-
-    def __init__(self, slots: np.ndarray, parents: np.ndarray | None):
-        self.slots = slots
-        self.parents = parents
+def _convolution(stock: Callable[..., Any], paths: PathStates, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return paths.convolve(stock, *args, **kwargs)
 
 
-def _convolution(stock: Callable[..., Any], paths: PathStates, states, weight, *args, **kwargs):
-    return paths.convolve(stock, states, weight, *args, **kwargs)
+def _gated_delta_rule(
+    stock: Callable[..., Any],
+    paths: PathStates,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    def call(query, key, value, g, beta, states):  # type: ignore[no-untyped-def]
+        return stock(
+            query, key, value, g=g, beta=beta, **kwargs | {"initial_state": states, "output_final_state": True}
+        )
 
-
-def _gated_delta_rule(stock: Callable[..., Any], paths: PathStates, query, key, value, g, beta, **kwargs):
     # A token of zeros decays by exp(0) and writes 0 times 0
-    kwargs = {**kwargs, "output_final_state": True}
-
-    def call(query, key, value, g, beta, states):
-        return stock(query, key, value, g=g, beta=beta, **{**kwargs, "initial_state": states})
-
     return paths.scan(call, (query, key, value, g, beta)), None
 
 
-def _mamba2(stock: Callable[..., Any], paths: PathStates, hidden_states, dt, A, B, C, **kwargs):
-    # A token whose time step is 0 leaves the state as it is, so time steps are made before there is padding
-    bias, limit = kwargs.pop("dt_bias", None), kwargs.pop("dt_limit", (0.0, float("inf")))
-    steps = dt if bias is None else dt + bias.to(dt.dtype)
-    steps = F.softplus(steps) if kwargs.pop("dt_softplus", False) else steps
-    kwargs = {**kwargs, "return_final_states": True}
+def _mamba2(
+    stock: Callable[..., Any],
+    paths: PathStates,
+    hidden_states: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **kwargs: Any,
+) -> torch.Tensor:
+    def call(hidden_states, dt, B, C, states):  # type: ignore[no-untyped-def]
+        return stock(hidden_states, dt, A, B, C, **kwargs | {"initial_states": states, "return_final_states": True})
 
-    def call(hidden_states, dt, B, C, states):
-        return stock(hidden_states, dt, A, B, C, **{**kwargs, "initial_states": states})
+    # A token whose time step is 0 leaves the state as it is, so time steps are made before there is padding; as in the
+    # kernels, in float32
+    steps = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    steps = (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
+    return paths.scan(call, (hidden_states, steps, B, C))
 
-    return paths.scan(call, (hidden_states, steps.clamp(*limit), B, C))
 
-
-def _unfused(stock: Callable[..., Any], paths: PathStates, *args, **kwargs) -> None:
+def _unfused(stock: Callable[..., Any], paths: PathStates, *args: Any, **kwargs: Any) -> None:
     """Mamba2's kernel that does all at once knows no tree; without it the layer goes on step by step."""
 
 
