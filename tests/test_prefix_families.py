@@ -1,6 +1,8 @@
 """Each family whose rows may share prefixes, held to row by row: windows, sinks, soft caps, experts, states."""
 
+import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +34,11 @@ WITH_STATES = sorted(family for family, config in FAMILIES.items() if has_states
 def test_every_family_that_is_served_is_held_to_row_by_row():
     assert MODEL_TYPES == FAMILIES.keys()
     assert all(config.model_type == family for family, config in FAMILIES.items())
+
+
+def test_the_docs_list_these_families():
+    made = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "make_models.py"), run_name="made")
+    assert made["packed_table"]() in made["PAGE"].read_text("utf-8"), "run `python docs/make_models.py`"
 
 
 @pytest.mark.parametrize("family", sorted(MODEL_TYPES))
@@ -216,6 +223,20 @@ def test_cost_of_windows_and_states_by_hand():
     assert cost.row(2, 100) == 2 * cost.token + (2 * 100 - 0.5 * 4) * 128 + 2 * 6 * 128 + cost.call
     # A layer with states has no pairs
     assert forward_cost(FAMILIES["qwen3_5_text"], "cpu").pair == 4 * 32
+
+
+def test_states_in_kernels_of_the_hub_are_refused(monkeypatch):
+    model = build_family("qwen3_5_text")
+    monkeypatch.setattr(type(model), "use_kernels", True)
+    assert prefix_sharing.unsupported_reason(model, torch.device("cpu")).code == "states"
+    assert shared_prefix_logps(model, *tools_tree()) is None
+
+
+@pytest.mark.parametrize("family", sorted(MODEL_TYPES))
+def test_every_family_has_a_cost(family):
+    cost = forward_cost(config_of(family).get_text_config(), "cpu")
+    assert cost.token > 0 and cost.call > 0 and cost.pair + cost.windowed > 0
+    assert (cost.windowed > 0) == (cost.window > 0)
 
 
 def test_attention_in_both_directions_is_refused():

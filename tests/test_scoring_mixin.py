@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+import multimodal
 import pytest
 import tiny
 import torch
@@ -121,6 +122,18 @@ def test_the_reason_of_a_fall_back_is_told_in_the_log_and_in_the_metrics(tokeniz
     for log in trainer.state.log_history[:2]:
         assert log["arpo/not_packed/rotary_embedding"] == 1 and log["arpo/packed_token_fraction"] == 0
         assert log["arpo/computed_token_fraction"] == 1
+
+
+@pytest.mark.parametrize("family", ["Qwen3.5, no thinking", "Gemma 4"])
+def test_rows_of_text_of_a_multimodal_checkpoint(tmp_path, family):
+    model, processor = multimodal.build(family)
+    ours, stock = (
+        train(cls, processor, tmp_path / cls.__name__, model=model, max_steps=1) for cls in (Trainer, GRPOTrainer)
+    )
+    log = ours.state.log_history[0]
+    assert log["arpo/packed_token_fraction"] == 1 and log["arpo/computed_token_fraction"] < 0.5
+    assert log["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-3, abs=1e-6)
+    assert torch.allclose(weights(ours), weights(stock), atol=1e-5)
 
 
 def test_fractions_add_up_where_some_micro_batches_are_packed(tokenizer, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ memory, as the layer itself does).
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,10 +211,19 @@ def _routed(stock: Callable[..., Any], under_a_tree: Callable[..., Any]) -> Call
     return routed
 
 
-def route_states(model: nn.Module) -> None:
-    """Let the mixers of a model follow a `path_states`; without one they are as they were."""
+def _mixing_functions(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
     for file in {type(module).__module__ for module in model.modules()}:
         functions = vars(sys.modules[file])
-        for name, under_a_tree in _ROUTES.items():
-            if name in functions and getattr(functions[name], "__module__", None) != __name__:
-                functions[name] = _routed(functions[name], under_a_tree)
+        yield from ((functions, name) for name in _ROUTES if name in functions)
+
+
+def can_route_states(model: nn.Module) -> bool:
+    """Whether the mixers of a model call functions that can be given a tree, rather than kernels that replace them."""
+    return not getattr(model, "use_kernels", False) and any(_mixing_functions(model))
+
+
+def route_states(model: nn.Module) -> None:
+    """Let the mixers of a model follow a `path_states`; without one they are as they were."""
+    for functions, name in _mixing_functions(model):
+        if getattr(functions[name], "__module__", None) != __name__:
+            functions[name] = _routed(functions[name], _ROUTES[name])

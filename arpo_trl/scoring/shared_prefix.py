@@ -27,14 +27,14 @@ from transformers import PreTrainedConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from .path_attention import FLASH_ATTENTION, attention_inputs
-from .path_states import PathStates, route_states
+from .path_states import PathStates, can_route_states, route_states
 from .prefix_tree import Cost, PrefixTree, pack, unpadded
 from .tally import NotPacked, chunk_counts
 
 logger = logging.getLogger(__name__)
 
 # Families whose tokens mix through attention and states alone, and which take position ids and pass keyword arguments
-# on. A family is listed once tests/test_prefix_sharing.py holds it to row by row.
+# on. A family is listed once tests/test_prefix_families.py holds it to row by row.
 MODEL_TYPES = frozenset(
     {
         *(
@@ -111,6 +111,10 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> NotPacked | No
         return NotPacked(
             "attention",
             "attention 'flex_attention' on a model that is split over devices; use attn_implementation='sdpa'",
+        )
+    if has_states(config) and not can_route_states(chain[-1]):
+        return NotPacked(
+            "states", "its layers with states run kernels that know no tree; load it with use_kernels=False"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
@@ -240,7 +244,7 @@ def forward_cost(config: PreTrainedConfig, device_type: str) -> Cost:
     pair = 4 * heads * head_dim
     return Cost(
         token=2 * hidden * (layers * (attention + mlp) + config.vocab_size),
-        pair=pair * kinds.count("full_attention"),
+        pair=pair * (kinds.count("full_attention") + kinds.count("hybrid")),
         call=layers * (_CALL_FLOPS_CPU if device_type == "cpu" else _CALL_FLOPS_GPU),
         causal=1.0 if device_type == "cpu" else 0.5,
         windowed=pair * kinds.count("sliding_attention"),
