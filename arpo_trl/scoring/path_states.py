@@ -91,7 +91,8 @@ class PathStates:
 
     def _lay_behind_context(self, context: int) -> None:
         """Lay each segment behind the so many tokens before it; L stands where there are none."""
-        ancestors, slots = [], self.starts
+        ancestors: list[np.ndarray] = []
+        slots = self.starts
         for _ in range(context):
             slots = np.where(slots >= 0, self.before[slots], -1)
             ancestors.insert(0, slots)
