@@ -36,25 +36,14 @@ logger = logging.getLogger(__name__)
 # Families whose tokens mix through attention and states alone, and which take position ids and pass keyword arguments
 # on. A family is listed once tests/test_prefix_families.py holds it to row by row.
 MODEL_TYPES = frozenset(
-    {
-        *(
-            "cohere2",
-            "gemma",
-            "gemma2",
-            "gemma3",
-            "gemma3_text",
-            "gemma4",
-            "gemma4_text",
-            "glm4",
-            "glm4_moe",
-            "gpt_oss",
-        ),
-        *("granite", "llama", "ministral", "ministral3", "mistral", "mistral3", "mixtral", "olmo2", "olmo3", "olmoe"),
-        *("phi3", "qwen2", "qwen2_5_vl", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe", "smollm3"),
-        # with states
-        *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "olmo_hybrid", "qwen3_5"),
-        *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
-    }
+    """
+    cohere2 gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm4 glm4_moe gpt_oss granite llama ministral ministral3
+    mistral mistral3 mixtral olmo2 olmo3 olmoe phi3 qwen2 qwen2_5_vl qwen2_moe qwen3 qwen3_moe qwen3_vl qwen3_vl_moe
+    smollm3
+
+    bamba falcon_h1 granitemoehybrid lfm2 lfm2_moe nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text
+    qwen3_5_text qwen3_next
+    """.split()
 )
 
 # Rotary embeddings that look at the longest position of a batch would see another one in a packed tree.
