@@ -4,7 +4,7 @@ one run and interleaved, medians of several repeats.
 
     python benchmarks/prefix_sharing.py --json outputs/prefix_sharing.json
     python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
-    python benchmarks/prefix_sharing.py --family qwen3_5 --hidden 512 --layers 4 --cases forked-once four-rounds
+    python benchmarks/prefix_sharing.py --family qwen3_5 --hidden 256 --layers 4 --cases forked-once --time-only
     python benchmarks/prefix_sharing.py --cases
 
 Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
@@ -240,7 +240,7 @@ def measure(case: str, args: argparse.Namespace) -> dict:
     lines = []
     for side, size in runs:
         wall, cpu = (statistics.median(column) for column in zip(*times[side, size], strict=True))
-        peak = peak_memory(case, side, size, args)
+        peak = 0.0 if args.time_only else peak_memory(case, side, size, args)
         lines.append({"side": side, "micro_batch": size, "seconds": wall, "cpu_seconds": cpu, "peak_mib": peak})
     whole = pack(rows, [PROMPT] * len(rows), Cost(token=1, pair=0, call=0))
     return {
@@ -267,7 +267,7 @@ def headline(lines: list[dict]) -> dict:
         "ratio": reference["seconds"] / best["seconds"],
         "cpu_ratio": reference["cpu_seconds"] / best["cpu_seconds"],
         "ratio_to_best_row_by_row": min(line["seconds"] for line in baseline.values()) / best["seconds"],
-        "memory_ratio": best["peak_mib"] / reference["peak_mib"],
+        "memory_ratio": best["peak_mib"] / (reference["peak_mib"] or float("nan")),
     }
 
 
@@ -347,6 +347,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--time-only", action="store_true", help="measure no memory and count no tokens of recipes")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -379,7 +380,7 @@ def main() -> None:
                 "padded tokens are distinct",
                 flush=True,
             )
-    recipes = count_recipes()
+    recipes = [] if args.time_only else count_recipes()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {
