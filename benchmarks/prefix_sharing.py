@@ -376,7 +376,7 @@ def main() -> None:
             print(
                 f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; "
                 f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {result['memory_ratio']:.2f} "
-                f"of the memory; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
+                f"of the memory{' (not measured)' if args.time_only else ''}; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
                 "padded tokens are distinct",
                 flush=True,
             )
