@@ -373,11 +373,11 @@ def main() -> None:
         if result["ratio"] is None:
             print(f"  → no sharing run fits the memory of row by row at {REFERENCE}")
         else:
+            memory = "an unmeasured part" if args.time_only else f"{result['memory_ratio']:.2f}"
             print(
                 f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; "
-                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {result['memory_ratio']:.2f} "
-                f"of the memory{' (not measured)' if args.time_only else ''}; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
-                "padded tokens are distinct",
+                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {memory} of the memory; target "
+                f"{result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
                 flush=True,
             )
     recipes = [] if args.time_only else count_recipes()
