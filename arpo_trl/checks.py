@@ -9,6 +9,7 @@ from typing import Any
 from transformers.utils import is_matplotlib_available
 
 from .config import ARPOConfig
+from .execution.options import tool_options
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
 from .rollout.rules import BranchRule, branch_rule
@@ -27,6 +28,7 @@ def check_arguments(
     args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
 ) -> None:
     """Refuse what cannot work, before a model is loaded."""
+    check_timeouts(args, tools)
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
     protocol = protocol_class(args.tool_protocol)
@@ -69,6 +71,60 @@ def check_arguments(
                     f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
                     f"for a fork: raise either, {off}."
                 )
+
+
+def check_timeouts(args: ARPOConfig, tools: list) -> None:
+    """
+    Refuse times that a process may take for its rollout and that the others, which wait for it, do not.
+
+    Raises:
+        ValueError: A tool's time-out, or the deadline of a rollout, is not below `ddp_timeout`.
+    """
+    if args.world_size == 1:
+        return
+    why = (
+        f"but a process waits for the others no longer than `ddp_timeout` ({args.ddp_timeout} s), and then the run "
+        "ends. Lower the former or raise the latter."
+    )
+    if args.rollout_deadline is not None and args.rollout_deadline >= args.ddp_timeout:
+        raise ValueError(f"`rollout_deadline` is {args.rollout_deadline:g} s, {why}")
+    for tool in tools:
+        options = tool_options(tool)
+        own = options.timeout is not None
+        timeout = options.timeout if own else args.tool_timeout
+        longest = float("inf") if timeout is None else timeout * (options.retries + 1)
+        if longest >= args.ddp_timeout:
+            source = f"time-out of the tool `{tool.__name__}`" if own else f"`tool_timeout`, for `{tool.__name__}`,"
+            tries = f" with {options.retries} retries" if options.retries else ""
+            raise ValueError(f"The {source}{tries} lets a call take {longest:g} s, {why}")
+
+
+def resolved_schedule(args: ARPOConfig, shared: str | None) -> str:
+    """
+    The schedule of rollouts, which may depend on the engine.
+
+    Args:
+        args ([`ARPOConfig`]): The config.
+        shared (`str`, *optional*): What makes several processes share an engine, if they do.
+
+    Raises:
+        ValueError: The schedule cannot be had, or a cut is set that it has not.
+    """
+    schedule = args.rollout_schedule or ("continuous" if args.use_vllm and shared is None else "waves")
+    if schedule == "continuous" and shared is not None:
+        raise ValueError(
+            "`rollout_schedule='continuous'` lets each process sample when it wants, but with "
+            f"{shared} all of them sample together: set 'waves' or 'eager', or let each process have its own engine "
+            "(vLLM with `vllm_tensor_parallel_size=1`, or a server)."
+        )
+    cuts = {"rollout_deadline": None, "rollout_finished_fraction": 1.0}
+    for name, off in cuts.items():
+        if schedule != "continuous" and getattr(args, name) != off:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but `rollout_schedule={schedule!r}` cannot end a row that is "
+                "being sampled: set `rollout_schedule='continuous'`, or leave it out."
+            )
+    return schedule
 
 
 def check_columns(dataset: Any, argument: str) -> None:

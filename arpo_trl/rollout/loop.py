@@ -166,10 +166,7 @@ def run_waves(
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
         with hooks.timed("parse"):
             for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
-                left = max(limits.completion - len(trajectory.completion_ids), 0)
-                sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
-                turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
-                step = _Step(trajectory, sample, _read(trajectory, sample, branching), turn)
+                step = _parse(trajectory, context, sample, protocol, hooks, branching, limits)
                 steps_of[id(group_of[trajectory.row])].append(step)
         steps = [step for group in groups for step in steps_of[id(group)]]
 
@@ -209,6 +206,22 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _parse(
+    trajectory: Trajectory,
+    context: list[int],
+    sample: Sample,
+    protocol: ToolProtocol,
+    hooks: RolloutHooks,
+    branching: Branching,
+    limits: Limits,
+) -> _Step:
+    """What a trajectory's new segment says, cut to the tokens that the row has left."""
+    left = max(limits.completion - len(trajectory.completion_ids), 0)
+    sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
+    turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
+    return _Step(trajectory, sample, _read(trajectory, sample, branching), turn)
 
 
 def _needed_later(
