@@ -13,7 +13,7 @@ from arpo_trl.advantages import hard_advantages
 from arpo_trl.config import ROLLOUT_SCHEDULES
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
-from arpo_trl.rollout.continuous import Cut, run_continuous
+from arpo_trl.rollout.continuous import run_continuous
 from arpo_trl.rollout.engines import BatchStream, Sample
 from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
 from arpo_trl.rollout.record import call_records, rollout_records
