@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -142,7 +143,11 @@ class _Rollout:
         context = trajectory.prompt_ids + trajectory.completion_ids
         future = self.stream.start(context, limits.completion if limits.cut_afterwards else limits.left(trajectory))
         self.sampled[row] = (trajectory, context, future)
-        future.add_done_callback(lambda _: self.changed.put(row))
+        future.add_done_callback(partial(self.change, row))
+
+    def change(self, row: int, ended: Future) -> None:
+        """A segment or a call of a row has ended; told by whichever thread knows."""
+        self.changed.put(row)
 
     def go_on(self, trajectory: Trajectory) -> None:
         """Start a row's next segment if it has room for one; otherwise the row has ended."""
@@ -199,7 +204,7 @@ class _Rollout:
                 step.futures = _call(step, self.limits, self.hooks)
                 self.called[step.trajectory.row] = step
                 for call in step.futures:
-                    call.add_done_callback(lambda _, row=step.trajectory.row: self.changed.put(row))
+                    call.add_done_callback(partial(self.change, step.trajectory.row))
             if steps:
                 self.tell(steps)
             self.answer(rows)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, NamedTuple
 
 
@@ -124,13 +124,12 @@ class Engine(ABC):
         """Told, before `sample`, the contexts that are not in it but in a later one."""
         return None
 
-    @contextmanager
-    def stream(self) -> Iterator[Stream]:
+    def stream(self) -> AbstractContextManager[Stream]:
         """
         Within the context, which is one of [`rollout`], segments are sampled one by one. Those that have not ended
         when it is left are given up.
         """
-        yield BatchStream(self.sample, self.keep)
+        return nullcontext(BatchStream(self.sample, self.keep))
 
     @contextmanager
     def rollout(self) -> Iterator[None]:

@@ -104,7 +104,8 @@ class ServerStream(Stream):
         from trl.generation.vllm_client import parse_logprobs
 
         payload = self._payload | {"prompt": [context], "max_tokens": self._engine.limit(context, limit)}
-        choice = (await self._send(self._post, payload))["choices"][0]
+        answer: dict[str, Any] = await self._send(self._post, payload)
+        choice = answer["choices"][0]
         return self._engine.samples(Answer([choice["token_ids"]], *parse_logprobs([choice["logprobs"]])))[0]
 
     async def _post(self, payload: dict[str, Any]) -> dict[str, Any]:
@@ -190,9 +191,8 @@ def _server(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
     # The main process alone has a client. That it tells the others where the server is, they learn once the weights
     # are there
     client = trainer.vllm_generation.vllm_client if trainer.accelerator.is_main_process else None
-    told = [None if client is None else (client.base_url, client.model)]
-    broadcast_object_list(told, from_process=0)
-    url, model = told[0]
+    told = [None, None] if client is None else [client.base_url, client.model]
+    url, model = broadcast_object_list(told, from_process=0)
     payload = {"model": model, "return_token_ids": True, "return_tokens_as_token_ids": True}
     before = None if client is None else _server_prefix_cache(client)
     stream = ServerStream(url, engine, payload | sampling_settings(trainer, engine.top_k))
