@@ -2,6 +2,7 @@
 possible.
 """
 
+import math
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -82,21 +83,19 @@ def check_timeouts(args: ARPOConfig, tools: list) -> None:
     """
     if args.world_size == 1:
         return
-    why = (
-        f"but a process waits for the others no longer than `ddp_timeout` ({args.ddp_timeout} s), and then the run "
-        "ends. Lower the former or raise the latter."
-    )
-    if args.rollout_deadline is not None and args.rollout_deadline >= args.ddp_timeout:
-        raise ValueError(f"`rollout_deadline` is {args.rollout_deadline:g} s, {why}")
+    times = {"`rollout_deadline`": args.rollout_deadline or 0.0}
     for tool in tools:
         options = tool_options(tool)
-        own = options.timeout is not None
-        timeout = options.timeout if own else args.tool_timeout
-        longest = float("inf") if timeout is None else timeout * (options.retries + 1)
-        if longest >= args.ddp_timeout:
-            source = f"time-out of the tool `{tool.__name__}`" if own else f"`tool_timeout`, for `{tool.__name__}`,"
-            tries = f" with {options.retries} retries" if options.retries else ""
-            raise ValueError(f"The {source}{tries} lets a call take {longest:g} s, {why}")
+        timeout = args.tool_timeout if options.timeout is None else options.timeout
+        source = "`tool_timeout`" if options.timeout is None else "The time-out"
+        attempts = options.retries + 1
+        times[f"{source} of the tool `{tool.__name__}`, for {attempts} attempt(s),"] = attempts * (timeout or math.inf)
+    for what, seconds in times.items():
+        if seconds >= args.ddp_timeout:
+            raise ValueError(
+                f"{what} is {seconds:g} s, but a process waits for the others no longer than `ddp_timeout` "
+                f"({args.ddp_timeout} s), and then the run ends. Lower the former or raise the latter."
+            )
 
 
 def resolved_schedule(args: ARPOConfig, shared: str | None) -> str:

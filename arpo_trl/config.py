@@ -67,14 +67,14 @@ class ARPOConfig(GRPOConfig):
         tool_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which a tool call is given up; the model reads that it timed out. A tool's own time-out
             ([`~arpo_trl.tools.tool`]) comes first.
-        rollout_schedule (`str`, *optional*):
+        rollout_schedule (`str`, *optional*, defaults to `None`):
             `"waves"`: the rows of a rollout wait for each other's tools after each segment, so that a seed repeats a
             rollout. `"eager"`: rows whose tools are done go on at once, in smaller batches; for tools whose time
             varies much. `"continuous"`: each row goes on as soon as its own tools are done, whatever the other rows
             and the other processes do; with vLLM the engine samples without a pause, with transformers what is ready
             is a batch. Not for an engine that several processes share (FSDP, ZeRO-3, `vllm_tensor_parallel_size`
             above 1). By default `"continuous"` with vLLM, where it can be, and `"waves"` otherwise.
-        rollout_deadline (`float`, *optional*):
+        rollout_deadline (`float`, *optional*, defaults to `None`):
             Seconds that a training rollout may take, with the schedule `"continuous"`. Rows that go on then end where
             they are, as truncated ones, without the segment that they sample or the calls that they wait for; a row
             that has not begun has one token that the loss leaves out. Transformers looks at the clock between two

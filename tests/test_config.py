@@ -135,11 +135,15 @@ class TwoProcesses(ARPOConfig):
 @pytest.mark.parametrize(
     "settings, options, words",
     [
-        ({"tool_timeout": 1800}, {}, ["`tool_timeout`, for `add`, lets a call take 1800 s", "`ddp_timeout` (1800 s)"]),
-        ({"tool_timeout": None}, {}, ["`tool_timeout`, for `add`, lets a call take inf s"]),
-        ({"ddp_timeout": 100}, {}, ["take 120 s", "`ddp_timeout` (100 s)"]),
-        ({}, {"timeout": float("inf")}, ["time-out of the tool `add` lets a call take inf s"]),
-        ({}, {"timeout": 600, "retries": 2}, ["time-out of the tool `add` with 2 retries lets a call take 1800 s"]),
+        (
+            {"tool_timeout": 1800},
+            {},
+            ["`tool_timeout` of the tool `add`, for 1 attempt(s), is 1800 s", "`ddp_timeout` (1800 s)"],
+        ),
+        ({"tool_timeout": None}, {}, ["`tool_timeout` of the tool `add`, for 1 attempt(s), is inf s"]),
+        ({"ddp_timeout": 100}, {}, ["is 120 s", "`ddp_timeout` (100 s)"]),
+        ({}, {"timeout": float("inf")}, ["The time-out of the tool `add`, for 1 attempt(s), is inf s"]),
+        ({}, {"timeout": 600, "retries": 2}, ["The time-out of the tool `add`, for 3 attempt(s), is 1800 s"]),
         (
             {"rollout_schedule": "continuous", "rollout_deadline": 2000},
             {},
