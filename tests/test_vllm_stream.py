@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from loopback import Loopback, http
 
+from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.engines.vllm import VLLMEngine
 from arpo_trl.rollout.engines.vllm_stream import LLMStream, ServerStream, sampling_settings
 
@@ -54,7 +55,7 @@ class StandInLLM:
 
 def test_a_request_is_added_while_others_are_sampled():
     llm, engine = StandInLLM(), vllm_engine()
-    stream = LLMStream(llm, engine, lambda limit: limit)
+    stream = LLMStream(llm, engine, lambda limit, top_k: limit)
     assert not stream.step(list), "nothing to do"
     first = stream.start([10, 11], 3)
     assert stream.step(list) and not first.done()
@@ -69,7 +70,7 @@ def test_a_request_is_added_while_others_are_sampled():
 
 def test_the_rest_is_aborted_and_a_limit_keeps_to_the_context():
     llm = StandInLLM()
-    stream = LLMStream(llm, vllm_engine(), lambda limit: limit)
+    stream = LLMStream(llm, vllm_engine(), lambda limit, top_k: limit)
     ended, open_ = stream.start([10], 1), stream.start([20] * 98, 50)
     stream.step(list)
     assert list(llm.requests.values())[0][1] == 2, "of a context of 100 tokens two are left"
@@ -94,7 +95,7 @@ def test_a_server_has_all_segments_at_once():
         connection.sendall(choice(request.body))
 
     with Loopback({"/v1/completions": answer}) as server:
-        stream = ServerStream(server.url, vllm_engine(), {"model": "m", "logprobs": 2})
+        stream = ServerStream(server.url, vllm_engine(), {"model": "m"})
         assert not stream.step(list), "this thread has nothing to do"
         futures = [stream.start([10 + row], 1 + row % 3) for row in range(30)]
         samples = [future.result(SECONDS) for future in futures]
@@ -143,7 +144,35 @@ def test_what_is_asked_for_is_what_trl_asks_for():
         generation_kwargs={"presence_penalty": 0.5},
     )  # fmt: skip
     trainer = SimpleNamespace(vllm_generation=generation, _protocol=SimpleNamespace(stop_strings=["</a>"]))
-    assert sampling_settings(trainer, 20) == {
-        "repetition_penalty": 1.1, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.0, "n": 1, "logprobs": 20,
+    assert sampling_settings(trainer) == {
+        "repetition_penalty": 1.1, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.0, "n": 1,
         "presence_penalty": 0.5, "stop": ["</a>"], "include_stop_str_in_output": True, "skip_special_tokens": False,
     }  # fmt: skip
+
+
+class InParts(VLLMEngine):
+    """Asks for a segment in two parts, the second one without more than the sampled token's log-probability."""
+
+    def segment(self, context, limit):
+        first = yield context, 2, self.top_k
+        second = yield context + first.ids, limit - 2, 0
+        return Sample(first.ids + second.ids, first.entropies, first.logprobs + second.logprobs)
+
+
+def test_a_segment_may_be_several_requests():
+    asked = []
+    llm, engine = StandInLLM(), InParts(lambda *asked: None, 100, 1000, top_k=2, entropy_window=20)
+    stream = LLMStream(llm, engine, lambda limit, top_k: asked.append((limit, top_k)) or limit)
+    future = stream.start([10, 11], 5)
+    while stream.step(list):
+        pass
+    assert future.result().ids == [10] * 5 and asked == [(2, 2), (3, 0)]
+    assert engine.lookups["prefix_cache_queries"] == 2, "the context is read once"
+    with Loopback({"/v1/completions": lambda connection, request: connection.sendall(choice(request.body))}) as server:
+        stream = ServerStream(server.url, engine, {})
+        assert stream.start([10, 11], 5).result(SECONDS).ids == [10] * 5
+        stream.close()
+    bodies = [json.loads(request.body) for request in server.requests]
+    assert [(body["prompt"][0], body["max_tokens"], body["logprobs"]) for body in bodies] == [
+        ([10, 11], 2, 2), ([10, 11, 10, 10], 3, 0)
+    ]  # fmt: skip

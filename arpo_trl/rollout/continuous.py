@@ -29,11 +29,11 @@ from .loop import (
     _answer,
     _append,
     _call,
+    _cut,
     _decide,
     _fill,
     _has_room,
     _needed_later,
-    _parse,
     _start,
     _Step,
 )
@@ -190,23 +190,20 @@ class _Rollout:
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with rows that have changed, and with the groups that they leave without an unfinished row."""
-        steps = []
+        ended = [self.sampled.pop(row) for row in rows if row in self.sampled and self.sampled[row][2].done()]
+        steps = [_cut(trajectory, future.result(), self.branching, self.limits) for trajectory, _, future in ended]
+        self.fork(steps)
         with self.hooks.timed("parse"):
-            for row in rows:
-                if row in self.sampled and self.sampled[row][2].done():
-                    trajectory, context, future = self.sampled.pop(row)
-                    shared = (self.protocol, self.hooks, self.branching, self.limits)
-                    steps.append(_parse(trajectory, context, future.result(), *shared))
-        with self.hooks.timed("tools"):
-            self.fork(steps)
-            for step in steps:
+            for step, (trajectory, context, _) in zip(steps, ended, strict=True):
+                step.turn = self.protocol.parse(step.sample.ids, context, self.hooks.tools_of(trajectory))
                 _append(step)
                 step.futures = _call(step, self.limits, self.hooks)
-                self.called[step.trajectory.row] = step
+                self.called[trajectory.row] = step
                 for call in step.futures:
-                    call.add_done_callback(partial(self.change, step.trajectory.row))
-            if steps:
-                self.tell(steps)
+                    call.add_done_callback(partial(self.change, trajectory.row))
+        if steps:
+            self.tell(steps)
+        with self.hooks.timed("tools"):
             self.answer(rows)
         self.fill({self.group_of[row] for row in rows})
 

@@ -6,7 +6,7 @@ the reading is of what they leave.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -62,15 +62,22 @@ class VLLMEngine(Engine):
         self._stream = stream
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
-        limits = [self.limit(context, limit) for context, limit in zip(contexts, limits, strict=True)]
+        limits = [self._limit(context, limit) for context, limit in zip(contexts, limits, strict=True)]
         answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
         return self.samples(answer)[: len(contexts)]
 
     def stream(self) -> AbstractContextManager[Stream]:
         return super().stream() if self._stream is None else self._stream(self)
 
-    def limit(self, context: list[int], limit: int) -> int:
-        """Tokens that may be sampled after a context, at least 1 and no more than the engine can read."""
+    def segment(self, context: list[int], limit: int) -> Generator[tuple[list[int], int, int], Sample, Sample]:
+        """
+        One segment: yields what to ask for (context, most tokens, log-probabilities of a position), is sent what was
+        sampled, and returns the segment.
+        """
+        sample = yield context, self._limit(context, limit), self.top_k
+        return sample
+
+    def _limit(self, context: list[int], limit: int) -> int:
         return max(min(limit, self.context_length - len(context)), 1)
 
     def samples(self, answer: Answer) -> list[Sample]:

@@ -9,10 +9,10 @@ What is not here: an engine that several processes share by tensor parallelism, 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import broadcast_object_list
 
@@ -27,42 +27,63 @@ _RETRIES = 5
 _GRACE = 5.0
 
 
+class _Running(NamedTuple):
+    """A segment of which a request is running; its first one reads the context, later ones find it in the cache."""
+
+    segment: Generator[tuple[list[int], int, int], Sample, Sample]
+    future: Future[Sample]
+    is_first: bool
+
+
 class LLMStream(Stream):
     """
     Steps a `vllm.LLM` of this process.
 
     Args:
         llm (`vllm.LLM`): The engine.
-        engine ([`VLLMEngine`]): Reads what it sampled, and counts.
-        parameters (`Callable[[int], vllm.SamplingParams]`): Sampling parameters of a segment, from its limit.
+        engine ([`VLLMEngine`]): Says what to ask for, reads what was sampled, and counts.
+        parameters (`Callable[[int, int], vllm.SamplingParams]`): Sampling parameters of a request, from its most
+            tokens and its log-probabilities a position.
     """
 
     _names = (f"arpo-{number}" for number in itertools.count())  # no two requests of a process have the same
 
-    def __init__(self, llm: Any, engine: VLLMEngine, parameters: Callable[[int], Any]):
+    def __init__(self, llm: Any, engine: VLLMEngine, parameters: Callable[[int, int], Any]):
         from trl.generation.vllm_generation import extract_logprobs
 
         self._llm_engine = llm.llm_engine
         self._engine = engine
         self._parameters = parameters
         self._extract_logprobs = extract_logprobs
-        self._running: dict[str, Future[Sample]] = {}
+        self._running: dict[str, _Running] = {}
 
     def start(self, context: list[int], limit: int) -> Future[Sample]:
-        name, future = next(self._names), Future[Sample]()
-        parameters = self._parameters(self._engine.limit(context, limit))
-        self._llm_engine.add_request(name, {"prompt_token_ids": context}, parameters)
-        self._running[name] = future
+        segment, future = self._engine.segment(context, limit), Future[Sample]()
+        self._ask(next(segment), _Running(segment, future, is_first=True))
         return future
+
+    def _ask(self, request: tuple[list[int], int, int], running: _Running) -> None:
+        context, limit, top_k = request
+        name = next(self._names)
+        self._llm_engine.add_request(name, {"prompt_token_ids": context}, self._parameters(limit, top_k))
+        self._running[name] = running
 
     def step(self, needed_later: Callable[[], list[list[int]]]) -> bool:
         if not self._running:
             return False
-        outputs = [output for output in self._llm_engine.step() if output.finished]
-        for output in outputs:
+        for output in self._llm_engine.step():
+            if not output.finished:
+                continue
+            running = self._running.pop(output.request_id)
+            if running.is_first:
+                _count_hits([output], self._engine.lookups)
             answer = Answer([list(output.outputs[0].token_ids)], *self._extract_logprobs([output]))
-            self._running.pop(output.request_id).set_result(self._engine.samples(answer)[0])
-        _count_hits(outputs, self._engine.lookups)
+            try:
+                request = running.segment.send(self._engine.samples(answer)[0])
+            except StopIteration as ended:
+                running.future.set_result(ended.value)
+            else:
+                self._ask(request, running._replace(is_first=False))
         return True
 
     def close(self) -> None:
@@ -77,8 +98,8 @@ class ServerStream(Stream):
 
     Args:
         url (`str`): Address of the server.
-        engine ([`VLLMEngine`]): Reads what it sampled.
-        payload (`dict[str, Any]`): The request, without prompt and limit.
+        engine ([`VLLMEngine`]): Says what to ask for, and reads what was sampled.
+        payload (`dict[str, Any]`): A request, without prompt, limit and log-probabilities.
     """
 
     def __init__(self, url: str, engine: VLLMEngine, payload: dict[str, Any]):
@@ -103,10 +124,17 @@ class ServerStream(Stream):
     async def _sample(self, context: list[int], limit: int) -> Sample:
         from trl.generation.vllm_client import parse_logprobs
 
-        payload = self._payload | {"prompt": [context], "max_tokens": self._engine.limit(context, limit)}
-        answer: dict[str, Any] = await self._send(self._post, payload)
-        choice = answer["choices"][0]
-        return self._engine.samples(Answer([choice["token_ids"]], *parse_logprobs([choice["logprobs"]])))[0]
+        segment = self._engine.segment(context, limit)
+        context, limit, top_k = next(segment)
+        while True:
+            payload = self._payload | {"prompt": [context], "max_tokens": limit, "logprobs": top_k}
+            answer: dict[str, Any] = await self._send(self._post, payload)
+            choice = answer["choices"][0]
+            told = Answer([choice["token_ids"]], *parse_logprobs([choice["logprobs"]]))
+            try:
+                context, limit, top_k = segment.send(self._engine.samples(told)[0])
+            except StopIteration as ended:
+                return ended.value
 
     async def _post(self, payload: dict[str, Any]) -> dict[str, Any]:
         import httpx
@@ -138,14 +166,14 @@ def stream_trl(trainer: Any) -> Callable[[VLLMEngine], Any]:
     return lambda engine: (_server if trainer.vllm_generation.mode == "server" else _colocated)(trainer, engine)
 
 
-def sampling_settings(trainer: Any, top_k: int) -> dict[str, Any]:
-    """What TRL asks for, as fields of `vllm.SamplingParams`, with `top_k` log-probabilities a position."""
+def sampling_settings(trainer: Any) -> dict[str, Any]:
+    """What TRL asks for, as fields of `vllm.SamplingParams`, but for each request's own."""
     generation = trainer.vllm_generation
     settings = {
         name: getattr(generation, name) for name in ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
     }
     settings["min_p"] = settings["min_p"] or 0.0
-    settings |= {"n": 1, "logprobs": top_k, **generation.generation_kwargs}
+    settings |= {"n": 1, **generation.generation_kwargs}
     if generation.structured_outputs_regex is not None:
         settings["structured_outputs"] = {"regex": generation.structured_outputs_regex}
     if trainer._protocol.stop_strings:
@@ -168,14 +196,18 @@ def _colocated(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     generation = trainer.vllm_generation
-    settings = sampling_settings(trainer, engine.top_k)
+    settings = sampling_settings(trainer)
     if isinstance(settings.get("structured_outputs"), dict):
         settings["structured_outputs"] = StructuredOutputsParams(**settings["structured_outputs"])
     settings["output_kind"] = RequestOutputKind.FINAL_ONLY
     _push_weights(trainer)
     if generation.enable_sleep_mode:
         generation.llm.wake_up(tags=["kv_cache"])
-    stream = LLMStream(generation.llm, engine, lambda limit: SamplingParams(**settings | {"max_tokens": limit}))
+
+    def parameters(limit: int, top_k: int) -> SamplingParams:
+        return SamplingParams(**settings | {"max_tokens": limit, "logprobs": top_k})
+
+    stream = LLMStream(generation.llm, engine, parameters)
     try:
         yield stream
     finally:
@@ -195,7 +227,7 @@ def _server(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
     url, model = broadcast_object_list(told, from_process=0)
     payload = {"model": model, "return_token_ids": True, "return_tokens_as_token_ids": True}
     before = None if client is None else _server_prefix_cache(client)
-    stream = ServerStream(url, engine, payload | sampling_settings(trainer, engine.top_k))
+    stream = ServerStream(url, engine, payload | sampling_settings(trainer))
     try:
         yield stream
     finally:
