@@ -1,7 +1,9 @@
 """The eager and the continuous schedule: rows whose tools are done do not wait for the others."""
 
 import random
+import runpy
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -268,3 +270,13 @@ def test_training_goes_on_with_rows_that_the_deadline_left_empty(agent_dirs, tok
     # An evaluation measures what the model can do, and has no deadline
     trainer.evaluate(trainer.train_dataset.select(range(2)))
     assert all(row.segments for group in trainer._groups for row in group.trajectories)
+
+
+def test_processes_that_do_not_wait_for_each_other_take_a_fraction_of_the_time():
+    """On the benchmark's computed clock, so that it is the same on every machine."""
+    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "schedules.py"))
+    waves, counts = benchmark["computed_waves"](4, 64)
+    continuous, slowest, own_counts = benchmark["computed_continuous"](4, 64, tools=True)
+    without, _, _ = benchmark["computed_continuous"](4, 64, tools=False)
+    assert 0.8 < own_counts["tokens"] / counts["tokens"] < 1.25, "the same work in law"
+    assert waves > 2 * continuous and continuous < 1.3 * max(slowest, without)
