@@ -56,6 +56,7 @@ test-vllm: $(VLLM)/.installed
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
 	$(BIN)/python benchmarks/rollout.py --json outputs/benchmarks/rollout.json
+	$(BIN)/python benchmarks/schedules.py --only simulated --json outputs/benchmarks/schedules.json
 	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
 	$(BIN)/python benchmarks/summary.py outputs/benchmarks
 

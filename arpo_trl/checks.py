@@ -2,6 +2,7 @@
 possible.
 """
 
+import math
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from transformers.utils import is_matplotlib_available
 
 from .config import ARPOConfig
+from .execution.options import tool_options
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
 from .rollout.rules import BranchRule
@@ -27,6 +29,7 @@ def check_arguments(
     args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
 ) -> None:
     """Refuse what cannot work, before a model is loaded."""
+    check_timeouts(args, tools)
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
     protocol = protocol_class(args.tool_protocol)
@@ -68,6 +71,67 @@ def check_arguments(
                     f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
                     f"for a fork: raise either, {off}."
                 )
+
+
+def check_timeouts(args: ARPOConfig, tools: list) -> None:
+    """
+    Refuse times that a process may take for its rollout and that the others, which wait for it, do not.
+
+    Raises:
+        ValueError: A tool's time-out, or the deadline of a rollout, is not below `ddp_timeout`.
+    """
+    if args.world_size == 1:
+        return
+    times = {"`rollout_deadline`": args.rollout_deadline or 0.0}
+    for tool in tools:
+        options = tool_options(tool)
+        timeout = args.tool_timeout if options.timeout is None else options.timeout
+        source = "`tool_timeout`" if options.timeout is None else "The time-out"
+        attempts = options.retries + 1
+        times[f"{source} of the tool `{tool.__name__}`, for {attempts} attempt(s),"] = attempts * (timeout or math.inf)
+    for what, seconds in times.items():
+        if seconds >= args.ddp_timeout:
+            raise ValueError(
+                f"{what} is {seconds:g} s, but a process waits for the others no longer than `ddp_timeout` "
+                f"({args.ddp_timeout} s), and then the run ends. Lower the former or raise the latter."
+            )
+
+
+def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None) -> str:
+    """
+    The schedule of rollouts, which may depend on the engine.
+
+    Args:
+        args ([`ARPOConfig`]): The config.
+        rule ([`BranchRule`]): The branching rule.
+        shared (`str`, *optional*): What makes several processes share an engine, if they do.
+
+    Raises:
+        ValueError: The schedule cannot be had, or a cut is set that it has not.
+    """
+    why_waves = None
+    if shared is not None:
+        why_waves = (
+            f"with {shared} all of them sample together: set 'waves' or 'eager', or let each process have its own "
+            "engine (vLLM with `vllm_tensor_parallel_size=1`, or a server)"
+        )
+    elif args.num_initial_generations < args.num_generations and rule.needs_rewards:
+        why_waves = "the branching rule scores the rows of all processes together: set 'waves' or 'eager'"
+    elif args.num_initial_generations < args.num_generations and args.fork_sampling != "independent":
+        why_waves = f"`fork_sampling={args.fork_sampling!r}` samples the forks of a wave anew: set 'waves' or 'eager'"
+    schedule = args.rollout_schedule or ("continuous" if args.use_vllm and why_waves is None else "waves")
+    if schedule == "continuous" and why_waves is not None:
+        raise ValueError(
+            f"`rollout_schedule='continuous'` lets each row and each process sample when it wants, but {why_waves}."
+        )
+    cuts = {"rollout_deadline": None, "rollout_finished_fraction": 1.0}
+    for name, off in cuts.items():
+        if schedule != "continuous" and getattr(args, name) != off:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but `rollout_schedule={schedule!r}` cannot end a row that is "
+                "being sampled: set `rollout_schedule='continuous'`, or leave it out."
+            )
+    return schedule
 
 
 def check_columns(dataset: Any, argument: str) -> None:

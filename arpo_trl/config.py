@@ -6,7 +6,7 @@ from .advantages import attribution
 from .protocols import protocol_class
 from .rollout.rules import branch_rule
 
-ROLLOUT_SCHEDULES = ("waves", "eager")
+ROLLOUT_SCHEDULES = ("waves", "eager", "continuous")
 BRANCH_MEASURES = ("entropy", "novelty")
 FORK_SAMPLINGS = ("independent", "distinct", "weighted")
 
@@ -95,10 +95,22 @@ class ARPOConfig(GRPOConfig):
         tool_timeout (`float`, *optional*, defaults to `120.0`):
             Seconds after which a tool call is given up; the model reads that it timed out. A tool's own time-out
             ([`~arpo_trl.tools.tool`]) comes first.
-        rollout_schedule (`str`, *optional*, defaults to `"waves"`):
+        rollout_schedule (`str`, *optional*, defaults to `None`):
             `"waves"`: the rows of a rollout wait for each other's tools after each segment, so that a seed repeats a
             rollout. `"eager"`: rows whose tools are done go on at once, in smaller batches; for tools whose time
-            varies much.
+            varies much. `"continuous"`: each row goes on as soon as its own tools are done, whatever the other rows
+            and the other processes do; with vLLM the engine samples without a pause, with transformers what is ready
+            is a batch. Not for an engine that several processes share (FSDP, ZeRO-3, `vllm_tensor_parallel_size`
+            above 1). By default `"continuous"` with vLLM, where it can be, and `"waves"` otherwise.
+        rollout_deadline (`float`, *optional*, defaults to `None`):
+            Seconds that a training rollout may take, with the schedule `"continuous"`. Rows that go on then end where
+            they are, as truncated ones, without the segment that they sample or the calls that they wait for; a row
+            that has not begun has one token that the loss leaves out. Transformers looks at the clock between two
+            batches. By default a rollout takes what it takes.
+        rollout_finished_fraction (`float`, *optional*, defaults to `1.0`):
+            Fraction of a process's rows after whose end the others are ended like those at the deadline, so that few
+            stragglers do not hold up a training rollout; with the schedule `"continuous"`. Rows that are cut are the
+            long ones: train with `mask_truncated_completions=True` or rewards that know of it. 1 waits for all.
 
         > Parameters that control prefix sharing
 
@@ -236,12 +248,27 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "Seconds after which a tool call is given up; the model reads that it timed out."},
     )
 
-    rollout_schedule: str = field(
-        default="waves",
+    rollout_schedule: str | None = field(
+        default=None,
         metadata={
             "help": "'waves': rows wait for each other's tools after each segment, so that a seed repeats a rollout. "
-            "'eager': rows whose tools are done go on at once, in smaller batches.",
+            "'eager': rows whose tools are done go on at once, in smaller batches. 'continuous': each row goes on as "
+            "soon as its own tools are done. By default 'continuous' with vLLM where it can be, otherwise 'waves'.",
             "choices": list(ROLLOUT_SCHEDULES),
+        },
+    )
+    rollout_deadline: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that a training rollout may take, with the schedule 'continuous'; rows that go on then "
+            "end as truncated ones."
+        },
+    )
+    rollout_finished_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Fraction of a process's rows after whose end the others are ended, with the schedule "
+            "'continuous'. 1 waits for all."
         },
     )
 
@@ -319,7 +346,6 @@ class ARPOConfig(GRPOConfig):
         branch_rule(self.branch_rule, self)
         attribution(self.advantage_attribution)
         for name, choices in (
-            ("rollout_schedule", ROLLOUT_SCHEDULES),
             ("branch_measure", BRANCH_MEASURES),
             ("fork_sampling", FORK_SAMPLINGS),
         ):
@@ -327,3 +353,17 @@ class ARPOConfig(GRPOConfig):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}; set it to one of {', '.join(map(repr, choices))}."
                 )
+        if self.rollout_schedule not in (None, *ROLLOUT_SCHEDULES):
+            raise ValueError(
+                f"`rollout_schedule` is {self.rollout_schedule!r}; set it to one of "
+                f"{', '.join(map(repr, ROLLOUT_SCHEDULES))}, or leave it out."
+            )
+        if self.rollout_deadline is not None and not self.rollout_deadline > 0:
+            raise ValueError(
+                f"`rollout_deadline` is {self.rollout_deadline}; set it to seconds above 0, or None for no deadline."
+            )
+        if not 0 < self.rollout_finished_fraction <= 1:
+            raise ValueError(
+                f"`rollout_finished_fraction` is {self.rollout_finished_fraction}; it is a fraction of the rows: set "
+                "it above 0 and to no more than 1, which waits for all."
+            )

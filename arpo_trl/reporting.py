@@ -62,12 +62,19 @@ class Reporter:
         self._next_tree = 0  # the step from which on the next tree is drawn
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Time a phase of the rollout: a metric, and, unless TRL profiles it itself, one of TRL's profiling names."""
+    def timed(self, phase: str, often: bool = False) -> Iterator[None]:
+        """
+        Time a phase of the rollout: a metric, and, unless TRL profiles it itself, one of TRL's profiling names.
+
+        Args:
+            phase (`str`): One of `PHASES`.
+            often (`bool`, *optional*, defaults to `False`): Whether it comes once a row rather than once a wave, and
+                is not profiled each time.
+        """
         started = time.perf_counter()
-        with nullcontext() if phase == "rewards" else profiling_context(self._trainer, phase):
+        with nullcontext() if often or phase == "rewards" else profiling_context(self._trainer, phase):
             yield
-        self._waves += phase == "sample"  # a wave samples once
+        self._waves += phase == "sample" and not often  # a wave samples once
         self._seconds[phase] += time.perf_counter() - started
 
     def rewards(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from .checks import (
     check_config,
     check_generation,
     check_images,
+    check_timeouts,
     explain_template_error,
     image_remedy,
     may_return_images,
+    resolved_schedule,
 )
 from .config import ARPOConfig
 from .execution.executor import ToolExecutor
@@ -33,6 +36,8 @@ from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rewards.memory import RewardMemory
 from .rollout.engines import trainer_engine
+from .rollout.continuous import Cut, run_continuous
+from .rollout.engines import shared_engine, trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
@@ -214,6 +219,8 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         )
         kept_states = args.max_environment_states if rule.expands else 0
         self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
+        check_timeouts(args, self.tools)  # those of environments too
+        self._schedule = resolved_schedule(args, rule, shared_engine(self))
         # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
         # decided with each one: its prompts may hold images, and so may what these tools return
         self._tools_return_images = (
@@ -301,35 +308,38 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             step = self.state.global_step
             self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with self._engine.rollout(), tqdm(desc="Rollout", unit=" waves", leave=False, disable=quiet) as bar:
-            trajectories = run_waves(
-                self._groups,
-                prompt_ids,
-                self._protocol,
-                RolloutHooks(
-                    sample=self._engine.sample,
-                    tools_of=self._row_tools.of,
-                    submit=self._row_tools.submit,
-                    score=lambda: self._score_rollout(prompts),
-                    copy_state=self._row_tools.copy,
-                    keep=self._engine.keep,
-                    anyone=self._anyone,
-                    on_wave=lambda wave: self._waved(bar, wave),
-                    timed=self._reporter.timed,
-                ),
-                self._branching,
-                Limits(
-                    completion=self.max_completion_length,
-                    context=self._engine.context_length,
-                    tool_turns=self.max_tool_calling_iterations,
-                    cut_afterwards=not self._branches,
-                ),
-                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not
-                # stopped
-                random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
-                self.eos_token_ids.__contains__,
-                eager=self.args.rollout_schedule == "eager",
+        continuous = self._schedule == "continuous"
+        unit = " segments" if continuous else " waves"
+        with self._engine.rollout(), tqdm(desc="Rollout", unit=unit, leave=False, disable=quiet) as bar:
+            hooks = RolloutHooks(
+                sample=self._engine.sample,
+                tools_of=self._row_tools.of,
+                submit=self._row_tools.submit,
+                score=lambda: self._score_rollout(prompts),
+                copy_state=self._row_tools.copy,
+                keep=self._engine.keep,
+                anyone=self._anyone,
+                on_wave=lambda wave: self._waved(bar, wave),
+                timed=partial(self._reporter.timed, often=continuous),
             )
+            limits = Limits(
+                completion=self.max_completion_length,
+                context=self._engine.context_length,
+                tool_turns=self.max_tool_calling_iterations,
+                cut_afterwards=not self._branches,
+            )
+            # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
+            rng = random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index))))
+            settings = (hooks, self._branching, limits, rng, self.eos_token_ids.__contains__)
+            if continuous:
+                cut = Cut.of(self.args, self._tokenizer.eos_token_id) if self.model.training else None
+                with self._engine.stream() as stream:
+                    trajectories = run_continuous(
+                        self._groups, prompt_ids, self._protocol, *settings, stream=stream, cut=cut
+                    )
+            else:
+                eager = self._schedule == "eager"
+                trajectories = run_waves(self._groups, prompt_ids, self._protocol, *settings, eager=eager)
         self._row_tools.settle()
         for trajectory in trajectories:
             prompt_ids[trajectory.row] = trajectory.prompt_ids

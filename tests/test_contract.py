@@ -7,8 +7,8 @@ import runpy
 import pytest
 import trl
 from trl import GRPOTrainer
-from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration
+from trl.generation.vllm_client import VLLMClient, parse_logprobs
+from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 from trl.trainer import grpo_trainer
 
 import arpo_trl
@@ -163,6 +163,36 @@ def test_how_generate_merges_its_configs():
 def test_how_vllm_is_called(line):
     source = " ".join(inspect.getsource(VLLMGeneration.generate).split())
     assert line in source, f"VLLMGeneration.generate of TRL {trl.__version__} no longer says {line!r}"
+
+
+def test_how_single_segments_ask_vllm():
+    """Our requests for single segments say what TRL's for batches say."""
+    asked = inspect.getsource(VLLMGeneration.generate)
+    for name in ("repetition_penalty", "temperature", "top_p", "top_k"):
+        assert f'"{name}": {name},' in asked and f"{name} = self.{name}" in asked
+    for line in (
+        '"min_p": 0.0 if min_p is None else min_p',
+        "StructuredOutputsParams(regex=self.structured_outputs_regex)",
+        'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:',
+        'self.llm.wake_up(tags=["kv_cache"])',
+        "self.llm.sleep(level=2)",
+        "self._llm_weights_sleeping = True",
+    ):
+        assert line in asked, f"VLLMGeneration.generate of TRL {trl.__version__} no longer says {line!r}"
+    sent = inspect.getsource(VLLMClient.generate)
+    for line in (
+        '"model": self.model,',
+        '"prompt": prompts,',
+        '"return_token_ids": True,',
+        '"return_tokens_as_token_ids": True,',
+        '"structured_outputs"] = {"regex": structured_outputs_regex}',
+        'f"{self.base_url}/v1/completions"',
+        'choice["token_ids"]',
+        'parse_logprobs([choice["logprobs"] for choice in choices])',
+    ):
+        assert line in sent, f"VLLMClient.generate of TRL {trl.__version__} no longer says {line!r}"
+    assert list(inspect.signature(parse_logprobs).parameters) == ["choices_logprobs"]
+    assert list(inspect.signature(extract_logprobs).parameters) == ["all_outputs"]
 
 
 def test_names_of_the_vllm_client():

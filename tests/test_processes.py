@@ -71,7 +71,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(agent_dirs, tmp_path_factory):
-    names = "split,uneven,hang,eager,contrast,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
+    names = "split,uneven,hang,eager,continuous,contrast,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
     return launch("multi_gpu.yaml", names, tmp_path_factory.mktemp("ddp"), agent_dirs["chat_template"])
 
 
@@ -123,6 +123,24 @@ def test_a_tool_that_hangs_on_one_process(runs):
         assert all("gave no answer within 1 s" in call["error"] for record in there for call in record["tool_calls"])
     assert [log["tools/s/failures"] for log in run.logs] == [2, 2]
     assert all(log["tools/s/seconds_max"] >= 1 for log in run.logs), "the maximum is over both"
+
+
+def test_the_continuous_schedule_on_two_processes(runs):
+    run = runs["continuous"]
+    for step in (0, 1):
+        for rank, calls in ((0, 3), (1, 1)):
+            records = run.records(rank, step)
+            assert [record["row"] for record in records] == [0, 1, 2, 3]
+            assert all([call["result"] for call in record["tool_calls"]] == ["found"] * calls for record in records)
+        assert any(record["kind"] == "fork" for record in run.records(1, step))
+    # No process samples because another one does: the rows of its own are all that its batches hold
+    for rank, segments in ((0, 2 * 4 * 4), (1, None)):
+        records = [record for step in (0, 1) for record in run.records(rank, step)]
+        own = sum(
+            segment["start"] >= (record["fork_token"] or 0) for record in records for segment in record["segments"]
+        )
+        assert sum(run.facts[rank]["batches"]) == own and own == (segments or own)
+    assert torch.equal(*run.weights)
 
 
 def test_the_eager_schedule_on_two_processes(runs):

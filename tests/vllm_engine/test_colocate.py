@@ -16,7 +16,9 @@ def trained(request, agents, colocated, tmp_path_factory):
     """A trainer after two steps, and the checkpoint it began with."""
     protocol, _, adapter = request.param.partition(" ")
     folder = tmp_path_factory.mktemp(protocol)
-    trainer = world.trainer(folder, agents[protocol], protocol, peft_config=ADAPTER if adapter else None)
+    settings = {"rollout_schedule": "waves"} if adapter else {}
+    trainer = world.trainer(folder, agents[protocol], protocol, ADAPTER if adapter else None, **settings)
+    assert trainer._schedule == settings.get("rollout_schedule", "continuous")
     trainer.train()
     return trainer, agents[protocol]
 
@@ -34,6 +36,32 @@ def test_logprobs_and_limits_of_rows_that_share_prefixes(trained):
     contexts = [prompt, prompt, prompt + completion[:12], prompt + completion[:25], prompt[:-4], *world.STRANGE]
     samples = world.check_samples(trainer, checkpoint, contexts, [3, 40, 7, 60, 1] + [20] * 8)
     assert [len(samples[index].ids) for index in (0, 4)] == [3, 1], "each row has a limit of its own"
+
+
+def test_segments_that_come_one_by_one(trained):
+    trainer, checkpoint = trained
+    row = world.records(trainer.args.output_dir, 0)[0]
+    contexts = [row["prompt_ids"], row["prompt_ids"], row["prompt_ids"] + row["completion_ids"][:12], *world.STRANGE]
+    samples = world.check_samples(trainer, checkpoint, contexts, [3, 40, 7] + [20] * 8, by_stream=True)
+    assert len(samples[0].ids) == 3
+    assert not trainer.vllm_generation.llm.llm_engine.has_unfinished_requests(), "the one given up is not sampled"
+
+
+def test_an_engine_that_sleeps_is_woken_once_a_rollout(trained, monkeypatch):
+    """Sleep mode needs a GPU; here the engine is told, and stays awake."""
+    trainer, _ = trained
+    generation, told = trainer.vllm_generation, []
+    monkeypatch.setattr(generation, "enable_sleep_mode", True)
+    monkeypatch.setattr(generation, "_llm_weights_sleeping", True)
+    monkeypatch.setattr(generation.llm, "wake_up", lambda tags: told.append(tags))
+    monkeypatch.setattr(generation.llm, "sleep", lambda level: told.append(level))
+    with trainer._engine.rollout(), trainer._engine.stream() as stream:
+        for _ in range(2):
+            future = stream.start(world.STRANGE[0], 3)
+            while stream.step(list):
+                pass
+            assert future.done()
+    assert told == [["weights"], ["kv_cache"], 2] and generation._llm_weights_sleeping
 
 
 def test_a_stop_string_ends_a_row_and_belongs_to_it(trained):

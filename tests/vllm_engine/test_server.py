@@ -49,6 +49,14 @@ def test_logprobs_and_limits_of_rows_that_share_prefixes(trained):
     assert len(samples[0].ids) == 3
 
 
+def test_segments_that_come_one_by_one(trained):
+    trainer, checkpoint = trained
+    assert trainer._schedule == "continuous"
+    contexts = [(world.STRANGE[0] * 30)[:508], *world.STRANGE]
+    samples = world.check_samples(trainer, checkpoint, contexts, [40] * 9, by_stream=True)
+    assert len(samples[0].ids) <= 4, "the server was started with a context of 512 tokens"
+
+
 def test_a_row_near_the_end_of_the_servers_context_does_not_stop_the_others(trained):
     trainer, checkpoint = trained
     contexts = [(world.STRANGE[0] * 30)[:508], *world.STRANGE]
@@ -82,12 +90,13 @@ def test_the_servers_prefix_cache_is_counted_and_logged(trained):
     assert trainer._engine.lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
 
 
-def test_two_processes_with_different_numbers_of_rows(agents, server, clean_environment, tmp_path):
+@pytest.mark.parametrize("schedule", ["waves", "continuous"])
+def test_two_processes_with_different_numbers_of_rows(agents, server, clean_environment, tmp_path, schedule):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
     command += ["--mixed_precision", "no", "--main_process_port", str(port), "--config_file", CONFIG]
-    command += [SCRIPT, str(tmp_path), agents["chat_template"], server]
+    command += [SCRIPT, str(tmp_path), agents["chat_template"], server, schedule]
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=clean_environment, stdout=output, stderr=output)
@@ -100,8 +109,11 @@ def test_two_processes_with_different_numbers_of_rows(agents, server, clean_envi
     assert code == 0, f"{code}: {log.read_text()[-6000:]}"
     facts = [json.loads((tmp_path / f"process-{rank}.json").read_text()) for rank in (0, 1)]
     waves = [facts[rank]["waves"] for rank in (0, 1)]
-    # Of the three rows that start from the prompt the first process has one, the second two; both are in every wave
-    assert waves[0][0] == 1 and waves[1][0] == 2 and len(waves[0]) == len(waves[1])
+    if schedule == "waves":
+        # Of the three rows that start from the prompt the first process has one, the second two; both are in each wave
+        assert waves[0][0] == 1 and waves[1][0] == 2 and len(waves[0]) == len(waves[1])
+    else:
+        assert waves == [[], []], "no batch is sampled"
     logs = [log for log in facts[0]["logs"] if "loss" in log]
     assert len(logs) == 2
     for step, log in enumerate(logs):

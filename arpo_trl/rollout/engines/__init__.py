@@ -1,7 +1,7 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is
-decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`, one request at a time in `vllm_stream.py`). An engine is one class (`base.py`);
+which one a trainer or a model has is decided here and nowhere else.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,19 +9,23 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .base import Engine, Sample
+from .base import BatchStream, Engine, Sample, Stream
 from .generation_settings import NO_LIMIT, context_length, tell_settings
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
+from .vllm_stream import stream_trl
 
 __all__ = [
     "NO_LIMIT",
+    "BatchStream",
     "Engine",
     "Sample",
+    "Stream",
     "TransformersEngine",
     "VLLMEngine",
     "end_tokens",
     "model_engine",
+    "shared_engine",
     "trainer_engine",
 ]
 
@@ -45,7 +49,8 @@ def trainer_engine(
     if trainer.use_vllm:
         check_top_k(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
-        return VLLMEngine(ask_trl(trainer), length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
+        asked = (ask_trl(trainer), length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
+        return VLLMEngine(*asked, stream_trl(trainer))
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
     return TransformersEngine(
@@ -59,6 +64,28 @@ def trainer_engine(
         forks_anywhere=forks_anywhere,
         reads_logprobs=args.branch_measure == "novelty" or args.fork_sampling == "weighted",
     )
+
+
+def shared_engine(trainer: Any) -> str | None:
+    """
+    What makes several processes sample with one engine, all of them together, as an argument and its value; `None`
+    where each samples alone.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): Constructed.
+    """
+    if trainer.accelerator.num_processes == 1:
+        return None
+    if trainer.use_vllm:
+        size = trainer.args.vllm_tensor_parallel_size
+        alone = trainer.vllm_mode == "server" or size == 1
+        return None if alone else f"`vllm_tensor_parallel_size={size}`"
+    if trainer.is_fsdp_enabled:
+        return "generation with transformers under FSDP"
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        return "generation with transformers under ZeRO-3"
+    return None
 
 
 def model_engine(

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar, NamedTuple
 
 
@@ -20,6 +21,70 @@ class Sample(NamedTuple):
     ids: list[int]
     entropies: list[float]
     logprobs: list[float] | None = None
+
+
+class Stream(ABC):
+    """Segments that are sampled each for itself: started at any time, and there when they have ended."""
+
+    @abstractmethod
+    def start(self, context: list[int], limit: int) -> Future[Sample]:
+        """
+        Start a segment.
+
+        Args:
+            context (`list[int]`): Tokens to go on from.
+            limit (`int`): Tokens that the segment may have, at least 1.
+
+        Returns:
+            `Future[Sample]`: resolves to the segment, in [`step`] or on a thread of the stream.
+        """
+
+    def step(self, needed_later: Callable[[], list[list[int]]]) -> bool:
+        """
+        Do a piece of what this thread has to do for the segments.
+
+        Args:
+            needed_later (`Callable[[], list[list[int]]]`): The contexts that are not being sampled after but will be,
+                for a stream that keeps what it has read.
+
+        Returns:
+            `bool`: whether there was anything to do; `False` where segments are sampled elsewhere, or there are none.
+        """
+        return False
+
+
+class BatchStream(Stream):
+    """
+    Samples all segments that were started as one batch.
+
+    Args:
+        sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): [`Engine.sample`].
+        keep (`Callable[[list[list[int]]], None]`): [`Engine.keep`].
+    """
+
+    def __init__(
+        self,
+        sample: Callable[[list[list[int]], list[int]], list[Sample]],
+        keep: Callable[[list[list[int]]], None] = lambda contexts: None,
+    ):
+        self._sample = sample
+        self._keep = keep
+        self._started: list[tuple[list[int], int, Future[Sample]]] = []
+
+    def start(self, context: list[int], limit: int) -> Future[Sample]:
+        future: Future[Sample] = Future()
+        self._started.append((context, limit, future))
+        return future
+
+    def step(self, needed_later: Callable[[], list[list[int]]]) -> bool:
+        if not self._started:
+            return False
+        contexts, limits, futures = map(list, zip(*self._started, strict=True))
+        self._started = []
+        self._keep(needed_later())
+        for future, sample in zip(futures, self._sample(contexts, limits), strict=True):
+            future.set_result(sample)
+        return True
 
 
 class Engine(ABC):
@@ -58,6 +123,13 @@ class Engine(ABC):
     def keep(self, contexts: Sequence[list[int]]) -> None:
         """Told, before `sample`, the contexts that are not in it but in a later one."""
         return None
+
+    def stream(self) -> AbstractContextManager[Stream]:
+        """
+        Within the context, which is one of [`rollout`], segments are sampled one by one. Those that have not ended
+        when it is left are given up.
+        """
+        return nullcontext(BatchStream(self.sample, self.keep))
 
     @contextmanager
     def rollout(self) -> Iterator[None]:

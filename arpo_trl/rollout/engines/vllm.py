@@ -6,7 +6,7 @@ the reading is of what they leave.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..entropy import top_k_entropy
-from .base import Engine, Sample
+from .base import Engine, Sample, Stream
 from .replaced import generate_with
 
 
@@ -40,6 +40,8 @@ class VLLMEngine(Engine):
         vocab_size (`int`): V.
         top_k (`int`): Most likely tokens of each position to read the entropy from, K.
         entropy_window (`int`): Tokens to read the entropy of, k.
+        stream (`Callable[[VLLMEngine], AbstractContextManager[Stream]]`, *optional*): Opens a stream of segments; by
+            default those that are ready are asked for together.
     """
 
     tells_logprobs = True
@@ -51,18 +53,36 @@ class VLLMEngine(Engine):
         vocab_size: int,
         top_k: int,
         entropy_window: int,
+        stream: "Callable[[VLLMEngine], AbstractContextManager[Stream]] | None" = None,
     ):
         super().__init__(context_length, vocab_size)
         self._ask = ask
         self.top_k = top_k
         self._entropy_window = entropy_window
+        self._stream = stream
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
-        room = [self.context_length - len(context) for context in contexts]
-        limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
+        limits = [self._limit(context, limit) for context, limit in zip(contexts, limits, strict=True)]
         answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
-        samples = top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
-        return samples[: len(contexts)]
+        return self.samples(answer)[: len(contexts)]
+
+    def stream(self) -> AbstractContextManager[Stream]:
+        return super().stream() if self._stream is None else self._stream(self)
+
+    def segment(self, context: list[int], limit: int) -> Generator[tuple[list[int], int, int], Sample, Sample]:
+        """
+        One segment: yields what to ask for (context, most tokens, log-probabilities of a position), is sent what was
+        sampled, and returns the segment.
+        """
+        sample = yield context, self._limit(context, limit), self.top_k
+        return sample
+
+    def _limit(self, context: list[int], limit: int) -> int:
+        return max(min(limit, self.context_length - len(context)), 1)
+
+    def samples(self, answer: Answer) -> list[Sample]:
+        """What vLLM sampled, with entropies."""
+        return top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
 
 
 def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Callable[..., Answer]:
