@@ -1,7 +1,7 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`). An engine is one class (`base.py`); which one a trainer or a model has is
-decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`). An engine is one class (`base.py`); which one
+a trainer or a model has is decided here and nowhere else.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .base import Engine, Sample
 from .generation_settings import NO_LIMIT, context_length, tell_settings
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
-from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
+from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length, stops_of
 
 __all__ = [
     "NO_LIMIT",
@@ -45,7 +45,15 @@ def trainer_engine(
     if trainer.use_vllm:
         check_top_k(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
-        return VLLMEngine(ask_trl(trainer), length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
+        return VLLMEngine(
+            ask_trl(trainer),
+            length,
+            vocab_size,
+            args.vllm_entropy_top_k,
+            args.entropy_window,
+            stops_of(trainer),
+            few_limits=trainer.vllm_mode == "server" and trainer._branches,
+        )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
     return TransformersEngine(
