@@ -15,6 +15,7 @@ import torch
 
 from ..entropy import top_k_entropy
 from .base import Engine, Sample
+from .generation_settings import NO_LIMIT
 from .parts import Request, StopStrings, may_be_parted, segment_in_parts
 from .replaced import generate_with
 
@@ -63,6 +64,7 @@ class VLLMEngine(Engine):
     """
 
     tells_logprobs = True
+    schedules_rows = True
 
     def __init__(
         self,
@@ -241,6 +243,7 @@ def check_top_k(trainer: Any) -> None:
 
 
 def _stops(stop: Sequence[str]) -> dict[str, Any]:
+    """Fields of `vllm.SamplingParams` with which a segment ends with a stop string, which belongs to it."""
     # A stop string may be a special token, which vLLM would skip
     return {"stop": list(stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
 
@@ -298,25 +301,31 @@ def _engine_by_row(generate: Callable, asked: Sequence[Asked], cache: Counter[st
     return by_row
 
 
-def server_by_row(generate: Callable, asked: Sequence[Asked]) -> Callable:
+def server_by_row(generate: Callable, asked: Sequence[Asked], most_rows: int = NO_LIMIT) -> Callable:
     """
-    `VLLMClient.generate` with what is asked for each prompt: one request for all that ask the same, and all requests
-    at the same time, since a server should have all rows at once.
+    `VLLMClient.generate` with what is asked for each prompt: one request for all that ask the same, or for `most_rows`
+    of them, and all requests at the same time, since a server should have all rows at once.
     """
 
     def by_row(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[Asked, list[int]] = {}
         for row, each in enumerate(asked):
             rows_of.setdefault(each, []).append(row)
+        parts = [
+            (each, rows[start : start + most_rows])
+            for each, rows in rows_of.items()
+            for start in range(0, len(rows), most_rows)
+        ]
 
-        def send(each: Asked) -> dict[str, list[Any]]:
+        def send(part: tuple[Asked, list[int]]) -> dict[str, list[Any]]:
+            each, rows = part
             own = {**kwargs, "max_tokens": each.limit, "logprobs": each.top_k}
-            return generate(prompts=[prompts[row] for row in rows_of[each]], **own)
+            return generate(prompts=[prompts[row] for row in rows], **own)
 
-        with ThreadPoolExecutor(min(_MOST_REQUESTS, len(rows_of))) as pool:
-            answers = list(pool.map(send, rows_of))
+        with ThreadPoolExecutor(min(_MOST_REQUESTS, len(parts))) as pool:
+            answers = list(pool.map(send, parts))
         merged: dict[str, list[Any]] = {name: [None] * len(prompts) for name in answers[0]}
-        for rows, answer in zip(rows_of.values(), answers, strict=True):
+        for (_, rows), answer in zip(parts, answers, strict=True):
             for name, values in answer.items():
                 for row, value in zip(rows, values or [], strict=False):  # a server may leave out log-probabilities
                     merged[name][row] = value
