@@ -146,8 +146,8 @@ def _load_transformers(args: SamplingArguments) -> Any:
 def _load_vllm(args: SamplingArguments) -> Any:
     if PartialState().num_processes > 1:
         raise ValueError(
-            "`--use_vllm` makes an engine of its own for all GPUs: start one process, or a server and give its address "
-            "with `--vllm_server_base_url`."
+            "`--use_vllm` makes an engine of its own for all GPUs: start one process, or give the address of a "
+            "server as `--vllm_server_base_url`."
         )
     try:
         from vllm import LLM

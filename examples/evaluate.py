@@ -28,6 +28,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,8 @@ class Task(NamedTuple):
 
 
 def main(args: EvaluationArguments) -> dict[str, dict]:
+    # Processes wait for the slowest, however long that takes
+    state = PartialState(timeout=timedelta(weeks=4))
     if args.tool_protocol is None:
         args.tool_protocol = protocol_of(args.model_name_or_path)
     output_dir = Path(args.output_dir)
@@ -111,7 +114,8 @@ def main(args: EvaluationArguments) -> dict[str, dict]:
     check_settings(settings, output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(args)  # before the model: a missing file shows at once
-    agent, state = load_agent(args, settings["tool_protocol"]), PartialState()
+    agent = load_agent(args, settings["tool_protocol"])
+    state.wait_for_everyone()  # all have looked at the settings of the folder
     if state.is_main_process:
         agent.tokenizer.save_pretrained(output_dir)  # with which the viewer decodes
         (output_dir / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

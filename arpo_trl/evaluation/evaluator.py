@@ -61,7 +61,7 @@ def evaluate(
         state ([`~accelerate.PartialState`], *optional*): Processes that share the questions, with an agent each. All
             of them call this, with the same questions, and all get what is returned. Until all are done, each writes
             into `<records_path>.part-<process>`; parts that a killed run has left are taken up, by any number of
-            processes.
+            processes. They wait for the slowest in the end, so give the state a `timeout` that is long enough.
 
     Returns:
         `list[dict]`: for each question `index`, `records`: its completions as the lines of the file hold them, with
