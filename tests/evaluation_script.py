@@ -30,10 +30,10 @@ def score(completions, answer, **columns):
 
 def main(folder: Path, dies: bool) -> None:
     state = PartialState(cpu=True)
-    asked = []
+    asked, dying = [], [dies]  # a list, so that both runs score with the same function
 
     def counted(completions, prompts, **columns):
-        if dies and state.process_index == 1 and len(asked) == 2:
+        if dying[0] and state.process_index == 1 and len(asked) == 2:
             os.kill(os.getpid(), 9)
         asked.extend(prompts)
         return score(completions, **columns)
