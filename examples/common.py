@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,14 @@ class SamplingArguments(ToolArguments):
     vllm_max_model_length: int | None = field(default=None, metadata={"help": "Context; by default the model's."})
 
 
+def process_state() -> PartialState:
+    """The processes that were launched; they wait for the slowest, however long that takes."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
+
+
 def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
     """The agent that `args` describes; seeds torch."""
-    torch.manual_seed(args.seed + PartialState().process_index)
+    torch.manual_seed(args.seed + process_state().process_index)
     return Agent(
         args.vllm_server_base_url or (_load_vllm(args) if args.use_vllm else _load_transformers(args)),
         AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
@@ -140,11 +146,11 @@ def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
 
 def _load_transformers(args: SamplingArguments) -> Any:
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-    return model.to(PartialState().device).eval()
+    return model.to(process_state().device).eval()
 
 
 def _load_vllm(args: SamplingArguments) -> Any:
-    if PartialState().num_processes > 1:
+    if process_state().num_processes > 1:
         raise ValueError(
             "`--use_vllm` makes an engine of its own for all GPUs: start one process, or give the address of a "
             "server as `--vllm_server_base_url`."

@@ -28,12 +28,10 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from accelerate import PartialState
-from common import SamplingArguments, build_rewards, load_agent, load_questions
+from common import SamplingArguments, build_rewards, load_agent, load_questions, process_state
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -105,8 +103,7 @@ class Task(NamedTuple):
 
 
 def main(args: EvaluationArguments) -> dict[str, dict]:
-    # Processes wait for the slowest, however long that takes
-    state = PartialState(timeout=timedelta(weeks=4))
+    state = process_state()
     if args.tool_protocol is None:
         args.tool_protocol = protocol_of(args.model_name_or_path)
     output_dir = Path(args.output_dir)
