@@ -131,8 +131,9 @@ class ARPOConfig(GRPOConfig):
         > Parameters that control generation with vLLM
 
         vllm_entropy_top_k (`int`, *optional*, defaults to `20`):
-            Most likely tokens that vLLM returns at each position; the entropy is read from them, with the remaining
-            mass spread evenly over the rest of the vocabulary. `vllm serve` allows up to its `--max-logprobs`.
+            Most likely tokens that vLLM returns at each position whose entropy is read; it is read from them, with the
+            remaining mass spread evenly over the rest of the vocabulary. `vllm serve` allows up to its
+            `--max-logprobs`.
 
         > Parameters that control logging
 

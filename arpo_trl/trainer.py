@@ -35,7 +35,6 @@ from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rewards.memory import RewardMemory
-from .rollout.engines import trainer_engine
 from .rollout.continuous import Cut, run_continuous
 from .rollout.engines import shared_engine, trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings

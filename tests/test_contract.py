@@ -198,6 +198,11 @@ def test_how_single_segments_ask_vllm():
 def test_names_of_the_vllm_client():
     assert {"self.session", "self.base_url"} <= set(inspect.getsource(VLLMClient.__init__).split())
     assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    assert {"max_tokens", "logprobs"} <= set(inspect.signature(VLLMClient.generate).parameters)
+    # What decides whether a segment may come in parts
+    init = inspect.getsource(VLLMGeneration.__init__)
+    for name in ("structured_outputs_regex", "enable_sleep_mode", "generation_kwargs"):
+        assert f"self.{name} = " in init, name
 
 
 def test_constructor_arguments_are_the_same():

@@ -2,12 +2,14 @@
 
 The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits, same engines.
 
-What is not here: several processes, entropies on vLLM, and images.
+What is not here: entropies on vLLM, and images.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -17,7 +19,7 @@ from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
 from ..protocols.suffix import suffix_renderer, warn_of_endless_calls
-from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
+from ..rollout.engines import NO_LIMIT, Sample, end_tokens, find_served_model, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
 from ..rollout.rules import BranchRule
 from ..rollout.tree import Trajectory, group_parts
@@ -28,7 +30,9 @@ class Agent:
     A model that calls tools.
 
     Args:
-        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `vllm.LLM` or `str`): The model, or the address
+            of a vLLM server that has loaded it, such as `"http://127.0.0.1:8000"`. A server that wants a key gets that
+            of the environment variable `VLLM_API_KEY`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, or
             the processor of a multimodal checkpoint, which is then asked in text alone.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
@@ -37,7 +41,8 @@ class Agent:
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
         temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
             decodes greedily.
-        batch_size (`int`): Completions sampled together.
+        batch_size (`int`, *optional*): Completions sampled together: by default 32 with transformers, and all of them
+            with vLLM, which decides itself what it samples at the same time.
         chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.
         tool_timeout (`float`, *optional*): Seconds after which a tool call is given up.
         entropy_window (`int`): Tokens over which the entropy of a segment is read.
@@ -56,19 +61,18 @@ class Agent:
         top_k: int = 0,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         tool_timeout: float | None = 120.0,
         entropy_window: int = 20,
     ):
-        self.model = model
+        self.model = model = find_served_model(model) if isinstance(model, str) else model
         self.processing_class = tokenizer
         # A multimodal checkpoint's tokenizer is in its processor, which renders messages
         self._multimodal = isinstance(tokenizer, ProcessorMixin)
         tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
         self.tokenizer = tokenizer
         self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
-        self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.executor = ToolExecutor(
             timeout=tool_timeout, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))
@@ -100,6 +104,7 @@ class Agent:
         self.engine = model_engine(
             model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window
         )
+        self.batch_size = batch_size or (NO_LIMIT if self.engine.schedules_rows else 32)
         if self.tools and protocol.structured:
             warn_of_endless_calls(*template, ends)
         self.limits = Limits(
@@ -110,8 +115,19 @@ class Agent:
         never = BranchRule()
         self._branching = Branching(never, entropy_window, self.engine.vocab_size)
 
-    def rollout(self, prompts: Sequence[str | list[dict]]) -> list[Trajectory]:
-        """One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once."""
+    def rollout(
+        self,
+        prompts: Sequence[str | list[dict]],
+        on_end: Callable[[list[Trajectory]], None] = lambda trajectories: None,
+    ) -> list[Trajectory]:
+        """
+        One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`): The prompts.
+            on_end (`Callable[[list[Trajectory]], None]`, *optional*): Told of trajectories as soon as they have ended,
+                while others go on; their `row` is the place of their prompt.
+        """
         contexts = [self.tokenize(prompt) for prompt in prompts]
         trajectories: list[Trajectory] = []
         for start in range(0, len(contexts), self.batch_size):
@@ -121,7 +137,12 @@ class Agent:
                     group_parts(0, len(batch), group_size=1, num_initial=1),
                     batch,
                     self.protocol,
-                    RolloutHooks(sample=self._sample, tools_of=lambda trajectory: self.tools, submit=self._submit),
+                    RolloutHooks(
+                        sample=self._sample,
+                        tools_of=lambda trajectory: self.tools,
+                        submit=self._submit,
+                        on_end=partial(_moved, on_end, start),
+                    ),
                     self._branching,
                     self.limits,
                     random.Random(0),
@@ -167,3 +188,8 @@ class Agent:
             for index, sample in zip(fitting, sampled, strict=True):
                 samples[index] = sample
         return samples
+
+
+def _moved(on_end: Callable[[list[Trajectory]], None], start: int, ended: list[Trajectory]) -> None:
+    """Tell of trajectories of a batch whose first row is `start`."""
+    on_end([replace(trajectory, row=trajectory.row + start) for trajectory in ended])

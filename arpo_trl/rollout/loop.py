@@ -102,6 +102,8 @@ class RolloutHooks:
             a tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
+        on_end (`Callable[[list[Trajectory]], None]`): Told of rows that have ended, before the next segments are
+            sampled. A fork may still leave one of them, with a rule that expands.
         timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"` (calls started
             too), `"tools"` (results appended) or `"wait"` (for tools).
     """
@@ -114,6 +116,7 @@ class RolloutHooks:
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
+    on_end: Callable[[list[Trajectory]], None] = lambda trajectories: None
     timed: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()
 
 
@@ -205,6 +208,8 @@ def run_waves(
                 waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
             if not limits.cut_afterwards:
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
+            going = {trajectory.row for trajectory in waiting}
+            hooks.on_end([step.trajectory for step in answered if step.trajectory.row not in going])
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
             if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):

@@ -141,6 +141,38 @@ def test_evaluation_on_the_engine_is_that_on_transformers(trained):
     assert any(row.calls for row in rollouts[0])
 
 
+def test_likely_tokens_are_told_where_entropy_is_read(trained, monkeypatch):
+    trainer, checkpoint = trained
+    llm, asked = trainer.vllm_generation.llm, []
+    generate = type(llm).generate
+
+    def counted(self, prompts, sampling_params, **settings):
+        asked.append([(each.max_tokens, each.logprobs) for each in sampling_params])
+        return generate(self, prompts, sampling_params=sampling_params, **settings)
+
+    monkeypatch.setattr(type(llm), "generate", counted)
+    samples = world.check_samples(trainer, checkpoint, world.STRANGE, [60] * 8)
+    assert asked[0] == [(21, 20)] * 8 and all(top_k == 0 for part in asked[1:] for _, top_k in part)
+    assert len(asked[1]) == len([sample for sample in samples if len(sample.ids) > 20]) > 0
+    # GRPO is asked as TRL asks, in one part
+    monkeypatch.setattr(trainer, "_branches", False)
+    asked.clear()
+    world.check_samples(trainer, checkpoint, world.STRANGE, [60] * 8)
+    assert asked == [[(60, 20)] * 8]
+
+
+def test_an_evaluation_gives_the_engine_everything_at_once(trained, monkeypatch):
+    trainer, _ = trained
+    llm, asked = trainer.vllm_generation.llm, []
+    generate = type(llm).generate
+    monkeypatch.setattr(
+        type(llm), "generate", lambda self, prompts, **kw: asked.append(len(prompts)) or generate(self, prompts, **kw)
+    )
+    agent = Agent(llm, trainer.processing_class, tool_protocol=trainer.args.tool_protocol, max_completion_length=5)
+    assert len(agent.rollout(["one"] * 70)) == 70 and asked == [70]
+    agent.close()
+
+
 def test_more_tokens_a_position_than_the_engine_tells_are_refused(agents, colocated, tmp_path):
     with pytest.raises(
         ValueError, match="`vllm_entropy_top_k` is 21, but a colocated vLLM engine tells no more than 20"

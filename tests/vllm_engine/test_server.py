@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 import world
 from server_weights import send_through_file
+
+from arpo_trl.evaluation import Agent
 
 HERE = Path(__file__).parent
 SCRIPT = str(HERE / "server_script.py")
@@ -88,6 +92,52 @@ def test_the_servers_prefix_cache_is_counted_and_logged(trained):
     trainer._engine.sample([list(range(10, 310))] * 4, [1] * 4)
     # The first row fills two blocks of 128 tokens, which the other three find
     assert trainer._engine.lookups == {"prefix_cache_queries": 4 * 300, "prefix_cache_hits": 3 * 256}
+
+
+def test_likely_tokens_are_told_where_entropy_is_read_and_stop_strings_are_found(trained, monkeypatch):
+    trainer, _ = trained
+    client, asked = trainer.vllm_generation.vllm_client, []
+    generate = type(client).generate
+
+    def counted(self, prompts, **settings):
+        asked.append((len(prompts), settings["max_tokens"], settings["logprobs"]))
+        return generate(self, prompts=prompts, **settings)
+
+    monkeypatch.setattr(type(client), "generate", counted)
+    monkeypatch.setattr(trainer._engine, "_entropy_window", 5)
+    samples = trainer._engine.sample(world.STRANGE, [60] * 8)
+    assert asked[0] == (8, 6, 20) and all(top_k == 0 for _, _, top_k in asked[1:])
+    going = [sample for sample in samples if len(sample.ids) > 5]
+    assert going and 0 < sum(rows for rows, _, _ in asked[1:])
+    trainer.model.eval()
+    for context, sample in zip(world.STRANGE, samples, strict=True):
+        assert len(sample.entropies) == min(len(sample.ids), 5) and len(sample.ids) <= 60
+        told = torch.tensor(sample.logprobs)
+        exact = world.sampled(world.exact(trainer.model, context, sample.ids), sample.ids)
+        assert (told - exact).abs().max() < world.TOLERANCE, "of the parts as of the whole"
+        for stop in trainer._protocol.stop_strings:
+            assert stop not in trainer.processing_class.decode(sample.ids[:-1])
+
+
+def test_evaluation_on_the_server_is_that_on_transformers(trained, server):
+    trainer, _ = trained
+    trainer.model.eval()
+    trainer._engine.sample([[5]], [1])  # brings the server up to date
+    rollouts = []
+    for model in (server, trainer.model):
+        agent = Agent(
+            model,
+            trainer.processing_class,
+            [tiny.add],
+            tool_protocol=trainer.args.tool_protocol,
+            max_completion_length=world.LONGEST,
+            temperature=0.0,
+        )
+        rollouts.append(agent.rollout([row["prompt"] for row in world.ROWS]))
+        agent.close()
+    served, transformers = ([(row.completion_ids, row.truncated) for row in rows] for rows in rollouts)
+    assert served == transformers
+    assert any(row.calls for row in rollouts[0])
 
 
 @pytest.mark.parametrize("schedule", ["waves", "continuous"])

@@ -1,18 +1,23 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`, one request at a time in `vllm_stream.py`). An engine is one class (`base.py`);
-which one a trainer or a model has is decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`, one request at a time in `vllm_stream.py`; a
+server outside of training in `server.py`). An engine is one class (`base.py`); which one a trainer or a model has is
+decided here and nowhere else.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .base import BatchStream, Engine, Sample, Stream
 from .generation_settings import NO_LIMIT, context_length, tell_settings
+from .parts import StopStrings
+from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
-from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length
+from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length, stops_of
 from .vllm_stream import stream_trl
 
 __all__ = [
@@ -20,10 +25,12 @@ __all__ = [
     "BatchStream",
     "Engine",
     "Sample",
+    "ServedModel",
     "Stream",
     "TransformersEngine",
     "VLLMEngine",
     "end_tokens",
+    "find_served_model",
     "model_engine",
     "shared_engine",
     "trainer_engine",
@@ -49,8 +56,16 @@ def trainer_engine(
     if trainer.use_vllm:
         check_top_k(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
-        asked = (ask_trl(trainer), length, vocab_size, args.vllm_entropy_top_k, args.entropy_window)
-        return VLLMEngine(*asked, stream_trl(trainer))
+        return VLLMEngine(
+            ask_trl(trainer),
+            length,
+            vocab_size,
+            args.vllm_entropy_top_k,
+            args.entropy_window,
+            stops_of(trainer),
+            few_limits=trainer.vllm_mode == "server" and trainer._branches and trainer._schedule != "continuous",
+            stream=stream_trl(trainer),
+        )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
     return TransformersEngine(
@@ -99,21 +114,23 @@ def model_engine(
     The engine of a model outside of training.
 
     Args:
-        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `vllm.LLM` or [`ServedModel`]): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer.
         stop_strings (`Sequence[str]`): Text at which a segment ends.
         generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM
             takes its `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
     """
+    if isinstance(model, ServedModel):
+        ask = ask_server(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id)
+        stops = StopStrings(stop_strings, partial(tokenizer.decode, skip_special_tokens=False))
+        vocab_size = len(tokenizer)  # of no use, since no entropies are read
+        return VLLMEngine(
+            ask, model.context_length, vocab_size, 0, entropy_window, stops=lambda: stops, few_limits=True
+        )
     if hasattr(model, "llm_engine"):
         config = model.llm_engine.model_config
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        told = {name: getattr(generation_config, name) for name in names}
-        sampling = {name: value for name, value in told.items() if value is not None}
-        if not generation_config.do_sample:
-            sampling["temperature"] = 0.0
-        ask = ask_llm(model, sampling, stop_strings, generation_config.eos_token_id)
+        ask = ask_llm(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id)
         return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
     return TransformersEngine(
@@ -127,9 +144,24 @@ def model_engine(
     )
 
 
+def _sampling(generation_config: GenerationConfig) -> dict[str, Any]:
+    """How to sample, as fields of `vllm.SamplingParams`."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    told = {name: getattr(generation_config, name) for name in names}
+    sampling = {name: value for name, value in told.items() if value is not None}
+    return sampling if generation_config.do_sample else sampling | {"temperature": 0.0}
+
+
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a turn: the tokenizer's, and those of the model's own generation config."""
-    if hasattr(model, "llm_engine"):
+    """
+    The tokens that end a turn: the tokenizer's, and those of the model's own generation config. Of a model on a server
+    it is the config that lies beside the tokenizer.
+    """
+    if isinstance(model, ServedModel):
+        eos = None
+        with contextlib.suppress(OSError, ValueError):  # a tokenizer that was built here has none beside it
+            eos = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    elif hasattr(model, "llm_engine"):
         eos = model.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
     else:
         eos = model.generation_config.eos_token_id

@@ -97,12 +97,15 @@ class Engine(ABC):
 
     Attributes:
         tells_logprobs (`bool`): Whether samples have log-probabilities.
+        schedules_rows (`bool`): Whether it decides itself which rows it samples together, so that it is best given all
+            of them at once.
         lookups (`Counter[str]`): `prefix_cache_queries` and `prefix_cache_hits` of the latest rollout: tokens that
             were given to read, and those of them that were known. Empty where nothing is kept, or the engine does not
             tell.
     """
 
     tells_logprobs: ClassVar[bool] = False
+    schedules_rows: ClassVar[bool] = False
 
     def __init__(self, context_length: int, vocab_size: int):
         self.context_length = context_length

@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 from ...execution.attempts import LoopThread
 from ...execution.retries import retrying
 from .base import Sample, Stream
-from .vllm import Answer, VLLMEngine, _count_hits, _server_prefix_cache, _stops
+from .parts import Request
+from .vllm import Answer, VLLMEngine, _count_hits, _server_prefix_cache, _settings
 
 # Further attempts of a request whose connection was lost or that the server could not answer then
 _RETRIES = 5
@@ -30,7 +31,7 @@ _GRACE = 5.0
 class _Running(NamedTuple):
     """A segment of which a request is running; its first one reads the context, later ones find it in the cache."""
 
-    segment: Generator[tuple[list[int], int, int], Sample, Sample]
+    segment: Generator[Request, Sample, Sample]
     future: Future[Sample]
     is_first: bool
 
@@ -58,11 +59,11 @@ class LLMStream(Stream):
         self._running: dict[str, _Running] = {}
 
     def start(self, context: list[int], limit: int) -> Future[Sample]:
-        segment, future = self._engine.segment(context, limit), Future[Sample]()
+        segment, future = self._engine.segment(context, limit, self._engine.stops()), Future[Sample]()
         self._ask(next(segment), _Running(segment, future, is_first=True))
         return future
 
-    def _ask(self, request: tuple[list[int], int, int], running: _Running) -> None:
+    def _ask(self, request: Request, running: _Running) -> None:
         context, limit, top_k = request
         name = next(self._names)
         self._llm_engine.add_request(name, {"prompt_token_ids": context}, self._parameters(limit, top_k))
@@ -124,7 +125,7 @@ class ServerStream(Stream):
     async def _sample(self, context: list[int], limit: int) -> Sample:
         from trl.generation.vllm_client import parse_logprobs
 
-        segment = self._engine.segment(context, limit)
+        segment = self._engine.segment(context, limit, self._engine.stops())
         context, limit, top_k = next(segment)
         while True:
             payload = self._payload | {"prompt": [context], "max_tokens": limit, "logprobs": top_k}
@@ -173,11 +174,9 @@ def sampling_settings(trainer: Any) -> dict[str, Any]:
         name: getattr(generation, name) for name in ("repetition_penalty", "temperature", "top_p", "top_k", "min_p")
     }
     settings["min_p"] = settings["min_p"] or 0.0
-    settings |= {"n": 1, **generation.generation_kwargs}
+    settings |= {"n": 1, **_settings(trainer)}
     if generation.structured_outputs_regex is not None:
         settings["structured_outputs"] = {"regex": generation.structured_outputs_regex}
-    if trainer._protocol.stop_strings:
-        settings |= _stops(trainer._protocol.stop_strings)
     return settings
 
 
