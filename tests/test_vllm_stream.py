@@ -153,7 +153,7 @@ def test_what_is_asked_for_is_what_trl_asks_for():
 class InParts(VLLMEngine):
     """Asks for a segment in two parts, the second one without more than the sampled token's log-probability."""
 
-    def segment(self, context, limit):
+    def segment(self, context, limit, stops):
         first = yield context, 2, self.top_k
         second = yield context + first.ids, limit - 2, 0
         return Sample(first.ids + second.ids, first.entropies, first.logprobs + second.logprobs)
