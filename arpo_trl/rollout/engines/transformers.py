@@ -5,6 +5,7 @@ Entropies are recorded inside generation, so that memory is B × k floats and ne
 What is not here: transformers' continuous batching, which offers no hook to read entropies.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -105,22 +106,24 @@ def recorded_generation(
     window: int,
     temperature: float,
     cache: PrefixCache | None = None,
+    sampler: PreTrainedModel | None = None,
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
-    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take
-    a cache, so it gets none.
+    `cache`, it reads no token that the cache knows. With a `sampler`, that model samples in place of `model`. A
+    `generate` that a library has put on the instance need not take a cache, so it gets none.
     """
     if cache is not None and "generate" in vars(model):
         logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
         cache = None
     recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
+    sampler = model if sampler is None else sampler
     generate = partial(
-        partial(cache.generate, model, model.generate) if cache is not None else model.generate,
+        partial(cache.generate, sampler, sampler.generate) if cache is not None else sampler.generate,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([stops]),
     )
-    with generate_with(model, generate), without_router_logits(model):
+    with generate_with(model, generate), without_router_logits(sampler):
         yield recorder, stops
 
 
@@ -150,6 +153,22 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
     return samples
 
 
+def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """
+    A copy of `model` that samples, its floating-point weights in `dtype`. Weights that are tied stay tied; buffers,
+    such as the frequencies of rotary positions, keep their dtype.
+    """
+    weights = {
+        id(weight): torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+        for weight in model.parameters()
+        if weight.is_floating_point()
+    }
+    sampler = copy.deepcopy(model, memo=dict(weights))
+    if sampler.is_gradient_checkpointing:  # TRL turns it off for a rollout, but on the model itself
+        sampler.gradient_checkpointing_disable()
+    return sampler
+
+
 def forget_image_positions(model: PreTrainedModel) -> None:
     """
     Models of Qwen's vision family keep, from one `generate` to the next, by how much the images of each row shift its
@@ -177,6 +196,8 @@ class TransformersEngine(Engine):
         idle_token (`int`): What a process without work reads, to take part in a collective forward.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row,
             rather than at its latest.
+        dtype (`torch.dtype`, *optional*): Data type of a copy of the weights that samples; the model itself where
+            there is none.
     """
 
     def __init__(
@@ -189,6 +210,7 @@ class TransformersEngine(Engine):
         keeps: bool,
         idle_token: int,
         forks_anywhere: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -200,18 +222,22 @@ class TransformersEngine(Engine):
         self._keeps = keeps
         self._idle_token = idle_token
         self._forks_anywhere = forks_anywhere
-        self._cache: PrefixCache | None = None  # of the rollout that is going on
+        self._dtype = dtype
+        # Of the rollout that is going on
+        self._cache: PrefixCache | None = None
+        self._sampler: PreTrainedModel | None = None
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
         idle = not contexts
         if idle:
             contexts, limits = [[self._idle_token]], [1]
         model = self._model()
-        forget_image_positions(model)
+        sampler = model if self._sampler is None else self._sampler
+        forget_image_positions(sampler)
         recorded = recorded_generation(
-            model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
+            model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache, sampler
         )
-        with without_unfit_settings(model), recorded as (recorder, stops):
+        with without_unfit_settings(sampler), recorded as (recorder, stops):
             ids = self._generate(list(contexts))
         return [] if idle else recorded_samples(ids, recorder, stops)
 
@@ -223,12 +249,14 @@ class TransformersEngine(Engine):
     def rollout(self) -> Iterator[None]:
         self.lookups.clear()
         self._cache = PrefixCache(every_start=self._forks_anywhere) if self._keeps else None
+        # Anew for each rollout, since a step has changed the weights
+        self._sampler = copy_in(self._model(), self._dtype) if self._dtype is not None else None
         try:
             yield
         finally:
             if self._cache is not None:
                 self.lookups.update(self._cache.lookups)
-            self._cache = None  # its memory is the training step's now
+            self._cache = self._sampler = None  # their memory is the training step's now
 
 
 @torch.no_grad()
