@@ -17,6 +17,18 @@ from arpo_trl.data.files import read_rows, to_dataset
 from arpo_trl.evaluation import Agent
 
 
+def cpu_settings() -> dict[str, bool]:
+    """Training arguments without which a machine that has no accelerator cannot train; none where there is one."""
+    if torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU computes in bfloat16, rather than through float32."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+
+
 @dataclass
 class ToolArguments:
     """Tools of the agent."""

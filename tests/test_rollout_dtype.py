@@ -41,7 +41,7 @@ def test_a_copy_keeps_ties_and_buffers_and_shares_no_weight(tokenizer):
     assert not any(weight.requires_grad for weight in sampler.parameters())
     assert sampler.lm_head.weight is sampler.model.embed_tokens.weight
     assert sampler.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert not sampler.is_gradient_checkpointing and model.is_gradient_checkpointing
+    assert not sampler.model.gradient_checkpointing and model.model.gradient_checkpointing
     own = {weight.data_ptr() for weight in model.parameters()}
     assert own.isdisjoint(weight.data_ptr() for weight in sampler.parameters())
 

@@ -39,8 +39,8 @@ def trainer_engine(
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row.
 
     Raises:
-        ValueError: vLLM's engine tells fewer log-probabilities than the config asks for, or `rollout_dtype` is set where
-            weights are spread over processes.
+        ValueError: vLLM's engine tells fewer log-probabilities than the config asks for, or `rollout_dtype` is set
+            where weights are spread over processes.
     """
     args = trainer.args
     vocab_size = trainer.model.config.get_text_config().vocab_size
@@ -51,8 +51,8 @@ def trainer_engine(
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if args.rollout_dtype is not None and sharded:
         raise ValueError(
-            f"`rollout_dtype` is {args.rollout_dtype!r}, but FSDP and DeepSpeed may spread the weights over processes, "
-            "of which no copy can be made: leave it out."
+            f"`rollout_dtype` is {args.rollout_dtype!r}, but FSDP and DeepSpeed may spread the weights over "
+            "processes, of which no copy can be made: leave it out."
         )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)

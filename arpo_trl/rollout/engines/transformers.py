@@ -164,8 +164,9 @@ def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         if weight.is_floating_point()
     }
     sampler = copy.deepcopy(model, memo=dict(weights))
-    if sampler.is_gradient_checkpointing:  # TRL turns it off for a rollout, but on the model itself
-        sampler.gradient_checkpointing_disable()
+    for module in sampler.modules():  # TRL turns it off for a rollout, but on the model itself
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
     return sampler
 
 
