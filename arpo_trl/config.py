@@ -91,12 +91,12 @@ class ARPOConfig(GRPOConfig):
 
         > Parameters that control generation with transformers
 
-        rollout_dtype (`str`, *optional*):
-            Data type of a copy of the weights that samples the rollouts: `"bfloat16"`, `"float16"` or `"float32"`. By
-            default the model itself samples. On a CPU a copy in bfloat16 samples faster, where autocast (`bf16=True`)
-            casts the weights again for every token. The update is the model's own, so the tokens are those of a
-            slightly other policy, as they are with vLLM. The copy is made for each rollout and takes its memory while
-            that lasts.
+        rollout_dtype (`str`, *optional*, defaults to `None`):
+            Data type of a copy of the weights that samples the rollouts: `"bfloat16"`, `"float16"` or `"float32"`.
+            With `None` the model itself samples. On a CPU that computes in bfloat16, a copy in it samples faster;
+            autocast (`bf16=True`) does not, since it casts the weights again for every token. Log-probabilities of
+            the update stay the model's own, so the tokens are those of a slightly other policy, as they are with
+            vLLM. The copy is made for each rollout and takes its memory while that lasts.
 
         > Parameters that control generation with vLLM
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
 from arpo_trl.data import load_rl
 from arpo_trl.data.files import read_rows, to_dataset
@@ -22,6 +23,13 @@ def cpu_settings() -> dict[str, bool]:
     if torch.accelerator.is_available():
         return {}
     return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def make_parser(*arguments: type) -> TrlParser:
+    """The parser of a training script. What a machine without an accelerator needs is the default there."""
+    parser = TrlParser(arguments)
+    parser.set_defaults(**cpu_settings())
+    return parser
 
 
 def cpu_has_bfloat16() -> bool:

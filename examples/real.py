@@ -40,13 +40,14 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.checkpoints import newest_whole_checkpoint
 from arpo_trl.evaluation import Agent, evaluate, summarize
 from arpo_trl.rewards import chat_format_reward, exact_match_reward, make_arpo_reward, tags_format_reward
+from arpo_trl.rollout.engines.weights_copy import copy_in
 from arpo_trl.viewer.page import render
 
 MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "new_kinds", "new_kinds_low", "new_kinds_high", "format")
 FORMATS = {"tags": tags_format_reward, "chat_template": chat_format_reward}
 
 # Of a group all rows (M) and those that start from the prompt (N), and groups of a step
-FULL = {"cold_steps": 12, "steps": 30, "rows": 8, "initial": 4, "groups": 4, "asked": None, "tokens": 400}
+FULL = {"cold_steps": 30, "steps": 30, "rows": 8, "initial": 4, "groups": 4, "asked": None, "tokens": 400}
 SMALL = {"cold_steps": 1, "steps": 2, "rows": 4, "initial": 2, "groups": 1, "asked": 2, "tokens": 16}
 
 # Weights are float32; autocast halves the update and the copy halves rollouts, where a CPU computes in bfloat16
@@ -227,7 +228,7 @@ def ask(run: Run, path: Path) -> dict[str, float]:
     set_seed(0)
     device = torch.accelerator.current_accelerator() or "cpu"
     agent = Agent(
-        AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(device).eval(),
+        copy_in(AutoModelForCausalLM.from_pretrained(path, dtype="float32").to(device).eval(), getattr(torch, DTYPE)),
         load_tokenizer(path, run.protocol),
         run.tools,
         tool_protocol=run.protocol,

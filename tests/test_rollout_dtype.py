@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.rollout.engines.transformers import copy_in
+from arpo_trl.rollout.engines.weights_copy import copy_in, one_query_attention
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -44,6 +45,36 @@ def test_a_copy_keeps_ties_and_buffers_and_shares_no_weight(tokenizer):
     assert not sampler.model.gradient_checkpointing and model.model.gradient_checkpointing
     own = {weight.data_ptr() for weight in model.parameters()}
     assert own.isdisjoint(weight.data_ptr() for weight in sampler.parameters())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_is_that_of_sdpa(masked):
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    query, key, value = torch.randn(2, 6, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.tensor([[True] * 5, [False, False, True, True, True]])[:, None, None] if masked else None
+    for queries in (query, query.repeat(1, 1, 5, 1)):
+        seen = mask if mask is None else mask.expand(2, 1, queries.size(2), 5)
+        ours, _ = one_query_attention(module, queries, key, value, seen, scaling=0.3)
+        theirs, _ = sdpa_attention_forward(module, queries, key, value, seen, scaling=0.3)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_half_precision_copy_on_a_cpu_decodes_as_sdpa_does(tokenizer):
+    model = tiny.build_model(tokenizer).eval()
+    assert model.config._attn_implementation == "sdpa"
+    sampler = copy_in(model, torch.bfloat16)
+    assert sampler.config._attn_implementation != "sdpa" and model.config._attn_implementation == "sdpa"
+    assert copy_in(model, torch.float32).config._attn_implementation == "sdpa"
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 10]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    settings = dict(attention_mask=mask, max_new_tokens=12, output_logits=True, return_dict_in_generate=True)
+    settings |= dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+    ours = sampler.generate(ids, **settings)
+    sampler.set_attn_implementation("sdpa")
+    theirs = sampler.generate(ids, **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("sharing", [False, True])

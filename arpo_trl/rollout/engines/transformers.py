@@ -5,7 +5,6 @@ Entropies are recorded inside generation, so that memory is B × k floats and ne
 What is not here: transformers' continuous batching, which offers no hook to read entropies.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from .base import Engine, Sample
 from .generation_settings import context_length, without_unfit_settings
 from .prefix_cache import PrefixCache
 from .replaced import generate_with
+from .weights_copy import copy_in
 
 logger = logging.get_logger(__name__)
 
@@ -151,23 +151,6 @@ def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops:
         row = row[:length]
         samples.append(Sample(row, entropies[: len(row)]))
     return samples
-
-
-def copy_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """
-    A copy of `model` that samples, its floating-point weights in `dtype`. Weights that are tied stay tied; buffers,
-    such as the frequencies of rotary positions, keep their dtype.
-    """
-    weights = {
-        id(weight): torch.nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-        for weight in model.parameters()
-        if weight.is_floating_point()
-    }
-    sampler = copy.deepcopy(model, memo=dict(weights))
-    for module in sampler.modules():  # TRL turns it off for a rollout, but on the model itself
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
-    return sampler
 
 
 def forget_image_positions(model: PreTrainedModel) -> None:
