@@ -239,10 +239,10 @@ def test_the_example_runs_and_goes_on_where_it_was_stopped(protocol, tmp_path, m
         assert (tmp_path / name).stat().st_size
     assert len(list((tmp_path / "rollouts").iterdir())) == 2
     assert run(tmp_path, protocol) == summary, "nothing is left to do"
+    assert len(trained) == 1
     found = real_entropy.main(tmp_path, rows=2, steps=1)
     assert {curve["rows"] for curve in found["curves"].values()} == {2} and (tmp_path / "entropy.png").exists()
     assert json.loads((tmp_path / "entropy.json").read_text()) == found
-    assert len(trained) == 1
     with pytest.raises(SystemExit, match="name another --output_dir"):
         run(tmp_path, protocol, seed=1)
 
