@@ -50,7 +50,7 @@ FORMATS = {"tags": tags_format_reward, "chat_template": chat_format_reward}
 FULL = {"cold_steps": 30, "steps": 30, "rows": 8, "initial": 4, "groups": 4, "asked": None, "tokens": 400}
 SMALL = {"cold_steps": 1, "steps": 2, "rows": 4, "initial": 2, "groups": 1, "asked": 2, "tokens": 16}
 
-# Weights are float32; autocast halves the update and the copy halves rollouts, where a CPU computes in bfloat16
+# Weights are float32; where a CPU computes in bfloat16, autocast makes updates faster, a copy of the weights rollouts
 CPU_BF16 = torch.accelerator.is_available() or cpu_has_bfloat16()
 SETTINGS = {**cpu_settings(), "bf16": CPU_BF16, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
 DTYPE = "bfloat16" if CPU_BF16 else "float32"
@@ -101,6 +101,7 @@ class Stages:
 
     def __call__(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work` returns: JSON. `seconds_before` in it are those of attempts that were stopped."""
+        say(name)
         if name not in self.done:
             started = time.perf_counter()
             result = work()
@@ -111,7 +112,7 @@ class Stages:
             unfinished = self.path.with_suffix(".unfinished")
             unfinished.write_text(json.dumps(self.done, indent=2) + "\n")
             unfinished.replace(self.path)
-        say(f"{name}: {self.done[name]['seconds']:.0f} s")
+        print(f"Done in {self.done[name]['seconds']:.0f} s.", flush=True)
         return self.done[name]["result"]
 
     @property
