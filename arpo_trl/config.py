@@ -9,6 +9,7 @@ from .rollout.rules import branch_rule
 ROLLOUT_SCHEDULES = ("waves", "eager", "continuous")
 BRANCH_MEASURES = ("entropy", "novelty")
 FORK_SAMPLINGS = ("independent", "distinct", "weighted")
+ROLLOUT_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -25,7 +26,9 @@ class ARPOConfig(GRPOConfig):
         num_initial_generations (`int`, *optional*, defaults to `8`):
             Trajectories sampled from the prompt at the start (N). The other `num_generations -
             num_initial_generations` rows of a group (M − N) are forks, or supplements from the prompt where too few
-            forks were made. Equal to `num_generations`, it turns branching off: what is left is GRPO.
+            forks were made. Equal to `num_generations`, it turns branching off: what is left is GRPO. Forks save tool
+            calls and sampled tokens. With transformers' `generate` and few rows they save no time, since a rollout
+            with forks takes more waves, each of fewer rows.
         branch_factor (`int`, *optional*, defaults to `1`):
             Forks made by one positive decision (Z).
         entropy_window (`int`, *optional*, defaults to `20`):
@@ -127,6 +130,15 @@ class ARPOConfig(GRPOConfig):
             a generation batch is one optimiser step and the loss does not depend on which rows a micro-batch holds,
             the rows of a step are the same without it, and prefix sharing brings groups together anyway. Elsewhere it
             changes training: each row is still equally likely to be in each step, but a step sees fewer prompts.
+
+        > Parameters that control generation with transformers
+
+        rollout_dtype (`str`, *optional*, defaults to `None`):
+            Data type of a copy of the weights that samples the rollouts: `"bfloat16"`, `"float16"` or `"float32"`.
+            With `None` the model itself samples. On a CPU that computes in bfloat16, a copy in it samples faster;
+            autocast (`bf16=True`) does not, since it casts the weights again for every token. Log-probabilities of
+            the update stay the model's own, so the tokens are those of a slightly other policy, as they are with
+            vLLM. The copy is made for each rollout and takes its memory while that lasts.
 
         > Parameters that control generation with vLLM
 
@@ -290,6 +302,16 @@ class ARPOConfig(GRPOConfig):
         },
     )
 
+    # Parameters that control generation with transformers
+    rollout_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data type of a copy of the weights that samples the rollouts; by default the model itself does. "
+            "On a CPU 'bfloat16' samples faster.",
+            "choices": list(ROLLOUT_DTYPES),
+        },
+    )
+
     # Parameters that control generation with vLLM
     vllm_entropy_top_k: int = field(
         default=20,
@@ -342,6 +364,16 @@ class ARPOConfig(GRPOConfig):
         if self.tool_timeout is not None and not self.tool_timeout > 0:
             raise ValueError(
                 f"`tool_timeout` is {self.tool_timeout}; set it to seconds above 0, or None to wait for ever."
+            )
+        if self.rollout_dtype not in (None, *ROLLOUT_DTYPES):
+            raise ValueError(
+                f"`rollout_dtype` is {self.rollout_dtype!r}; set it to None or to one of "
+                f"{', '.join(map(repr, ROLLOUT_DTYPES))}."
+            )
+        if self.rollout_dtype is not None and self.use_vllm:
+            raise ValueError(
+                f"`rollout_dtype` is {self.rollout_dtype!r}, but with `use_vllm` the engine samples with its own "
+                "weights: leave it out."
             )
         protocol_class(self.tool_protocol)
         branch_rule(self.branch_rule, self)

@@ -13,10 +13,30 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
 from arpo_trl.data import load_rl
 from arpo_trl.data.files import read_rows, to_dataset
 from arpo_trl.evaluation import Agent
+
+
+def cpu_settings() -> dict[str, bool]:
+    """Training arguments without which a machine that has no accelerator cannot train; none where there is one."""
+    if torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def make_parser(*arguments: type) -> TrlParser:
+    """The parser of a training script. What a machine without an accelerator needs is the default there."""
+    parser = TrlParser(arguments)
+    parser.set_defaults(**cpu_settings())
+    return parser
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU computes in bfloat16, rather than through float32."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .base import BatchStream, Engine, Sample, Stream
@@ -49,7 +50,8 @@ def trainer_engine(
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row.
 
     Raises:
-        ValueError: vLLM's engine tells fewer log-probabilities than the config asks for.
+        ValueError: vLLM's engine tells fewer log-probabilities than the config asks for, or `rollout_dtype` is set
+            where weights are spread over processes.
     """
     args = trainer.args
     vocab_size = trainer.model.config.get_text_config().vocab_size
@@ -66,6 +68,12 @@ def trainer_engine(
             few_limits=trainer.vllm_mode == "server" and trainer._branches and trainer._schedule != "continuous",
             stream=stream_trl(trainer),
         )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if args.rollout_dtype is not None and sharded:
+        raise ValueError(
+            f"`rollout_dtype` is {args.rollout_dtype!r}, but FSDP and DeepSpeed may spread the weights over "
+            "processes, of which no copy can be made: leave it out."
+        )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
     return TransformersEngine(
@@ -74,10 +82,11 @@ def trainer_engine(
         stop_string_criteria(trainer._tokenizer, trainer._protocol.stop_strings),
         args.entropy_window,
         trainer.temperature,
-        keeps=args.prefix_sharing and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
+        keeps=args.prefix_sharing and not sharded,
         idle_token=trainer._tokenizer.eos_token_id,
         forks_anywhere=forks_anywhere,
         reads_logprobs=args.branch_measure == "novelty" or args.fork_sampling == "weighted",
+        dtype=getattr(torch, args.rollout_dtype) if args.rollout_dtype is not None else None,
     )
 
 

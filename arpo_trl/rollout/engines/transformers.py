@@ -27,6 +27,7 @@ from .base import Engine, Sample
 from .generation_settings import context_length, without_unfit_settings
 from .prefix_cache import PrefixCache
 from .replaced import generate_with
+from .weights_copy import copy_in
 
 logger = logging.get_logger(__name__)
 
@@ -132,23 +133,25 @@ def recorded_generation(
     temperature: float,
     cache: PrefixCache | None = None,
     reads_logprobs: bool = False,
+    sampler: PreTrainedModel | None = None,
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
-    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take
-    a cache, so it gets none.
+    `cache`, it reads no token that the cache knows. With a `sampler`, that model samples in place of `model`. A
+    `generate` that a library has put on the instance need not take a cache, so it gets none.
     """
     if cache is not None and "generate" in vars(model):
         logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
         cache = None
     recorder = EntropyRecorder(window, temperature, reads_logprobs)
     stops = RowStops(limits, stop_strings, recorder.sampled)
+    sampler = model if sampler is None else sampler
     generate = partial(
-        partial(cache.generate, model, model.generate) if cache is not None else model.generate,
+        partial(cache.generate, sampler, sampler.generate) if cache is not None else sampler.generate,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([stops]),
     )
-    with generate_with(model, generate), without_router_logits(model):
+    with generate_with(model, generate), without_router_logits(sampler):
         yield recorder, stops
 
 
@@ -208,6 +211,8 @@ class TransformersEngine(Engine):
             rather than at its latest.
         reads_logprobs (`bool`, *optional*, defaults to `False`): Whether samples have the log-probability of each
             token at the sampling temperature, before top-p and top-k.
+        dtype (`torch.dtype`, *optional*): Data type of a copy of the weights that samples; the model itself where
+            there is none.
     """
 
     def __init__(
@@ -221,6 +226,7 @@ class TransformersEngine(Engine):
         idle_token: int,
         forks_anywhere: bool = False,
         reads_logprobs: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -233,14 +239,18 @@ class TransformersEngine(Engine):
         self._idle_token = idle_token
         self._forks_anywhere = forks_anywhere
         self._reads_logprobs = reads_logprobs
-        self._cache: PrefixCache | None = None  # of the rollout that is going on
+        self._dtype = dtype
+        # Of the rollout that is going on
+        self._cache: PrefixCache | None = None
+        self._sampler: PreTrainedModel | None = None
 
     def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
         idle = not contexts
         if idle:
             contexts, limits = [[self._idle_token]], [1]
         model = self._model()
-        forget_image_positions(model)
+        sampler = model if self._sampler is None else self._sampler
+        forget_image_positions(sampler)
         recorded = recorded_generation(
             model,
             limits,
@@ -249,8 +259,9 @@ class TransformersEngine(Engine):
             self._temperature,
             self._cache,
             self._reads_logprobs,
+            sampler,
         )
-        with without_unfit_settings(model), recorded as (recorder, stops):
+        with without_unfit_settings(sampler), recorded as (recorder, stops):
             ids = self._generate(list(contexts))
         return [] if idle else recorded_samples(ids, recorder, stops)
 
@@ -262,12 +273,14 @@ class TransformersEngine(Engine):
     def rollout(self) -> Iterator[None]:
         self.lookups.clear()
         self._cache = PrefixCache(every_start=self._forks_anywhere) if self._keeps else None
+        # Anew for each rollout, since a step has changed the weights
+        self._sampler = copy_in(self._model(), self._dtype) if self._dtype is not None else None
         try:
             yield
         finally:
             if self._cache is not None:
                 self.lookups.update(self._cache.lookups)
-            self._cache = None  # its memory is the training step's now
+            self._cache = self._sampler = None  # their memory is the training step's now
 
 
 @torch.no_grad()
