@@ -53,7 +53,8 @@ class TagsProtocol(ToolProtocol):
         for call in calls:
             shown = isinstance(call.result, list) and self.shows_images()
             pieces[-1] += "<result>"
-            for block in call.result if shown else [{"type": "text", "text": text_of(call.result)}]:
+            told: Any = call.result if shown else [{"type": "text", "text": text_of(call.result)}]
+            for block in told:
                 if block["type"] == "image":
                     pieces += [block["image"], ""]
                 else:
