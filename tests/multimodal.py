@@ -166,10 +166,10 @@ def scripted(model, write: Callable[[list[int]], list]):
     return model
 
 
-def asks_then_answers(model, processor, tags: bool = False):
+def asks_then_answers(model, processor, tags: bool = False, questions: int = 1):
     """
     A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters
-    of its choice, so that it is unsure where the result ends.
+    of its choice, so that it is unsure where the result ends. It asks `questions` times.
     """
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
@@ -185,8 +185,8 @@ def asks_then_answers(model, processor, tags: bool = False):
     told = ids("sun in ")
 
     def write(context: list[int]) -> list:
-        knows = any(context[place : place + len(told)] == told for place in range(len(context)))
-        return answering if knows else asking
+        known = sum(context[place : place + len(told)] == told for place in range(len(context)))
+        return asking if known < questions else answering
 
     return scripted(model, write)
 
@@ -197,10 +197,20 @@ def reward(completions, **kwargs):
     return [float(sum(map(ord, text)) % 7) for text in texts]
 
 
-def trainer_of(family, folder, rows=ROWS, trainer=ARPOTrainer, config=ARPOConfig, tools=(weather,), lora=None, **own):
+def trainer_of(
+    family,
+    folder,
+    rows=ROWS,
+    trainer=ARPOTrainer,
+    config=ARPOConfig,
+    tools=(weather,),
+    lora=None,
+    questions=1,
+    **own,
+):
     """A trainer whose model asks for the weather and answers. Its rollouts fork twice, unless `own` says otherwise."""
     model, processor = (build if family in MODELS else build_text)(family)
-    asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags")
+    asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags", questions=questions)
     settings = {
         "num_generations": 4,
         "per_device_train_batch_size": 4,
