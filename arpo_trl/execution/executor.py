@@ -118,7 +118,7 @@ class ToolExecutor:
         self.count_tokens = count_tokens or (lambda text: -(-len(text) // 4))
         self.image_tokens = image_tokens
         self._lock = threading.Lock()
-        self._life: _Life | None = None
+        self._state: _RunningState | None = None
 
     def __enter__(self) -> "ToolExecutor":
         return self
@@ -148,12 +148,14 @@ class ToolExecutor:
         """
         futures: list[Future[ToolCall]] = [Future() for _ in calls]
         with self._lock:
-            if self._life is None:
-                self._life = _Life(self.max_workers, self.timeout, self.count_tokens, self.image_tokens)
+            if self._state is None:
+                self._state = _RunningState(self.max_workers, self.timeout, self.count_tokens, self.image_tokens)
                 # An executor that is dropped without `close` leaves nothing behind either
-                self._end = weakref.finalize(self, self._life.end)
-            life = self._life
-            asyncio.run_coroutine_threadsafe(life.execute_in_order(calls, futures, list(available)), life.control.loop)
+                self._end = weakref.finalize(self, self._state.end)
+            state = self._state
+            asyncio.run_coroutine_threadsafe(
+                state.execute_in_order(calls, futures, list(available)), state.control.loop
+            )
         return futures
 
     def run(self, calls: list[tuple[ToolCall, Callable | None]], available: Iterable[str] = ()) -> list[ToolCall]:
@@ -164,12 +166,12 @@ class ToolExecutor:
     def close(self) -> None:
         """Give up the calls that still run, answer them with an error, and end threads and processes."""
         with self._lock:
-            if self._life is not None:
+            if self._state is not None:
                 self._end()
-                self._life = None
+                self._state = None
 
 
-class _Life:
+class _RunningState:
     """What an executor holds from its first call to its end. Its coroutines run on the `control` loop alone.
 
     Async tools have a loop of their own: one that blocks it must not stop the clock of the others.
@@ -344,7 +346,7 @@ class _Life:
             else:
                 running.give_up()
                 if not self.closing:
-                    task = asyncio.ensure_future(self.see_off(running, places))
+                    task = asyncio.ensure_future(self.hold_place_until_ended(running, places))
                     self.background.add(task)
                     task.add_done_callback(self.background.discard)
         if not running.ended.done():
@@ -367,17 +369,17 @@ class _Life:
         if is_async(function):
             if self.tool_loop is None:
                 self.tool_loop = LoopThread("arpo-async-tools")
-            return self.keep(on_loop(self.tool_loop, function, arguments))
+            return self.track(on_loop(self.tool_loop, function, arguments))
         if not options.process:
-            return self.keep(in_thread(lambda: as_content(function(**arguments))))
+            return self.track(in_thread(lambda: as_content(function(**arguments))))
         # Not on the clock of the call: a new process has to import the tool's module
-        borrowing = self.keep(in_thread(lambda: self.borrow_worker(home, function)))
+        borrowing = self.track(in_thread(lambda: self.borrow_worker(home, function)))
         worker, failure = await asyncio.shield(borrowing.ended)
         if failure is not None:
             raise failure
-        return self.keep(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
+        return self.track(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
 
-    def keep(self, attempt: Attempt) -> Attempt:
+    def track(self, attempt: Attempt) -> Attempt:
         self.attempts.add(attempt)
         attempt.ended.add_done_callback(lambda _: self.attempts.discard(attempt))
         return attempt
@@ -412,7 +414,7 @@ class _Life:
             else:
                 self.drop_worker(worker)
 
-    async def see_off(self, attempt: Attempt, places: Places) -> None:
+    async def hold_place_until_ended(self, attempt: Attempt, places: Places) -> None:
         """Keep the place of a call that was given up until it has really ended."""
         await asyncio.wait({attempt.ended}, timeout=_GRACE)
         if not attempt.ended.done():

@@ -333,7 +333,7 @@ def _upper(values: list[float | None]) -> float:
 def _assemble(title: str, blocks: list[tuple[str, Any]]) -> str:
     """Fill the template."""
     folder = files(__package__)
-    names = ("viewer.html", "viewer.css", "viewer.js", "distributions.js")
+    names = ("viewer.html", "viewer.css", "tree.js", "viewer.js", "distributions.js")
     template, style, *scripts = ((folder / name).read_text("utf-8") for name in names)
     script = "\n".join(scripts)
     policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
