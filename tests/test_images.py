@@ -1,7 +1,10 @@
 """Images in prompts and in what tools return, with forks and without; GRPO stays the special case."""
 
+import base64
+import gzip
 import io
 import itertools
+import json
 import re
 
 import multimodal
@@ -15,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from arpo_trl.evaluation import Agent, evaluate
 from arpo_trl.execution.images import image_saver
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
+from arpo_trl.viewer import render
 
 FAMILIES = ("Qwen3-VL", "Qwen3.5, no thinking", "Gemma 4")
 # Gemma 4 with images in tool results is not: TRL hands it tensors that its `generate` refuses
@@ -270,3 +274,33 @@ def test_an_agent_reads_images(family, protocol, tmp_path):
         wanted = sum(sum(agent.protocol.image_reader.types(agent.protocol.image_reader.ids(x))) for x in row.images)
         assert sum(agent.protocol.image_reader.types(row.prompt_ids + row.completion_ids)) == wanted
     assert len(list((tmp_path / "images").iterdir())) >= 2
+
+
+# The viewer
+
+
+def test_the_page_holds_each_image_once(tmp_path):
+    trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, tools=[photo]).train()
+    page = render(tmp_path)
+    index = unpacked(page, "index")
+    told = {name for row in records(tmp_path) for name in row["images"]}
+    assert set(index["images"]) == told and not index["notes"]
+    for name, address in index["images"].items():
+        content = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+        assert content == (tmp_path / "rollouts" / "images" / f"{name}.png").read_bytes()
+    (group,) = unpacked(page, "step-0")
+    assert group["images"] == records(tmp_path)[0]["images"][:1]
+    calls = [call for row in group["rows"] for part in row["parts"] for call in part.get("calls", [])]
+    assert len(calls) == 2, "forks share those of their parents"
+    assert {call["images"][0] for call in calls} | set(group["images"]) == told
+    assert all(call["result"].startswith("<image>\nsun in ") for call in calls)
+    assert "img-src data:;" in page
+    for path in (tmp_path / "rollouts" / "images").iterdir():
+        path.unlink()
+    index = unpacked(render(tmp_path), "index")
+    assert index["images"] == {} and f"{len(told)} of {len(told)} images are not shown" in index["notes"][0]
+
+
+def unpacked(page: str, name: str):
+    packed = re.search(f'id="{name}">([^<]*)<', page)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
