@@ -28,6 +28,16 @@ MODELS = {
 }
 """Name of the family → of the model in `trl_suite.vision_models`."""
 
+IMAGE_MODELS = {
+    "Qwen2.5-VL": "Qwen2_5_VLForConditionalGeneration",
+    "Gemma 3": "Gemma3ForConditionalGeneration",
+    "LLaVA": "LlavaForConditionalGeneration",
+    "LLaVA-Next": "LlavaNextForConditionalGeneration",
+    "Idefics3": "Idefics3ForConditionalGeneration",
+    "LFM2-VL": "Lfm2VlForConditionalGeneration",
+}
+"""More of them, which `test_images.py` runs with the tags protocol."""
+
 TEXT_MODELS = {
     "Qwen2.5": "Qwen2ForCausalLM-2.5",
     "Qwen3": "Qwen3ForCausalLM",
@@ -82,7 +92,7 @@ def build(family: str):
     if not trl_suite.has_torchvision():
         ProcessorMixin.check_argument_for_proper_class = lambda *args: None
     torch.manual_seed(0)
-    model, processor = trl_suite.vision_models()[MODELS[family]]()
+    model, processor = trl_suite.vision_models()[{**MODELS, **IMAGE_MODELS}[family]]()
     if not trl_suite.has_torchvision():
         processor.save_pretrained = processor.tokenizer.save_pretrained  # what lacks a part cannot be saved
         processor.apply_chat_template = as_tensors(processor.apply_chat_template)
@@ -209,7 +219,7 @@ def trainer_of(
     **own,
 ):
     """A trainer whose model asks for the weather and answers. Its rollouts fork twice, unless `own` says otherwise."""
-    model, processor = (build if family in MODELS else build_text)(family)
+    model, processor = (build_text if family in TEXT_MODELS else build)(family)
     asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags", questions=questions)
     settings = {
         "num_generations": 4,

@@ -76,7 +76,10 @@ class ImageReader:
 
     @cached_property
     def by_row(self) -> bool:
-        """Whether the tensors of a row's images are padded to those of the row with the most, as Idefics has them."""
+        """
+        Whether the tensors of a row's images are padded to those of the row with the most, as Idefics and SmolVLM have
+        them. TRL makes such tensors of prompts alone.
+        """
         made = self.processor.image_processor(images=[self.sample] * 2, return_tensors="pt")
         return made["pixel_values"].dim() == 5 and len(made["pixel_values"]) == 1
 
