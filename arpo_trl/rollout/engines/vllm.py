@@ -33,9 +33,10 @@ class VLLMEngine(Engine):
     Samples with vLLM.
 
     Args:
-        ask (`Callable[[list[list[int]], list[int], int, Counter[str]], Answer]`): Has a segment sampled after each
-            context, no longer than each limit, with the log-probabilities of K tokens a position, and counts what the
-            prefix cache held: [`ask_llm`] or [`ask_trl`].
+        ask (`Callable[[list[list[int]], list[int], int, Counter[str], Sequence[Sequence[Any]]], Answer]`): Has a
+            segment sampled after each context, no longer than each limit, with the log-probabilities of K tokens a
+            position, and counts what the prefix cache held; the last argument holds the images of each context, or
+            nothing: [`ask_llm`] or [`ask_trl`].
         context_length (`int`): Tokens that the engine can read.
         vocab_size (`int`): V.
         top_k (`int`): Most likely tokens of each position to read the entropy from, K.
@@ -46,7 +47,7 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        ask: Callable[[list[list[int]], list[int], int, Counter[str]], Answer],
+        ask: Callable[..., Answer],
         context_length: int,
         vocab_size: int,
         top_k: int,
@@ -62,7 +63,7 @@ class VLLMEngine(Engine):
     ) -> list[Sample]:
         room = [self.context_length - len(context) for context in contexts]
         limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
-        answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
+        answer = self._ask(list(contexts), limits, self.top_k, self.lookups, images)
         samples = top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
         return samples[: len(contexts)]
 
@@ -81,9 +82,19 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+    def ask(
+        contexts: list[list[int]],
+        limits: list[int],
+        top_k: int,
+        lookups: Counter[str],
+        images: Sequence[Sequence[Any]] = (),
+    ) -> Answer:
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": context} for context in contexts]
+        for prompt, own in zip(prompts, images or [], strict=False):
+            if own:
+                prompt["multi_modal_data"] = {"image": list(own)}
         outputs = llm.generate(
-            [{"prompt_token_ids": context} for context in contexts],
+            prompts,
             sampling_params=[SamplingParams(**settings, max_tokens=limit) for limit in limits],
             use_tqdm=False,
         )
@@ -103,7 +114,13 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
     engine, accelerator = trainer.vllm_generation, trainer.accelerator
     idle_token = trainer._tokenizer.eos_token_id
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+    def ask(
+        contexts: list[list[int]],
+        limits: list[int],
+        top_k: int,
+        lookups: Counter[str],
+        images: Sequence[Sequence[Any]] = (),
+    ) -> Answer:
         settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
         if trainer._protocol.stop_strings:
             settings |= _stops(trainer._protocol.stop_strings)
@@ -120,7 +137,8 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
         sharing = accelerator.num_processes if engine.mode == "server" else engine.tensor_parallel_size
         first = accelerator.process_index // sharing * sharing * rows
         with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows], lookups):
-            _, *answer = engine.generate(prompts=contexts + [[idle_token]] * padding, images=None, num_generations=1)
+            shown = [list(own) or None for own in images] + [None] * padding if images else None
+            _, *answer = engine.generate(prompts=contexts + [[idle_token]] * padding, images=shown, num_generations=1)
         return Answer(*answer)
 
     return ask
@@ -216,13 +234,15 @@ def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
     `VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time.
     """
 
-    def limited(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
+    def limited(prompts: Sequence[Any], features: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[int, list[int]] = {}
         for row, limit in enumerate(limits):
             rows_of.setdefault(limit, []).append(row)
 
         def send(limit: int) -> dict[str, list[Any]]:
-            return generate(prompts=[prompts[row] for row in rows_of[limit]], **{**kwargs, "max_tokens": limit})
+            own = None if features is None else [features[row] for row in rows_of[limit]]
+            asked = {"prompts": [prompts[row] for row in rows_of[limit]], "max_tokens": limit}
+            return generate(**{**kwargs, **asked, **({} if own is None else {"features": own})})
 
         with ThreadPoolExecutor(min(64, len(rows_of))) as pool:
             answers = list(pool.map(send, rows_of))
