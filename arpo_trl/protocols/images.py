@@ -74,6 +74,18 @@ class ImageReader:
         """For each token 1 if it stands for a part of an image, else 0."""
         return [int(token in self.image_tokens) for token in context]
 
+    def unexpanded(self, context: Sequence[int], images: Sequence[Any]) -> list[int]:
+        """A row with one token for each image, as an engine takes it that puts in the others itself."""
+        counts = iter([sum(self.types(self.ids(image))) for image in images])
+        written, left = [], 0
+        for token in context:
+            if token in self.image_tokens:
+                first, left = left == 0, (left or next(counts, 1)) - 1
+                if not first:
+                    continue
+            written.append(token)
+        return written
+
     @cached_property
     def by_row(self) -> bool:
         """

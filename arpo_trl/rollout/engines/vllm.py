@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...protocols.images import ImageReader
 from ..entropy import top_k_entropy
 from .base import Engine, Sample
 from .replaced import generate_with
@@ -68,7 +69,13 @@ class VLLMEngine(Engine):
         return samples[: len(contexts)]
 
 
-def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Callable[..., Answer]:
+def ask_llm(
+    llm: Any,
+    sampling: dict[str, Any],
+    stop: Sequence[str],
+    ends: Sequence[int],
+    image_reader: ImageReader | None = None,
+) -> Callable[..., Answer]:
     """
     Ask a `vllm.LLM` of this process, without log-probabilities.
 
@@ -77,6 +84,7 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
         sampling (`dict[str, Any]`): Fields of `vllm.SamplingParams`.
         stop (`Sequence[str]`): Text at which a segment ends.
         ends (`Sequence[int]`): End-of-turn tokens.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     from vllm import SamplingParams
 
@@ -89,7 +97,8 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
         lookups: Counter[str],
         images: Sequence[Sequence[Any]] = (),
     ) -> Answer:
-        prompts: list[dict[str, Any]] = [{"prompt_token_ids": context} for context in contexts]
+        given = engine_prompts(contexts, images, image_reader)
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in given]
         for prompt, own in zip(prompts, images or [], strict=False):
             if own:
                 prompt["multi_modal_data"] = {"image": list(own)}
@@ -99,6 +108,7 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
             use_tqdm=False,
         )
         _count_hits(outputs, lookups)
+        check_read([output.prompt_token_ids for output in outputs], contexts, images)
         return Answer([list(output.outputs[0].token_ids) for output in outputs])
 
     return ask
@@ -138,10 +148,41 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
         first = accelerator.process_index // sharing * sharing * rows
         with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows], lookups):
             shown = [list(own) or None for own in images] + [None] * padding if images else None
-            _, *answer = engine.generate(prompts=contexts + [[idle_token]] * padding, images=shown, num_generations=1)
+            # A server is given the places of images; an engine in this process finds them itself
+            given = contexts if engine.mode == "server" else engine_prompts(contexts, images, trainer._image_reader)
+            read, *answer = engine.generate(prompts=given + [[idle_token]] * padding, images=shown, num_generations=1)
+        if engine.mode != "server":
+            check_read(read, contexts, images)
         return Answer(*answer)
 
     return ask
+
+
+def engine_prompts(
+    contexts: list[list[int]], images: Sequence[Sequence[Any]], image_reader: ImageReader | None
+) -> list[list[int]]:
+    """Contexts with one token for each image: vLLM puts in as many as it has features."""
+    if image_reader is None or not images:
+        return contexts
+    return [image_reader.unexpanded(*row) if row[1] else row[0] for row in zip(contexts, images, strict=True)]
+
+
+def check_read(
+    read: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]], images: Sequence[Sequence[Any]]
+) -> None:
+    """
+    Refuse an engine that reads an image as other tokens than the processor has written, which training scores.
+
+    Raises:
+        ValueError: It does.
+    """
+    for ids, context, own in zip(read, contexts, images or [], strict=False):
+        if own and list(ids) != list(context):
+            raise ValueError(
+                f"vLLM reads a prompt with an image as {len(ids)} tokens, and the processor has written "
+                f"{len(context)}: what it samples would be scored after another prompt. Set `use_vllm=False` for "
+                "images with this model."
+            )
 
 
 def served_context_length(trainer: Any) -> int | None:
