@@ -3,8 +3,6 @@ possible.
 """
 
 import math
-import typing
-from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import is_matplotlib_available
@@ -97,7 +95,7 @@ def check_timeouts(args: ARPOConfig, tools: list) -> None:
             )
 
 
-def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None) -> str:
+def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None, reads_images: bool = False) -> str:
     """
     The schedule of rollouts, which may depend on the engine.
 
@@ -105,6 +103,7 @@ def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None) ->
         args ([`ARPOConfig`]): The config.
         rule ([`BranchRule`]): The branching rule.
         shared (`str`, *optional*): What makes several processes share an engine, if they do.
+        reads_images (`bool`, *optional*, defaults to `False`): Whether rows may have images.
 
     Raises:
         ValueError: The schedule cannot be had, or a cut is set that it has not.
@@ -115,6 +114,8 @@ def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None) ->
             f"with {shared} all of them sample together: set 'waves' or 'eager', or let each process have its own "
             "engine (vLLM with `vllm_tensor_parallel_size=1`, or a server)"
         )
+    elif args.use_vllm and reads_images:
+        why_waves = "vLLM is given images with whole waves: set 'waves' or 'eager'"
     elif args.num_initial_generations < args.num_generations and rule.needs_rewards:
         why_waves = "the branching rule scores the rows of all processes together: set 'waves' or 'eager'"
     elif args.num_initial_generations < args.num_generations and args.fork_sampling != "independent":
@@ -158,43 +159,6 @@ def check_generation(args: ARPOConfig) -> None:
     """Refuse settings of `generate` that no rollout can have."""
     if not args.use_vllm and isinstance(args.generation_kwargs, dict):
         refuse_unfit_settings(args.generation_kwargs)
-
-
-def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig, **datasets: Any) -> None:
-    """
-    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose
-    calls are plain text.
-
-    Args:
-        protocol (`type[ToolProtocol]`): How tools are spoken to.
-        branches (`bool`): Whether a group has forks.
-        args ([`ARPOConfig`]): Named in the error.
-        **datasets: By the name of the argument. An evaluation never branches.
-
-    Raises:
-        ValueError: Names the column and what to do.
-    """
-    for argument, dataset in datasets.items():
-        images = {"image", "images"} & _columns(dataset)
-        if images and (not protocol.structured or (branches and argument == "train_dataset")):
-            raise ValueError(f"`{argument}` has a column {min(images)!r}, but {image_remedy(args)}")
-
-
-def image_remedy(args: ARPOConfig) -> str:
-    """The end of a sentence that tells of an image where there can be none."""
-    return (
-        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or "
-        f"set `num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
-    )
-
-
-def may_return_images(tool: Callable) -> bool:
-    """Whether a tool may return content blocks, images among them: unless its type hint says that it returns text."""
-    try:
-        returns = typing.get_type_hints(tool).get("return")
-    except Exception:  # a hint that cannot be resolved
-        return True
-    return (typing.get_origin(returns) or returns) not in (str, int, float, bool, dict)
 
 
 def explain_template_error(

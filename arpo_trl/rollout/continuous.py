@@ -75,12 +75,13 @@ def run_continuous(
     ends_turn: Callable[[int], bool],
     stream: Stream,
     cut: Cut | None = None,
+    images: Sequence[Sequence[Any]] = (),
 ) -> list[Trajectory]:
     """
     Fill every group, as [`run_waves`] does, without waves.
 
     Args:
-        groups, prompts, protocol, branching, limits, rng, ends_turn: As for [`run_waves`].
+        groups, prompts, protocol, branching, limits, rng, ends_turn, images: As for [`run_waves`].
         hooks ([`RolloutHooks`]): What runs tools and reports. `sample`, `keep` and `anyone` are not asked; `on_wave`
             is told of the segments that have ended so far.
         stream ([`Stream`]): Samples the segments.
@@ -89,7 +90,9 @@ def run_continuous(
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
     """
-    rollout = _Rollout(groups, prompts, protocol, hooks, branching, limits, rng, ends_turn, stream, cut or Cut())
+    rollout = _Rollout(
+        groups, prompts, protocol, hooks, branching, limits, rng, ends_turn, stream, cut or Cut(), images
+    )
     rollout.run()
     return [trajectory for group in groups for trajectory in group.trajectories]
 
@@ -109,10 +112,12 @@ class _Rollout:
         ends_turn: Callable[[int], bool],
         stream: Stream,
         cut: Cut,
+        images: Sequence[Sequence[Any]],
     ):
         self.groups, self.prompts, self.protocol, self.hooks = groups, prompts, protocol, hooks
         self.branching, self.limits, self.rng, self.ends_turn = branching, limits, rng, ends_turn
         self.stream, self.cut = stream, cut
+        self.images = images or [[] for _ in prompts]
         self.deadline = time.monotonic() + cut.seconds
         self.group_of = {row: index for index, group in enumerate(groups) for row in group.rows}
         self.unfinished = [0] * len(groups)  # rows of each group
@@ -124,7 +129,7 @@ class _Rollout:
     def run(self) -> None:
         for group in self.groups:
             for _ in range(group.num_initial):
-                self.begin(_start(group, self.prompts, "initial"))
+                self.begin(_start(group, self.prompts, self.images, "initial"))
         while any(self.unfinished):
             if self.is_over():
                 self.end_rest()
@@ -141,7 +146,8 @@ class _Rollout:
         """Start a row's next segment."""
         limits, row = self.limits, trajectory.row
         context = trajectory.prompt_ids + trajectory.completion_ids
-        future = self.stream.start(context, limits.completion if limits.cut_afterwards else limits.left(trajectory))
+        limit = limits.completion if limits.cut_afterwards else limits.left(trajectory)
+        future = self.stream.start(context, limit, trajectory.images)
         self.sampled[row] = (trajectory, context, future)
         future.add_done_callback(partial(self.change, row))
 
@@ -234,7 +240,7 @@ class _Rollout:
         for index in sorted(indices):
             group = self.groups[index]
             if group.budget and not self.unfinished[index]:
-                for trajectory in _fill(group, self.prompts, self.branching.rule, self.hooks, self.rng):
+                for trajectory in _fill(group, self.prompts, self.images, self.branching.rule, self.hooks, self.rng):
                     self.begin(trajectory)
 
     def tell(self, steps: Sequence[_Step]) -> None:
@@ -256,7 +262,7 @@ class _Rollout:
                 future.cancel()  # of calls in order, those that have not begun
         for group in self.groups:
             while group.budget:
-                _start(group, self.prompts, "supplement").truncated = True
+                _start(group, self.prompts, self.images, "supplement").truncated = True
             for trajectory in group.trajectories:
                 if not trajectory.completion_ids:
                     trajectory.completion_ids, trajectory.tool_mask = [self.cut.token], [0]

@@ -6,8 +6,6 @@ segments and start the calls of each as soon as it is parsed, append their resul
 for the slowest tool: its next wave holds the trajectories whose results are there. The rules of expansion let all rows
 of a group end and then fork anywhere in its tree. The loop knows nothing of models, tokenizers or TRL: it is handed
 functions that sample, parse and run, so that tests drive it with scripts. `continuous.py` does the same without waves.
-
-What is not here: images in tool results.
 """
 
 import random
@@ -17,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
@@ -90,7 +88,8 @@ class RolloutHooks:
 
     Args:
         sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): Samples a segment after each context, no
-            longer than each limit. Called with empty lists where this process has nothing to do and others have.
+            longer than each limit. Called with empty lists where this process has nothing to do and others have, and
+            with the images of each context as a third argument where one has some.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
         score (`Callable[[], None]`): Scores the rows of all groups, which have ended: sets `group.rewards`. Called for
@@ -108,7 +107,7 @@ class RolloutHooks:
             too), `"tools"` (results appended) or `"wait"` (for tools).
     """
 
-    sample: Callable[[list[list[int]], list[int]], list[Sample]]
+    sample: Callable[..., list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
     score: Callable[[], None] = lambda: None
@@ -141,6 +140,7 @@ def run_waves(
     rng: random.Random,
     ends_turn: Callable[[int], bool],
     eager: bool = False,
+    images: Sequence[Sequence[Any]] = (),
 ) -> list[Trajectory]:
     """
     Fill every group.
@@ -157,11 +157,13 @@ def run_waves(
         eager (`bool`, *optional*, defaults to `False`): Go on with the rows whose tools are done rather than wait for
             all. Which rows meet in a wave then depends on how long tools take, so a seed does not repeat a rollout.
             Processes still take every wave together, and wait for each other's first result when none has any.
+        images (`Sequence[Sequence[PIL.Image.Image]]`): Images of each prompt; empty where none has any.
 
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
     """
-    waiting = [_start(group, prompts, "initial") for group in groups for _ in range(group.num_initial)]
+    images = images or [[] for _ in prompts]
+    waiting = [_start(group, prompts, images, "initial") for group in groups for _ in range(group.num_initial)]
     group_of = {row: group for group in groups for row in group.rows}
     wave = Wave(index=0, active=0, calls=0, forks=0)
     pending: list[_Step] = []  # read and appended, but not answered
@@ -173,10 +175,12 @@ def run_waves(
             hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
+        seen = [trajectory.images for trajectory in waiting]
         with hooks.timed("sample"):
-            samples = hooks.sample(contexts, budgets)
+            sample = partial(hooks.sample, images=seen) if any(seen) else hooks.sample
+            samples = sample(contexts, budgets)
             if branching.fork_tries > 1:
-                again = partial(_sample_again, hooks, contexts, budgets, later)
+                again = partial(_sample_again, hooks, contexts, budgets, seen, later)
                 samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
         # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
@@ -215,7 +219,7 @@ def run_waves(
             if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):
                 for group in groups:
                     if group.budget and id(group) not in unfinished:
-                        waiting += _fill(group, prompts, branching.rule, hooks, rng)
+                        waiting += _fill(group, prompts, images, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -262,6 +266,7 @@ def _sample_again(
     hooks: RolloutHooks,
     contexts: Sequence[list[int]],
     budgets: Sequence[int],
+    seen: Sequence[Sequence[Any]],
     later: Sequence[list[int]],
     rows: list[int],
     samples: Sequence[Sample],
@@ -269,12 +274,19 @@ def _sample_again(
     """Sample some rows of a wave anew; the engine keeps what the others go on from."""
     others = [index for index in range(len(contexts)) if index not in rows]
     hooks.keep([*later, *(contexts[index] + samples[index].ids for index in others)])
-    return hooks.sample([contexts[index] for index in rows], [budgets[index] for index in rows])
+    sample = partial(hooks.sample, images=[seen[index] for index in rows]) if any(seen) else hooks.sample
+    return sample([contexts[index] for index in rows], [budgets[index] for index in rows])
 
 
-def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
+def _start(
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    kind: Literal["initial", "supplement"],
+) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
-    trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
+    row = group.next_row
+    trajectory = Trajectory(row, list(prompts[row]), kind, images=list(images[row]))
     group.trajectories.append(trajectory)
     return trajectory
 
@@ -339,7 +351,12 @@ def _decide(
 
 
 def _fill(
-    group: Group, prompts: Sequence[list[int]], rule: BranchRule, hooks: RolloutHooks, rng: random.Random
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    rule: BranchRule,
+    hooks: RolloutHooks,
+    rng: random.Random,
 ) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
@@ -358,7 +375,7 @@ def _fill(
         if node.segment > 0:
             fork = _fork_with_state(group, parent, parent.starts[node.segment], hooks)
         if fork is None:
-            started.append(_start(group, prompts, "supplement"))
+            started.append(_start(group, prompts, images, "supplement"))
             continue
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
         started.append(fork)
@@ -420,6 +437,7 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls, step.sample.ids)
+    trajectory.images += protocol.images(calls)
     return True
 
 

@@ -56,6 +56,7 @@ class Place(NamedTuple):
     turns: int
     calls: int
     tool_turns: int
+    images: int = 0
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Trajectory:
         tool_turns (`int`): Turns whose calls were answered.
         resamples (`bool`): Whether the next segment re-samples the one that a fork left.
         rejected_tokens (`int`): Tokens of segments that were sampled for the row and thrown away.
+        images (`list`): Pictures of the prompt and of tool results, in the order of the tokens that stand for them.
         truncated (`bool`): Whether it ran into a length or call limit.
         out_of_turns (`bool`): Whether that was the call limit: its last calls were not made.
     """
@@ -101,6 +103,7 @@ class Trajectory:
     tool_turns: int = 0
     resamples: bool = False
     rejected_tokens: int = 0
+    images: list[Any] = field(default_factory=list)
     truncated: bool = False
     out_of_turns: bool = False
 
@@ -112,7 +115,14 @@ class Trajectory:
     @property
     def end(self) -> Place:
         """Where the next segment starts."""
-        return Place(len(self.completion_ids), len(self.segments), len(self.turns), len(self.calls), self.tool_turns)
+        return Place(
+            len(self.completion_ids),
+            len(self.segments),
+            len(self.turns),
+            len(self.calls),
+            self.tool_turns,
+            len(self.images),
+        )
 
     def fork(self, row: int, place: Place) -> "Trajectory":
         """
@@ -133,6 +143,7 @@ class Trajectory:
             turns=self.turns[: place.turns],
             calls=[replace(call, shared=True) for call in self.calls[: place.calls]],
             tool_turns=place.tool_turns,
+            images=self.images[: place.images],
             resamples=True,
             rejected_tokens=0,
             truncated=False,

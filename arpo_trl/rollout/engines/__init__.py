@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ...protocols.images import ImageReader
 from .base import BatchStream, Engine, Sample, Stream
 from .generation_settings import NO_LIMIT, context_length, tell_settings
 from .parts import StopStrings
@@ -39,14 +40,17 @@ __all__ = [
 
 
 def trainer_engine(
-    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]], forks_anywhere: bool = False
+    trainer: Any,
+    generate: Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]],
+    forks_anywhere: bool = False,
 ) -> Engine:
     """
     The engine of a trainer.
 
     Args:
         trainer ([`ARPOTrainer`]): Constructed as far as its protocol.
-        generate (`Callable[[list[list[int]]], list[list[int]]]`): TRL's call of `generate`, for transformers.
+        generate (`Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]]`): TRL's call of `generate`,
+            for transformers; takes contexts and the images of each.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row.
 
     Raises:
@@ -118,6 +122,7 @@ def model_engine(
     stop_strings: Sequence[str],
     generation_config: GenerationConfig,
     entropy_window: int,
+    image_reader: ImageReader | None = None,
 ) -> Engine:
     """
     The engine of a model outside of training.
@@ -129,6 +134,7 @@ def model_engine(
         generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM
             takes its `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     if isinstance(model, ServedModel):
         ask = ask_server(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id)
@@ -139,12 +145,17 @@ def model_engine(
         )
     if hasattr(model, "llm_engine"):
         config = model.llm_engine.model_config
-        ask = ask_llm(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id)
+        ask = ask_llm(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id, image_reader)
         return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
     return TransformersEngine(
         lambda: model,
-        lambda contexts: generate_ids(model, contexts, generation_config),
+        lambda contexts, images: generate_ids(
+            model,
+            contexts,
+            generation_config,
+            image_reader.fields(contexts, images) if image_reader is not None else None,
+        ),
         stop_string_criteria(tokenizer, stop_strings),
         entropy_window,
         generation_config.temperature or 1.0,

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 class Sample(NamedTuple):
@@ -27,13 +27,14 @@ class Stream(ABC):
     """Segments that are sampled each for itself: started at any time, and there when they have ended."""
 
     @abstractmethod
-    def start(self, context: list[int], limit: int) -> Future[Sample]:
+    def start(self, context: list[int], limit: int, images: Sequence[Any] = ()) -> Future[Sample]:
         """
         Start a segment.
 
         Args:
             context (`list[int]`): Tokens to go on from.
             limit (`int`): Tokens that the segment may have, at least 1.
+            images (`Sequence[PIL.Image.Image]`, *optional*): Images of the context.
 
         Returns:
             `Future[Sample]`: resolves to the segment, in [`step`] or on a thread of the stream.
@@ -58,31 +59,32 @@ class BatchStream(Stream):
     Samples all segments that were started as one batch.
 
     Args:
-        sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): [`Engine.sample`].
+        sample (`Callable[..., list[Sample]]`): [`Engine.sample`].
         keep (`Callable[[list[list[int]]], None]`): [`Engine.keep`].
     """
 
     def __init__(
         self,
-        sample: Callable[[list[list[int]], list[int]], list[Sample]],
+        sample: Callable[..., list[Sample]],
         keep: Callable[[list[list[int]]], None] = lambda contexts: None,
     ):
         self._sample = sample
         self._keep = keep
-        self._started: list[tuple[list[int], int, Future[Sample]]] = []
+        self._started: list[tuple[list[int], int, Sequence[Any], Future[Sample]]] = []
 
-    def start(self, context: list[int], limit: int) -> Future[Sample]:
+    def start(self, context: list[int], limit: int, images: Sequence[Any] = ()) -> Future[Sample]:
         future: Future[Sample] = Future()
-        self._started.append((context, limit, future))
+        self._started.append((context, limit, images, future))
         return future
 
     def step(self, needed_later: Callable[[], list[list[int]]]) -> bool:
         if not self._started:
             return False
-        contexts, limits, futures = map(list, zip(*self._started, strict=True))
+        contexts, limits, images, futures = map(list, zip(*self._started, strict=True))
         self._started = []
         self._keep(needed_later())
-        for future, sample in zip(futures, self._sample(contexts, limits), strict=True):
+        samples = self._sample(contexts, limits, images) if any(images) else self._sample(contexts, limits)
+        for future, sample in zip(futures, samples, strict=True):
             future.set_result(sample)
         return True
 
@@ -113,7 +115,9 @@ class Engine(ABC):
         self.lookups: Counter[str] = Counter()
 
     @abstractmethod
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         """
         Sample a segment after each context.
 
@@ -121,6 +125,7 @@ class Engine(ABC):
             contexts (`Sequence[list[int]]`): Tokens to go on from; none where other processes have work and this one
                 has not, since sampling may need all of them.
             limits (`Sequence[int]`): Tokens that each segment may have, at least 1.
+            images (`Sequence[Sequence[PIL.Image.Image]]`): Of each context; empty where none has any.
         """
 
     def keep(self, contexts: Sequence[list[int]]) -> None:

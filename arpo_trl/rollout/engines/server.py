@@ -98,7 +98,7 @@ def ask_server(model: ServedModel, sampling: dict[str, Any], stop: Sequence[str]
                 "vLLM, 0.22 or later."
             ) from error
 
-    def ask(requests: list[Request], lookups: Counter[str]) -> Answer | None:
+    def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         if not requests:
             return None
         by_row = server_by_row(generate, [Asked(*request[1:]) for request in requests], _ROWS)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...protocols.images import ImageReader
 from ..entropy import top_k_entropy
 from .base import Engine, Sample, Stream
 from .generation_settings import NO_LIMIT
@@ -40,10 +41,10 @@ class Asked(NamedTuple):
     top_k: int
 
 
-Ask = Callable[[list[Request], Counter[str]], Answer | None]
+Ask = Callable[[list[Request], Counter[str], Sequence[Sequence[Any]]], Answer | None]
 """
-Has a segment sampled for each request, and counts what the prefix cache held: [`ask_llm`] or [`ask_trl`]. `None` where
-no process has a request.
+Has a segment sampled for each request, and counts what the prefix cache held: [`ask_llm`] or [`ask_trl`]. The images
+of each request come last; empty where none has any. `None` where no process has a request.
 """
 
 
@@ -87,13 +88,17 @@ class VLLMEngine(Engine):
         self._few_limits = few_limits
         self._stream = stream
 
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         stops = self.stops()
         segments = [self.segment(context, limit, stops) for context, limit in zip(contexts, limits, strict=True)]
         samples: list[Sample] = [Sample([], []) for _ in segments]
         requests = {row: next(segment) for row, segment in enumerate(segments)}
         lookups = self.lookups
-        while (answer := self._ask(list(requests.values()), lookups)) is not None:
+        while (
+            answer := self._ask(list(requests.values()), lookups, [images[row] for row in requests] if images else ())
+        ) is not None:
             lookups = Counter()  # what is read again because a segment has parts is no reading of the rollout's
             parts = zip(list(requests), self.samples(answer), strict=True)
             requests = {}
@@ -164,7 +169,13 @@ def _settings(trainer: Any) -> dict[str, Any]:
     return settings | (_stops(trainer._protocol.stop_strings) if trainer._protocol.stop_strings else {})
 
 
-def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Ask:
+def ask_llm(
+    llm: Any,
+    sampling: dict[str, Any],
+    stop: Sequence[str],
+    ends: Sequence[int],
+    image_reader: ImageReader | None = None,
+) -> Ask:
     """
     Ask a `vllm.LLM` of this process, without log-probabilities.
 
@@ -173,20 +184,29 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
         sampling (`dict[str, Any]`): Fields of `vllm.SamplingParams`.
         stop (`Sequence[str]`): Text at which a segment ends.
         ends (`Sequence[int]`): End-of-turn tokens.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     from vllm import SamplingParams
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
 
-    def ask(requests: list[Request], lookups: Counter[str]) -> Answer | None:
+    def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         if not requests:
             return None
+        contexts = [request.context for request in requests]
+        prompts: list[dict[str, Any]] = [
+            {"prompt_token_ids": ids} for ids in engine_prompts(contexts, images, image_reader)
+        ]
+        for prompt, own in zip(prompts, images or [], strict=False):
+            if own:
+                prompt["multi_modal_data"] = {"image": list(own)}
         outputs = llm.generate(
-            [{"prompt_token_ids": request.context} for request in requests],
+            prompts,
             sampling_params=[SamplingParams(**settings, max_tokens=request.limit) for request in requests],
             use_tqdm=False,
         )
         _count_hits(outputs, lookups)
+        check_read([output.prompt_token_ids for output in outputs], contexts, images)
         return Answer([list(output.outputs[0].token_ids) for output in outputs])
 
     return ask
@@ -202,7 +222,7 @@ def ask_trl(trainer: Any) -> Ask:
     engine, accelerator = trainer.vllm_generation, trainer.accelerator
     idle_token = trainer._tokenizer.eos_token_id
 
-    def ask(requests: list[Request], lookups: Counter[str]) -> Answer | None:
+    def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         # TRL cuts the answers by the number of prompts of *this* process, so all bring the same number
         counts = accelerator.gather(torch.tensor([len(requests)], device=accelerator.device))
         rows = int(counts.max())
@@ -216,13 +236,48 @@ def ask_trl(trainer: Any) -> Ask:
         everyone = [Asked(*row) for row in accelerator.gather(own).tolist()]
         sharing = accelerator.num_processes if engine.mode == "server" else engine.tensor_parallel_size
         first = accelerator.process_index // sharing * sharing * rows
+        contexts = [request.context for request in filled]
+        padding = rows - len(requests)
+        shown = [list(own) or None for own in images] + [None] * padding if images else None
+        # A server is given the places of images; an engine in this process finds them itself
+        given = contexts
+        if images and engine.mode != "server":
+            given = engine_prompts(contexts, [*images, *[()] * padding], trainer._image_reader)
         with vllm_settings(engine, _settings(trainer), everyone[first : first + sharing * rows], lookups):
-            contexts = [request.context for request in filled]
-            _, *answer = engine.generate(prompts=contexts, images=None, num_generations=1)
+            read, *answer = engine.generate(prompts=given, images=shown, num_generations=1)
+        if engine.mode != "server":
+            check_read(read, contexts, images)
         ids, *told = (part and part[: len(requests)] for part in answer)
         return Answer(ids, *told)
 
     return ask
+
+
+def engine_prompts(
+    contexts: list[list[int]], images: Sequence[Sequence[Any]], image_reader: ImageReader | None
+) -> list[list[int]]:
+    """Contexts with one token for each image: vLLM puts in as many as it has features."""
+    if image_reader is None or not images:
+        return contexts
+    return [image_reader.unexpanded(*row) if row[1] else row[0] for row in zip(contexts, images, strict=True)]
+
+
+def check_read(
+    read: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]], images: Sequence[Sequence[Any]]
+) -> None:
+    """
+    Refuse an engine that reads an image as other tokens than the processor has written, which training scores.
+
+    Raises:
+        ValueError: It does.
+    """
+    for ids, context, own in zip(read, contexts, images or [], strict=False):
+        if own and list(ids) != list(context):
+            raise ValueError(
+                f"vLLM reads a prompt with an image as {len(ids)} tokens, and the processor has written "
+                f"{len(context)}: what it samples would be scored after another prompt. Set `use_vllm=False` for "
+                "images with this model."
+            )
 
 
 def served_context_length(trainer: Any) -> int | None:
@@ -314,7 +369,7 @@ def server_by_row(generate: Callable, asked: Sequence[Asked], most_rows: int = N
     of them, and all requests at the same time, since a server should have all rows at once.
     """
 
-    def by_row(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
+    def by_row(prompts: Sequence[Any], features: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[Asked, list[int]] = {}
         for row, each in enumerate(asked):
             rows_of.setdefault(each, []).append(row)
@@ -327,6 +382,8 @@ def server_by_row(generate: Callable, asked: Sequence[Asked], most_rows: int = N
         def send(part: tuple[Asked, list[int]]) -> dict[str, list[Any]]:
             each, rows = part
             own = {**kwargs, "max_tokens": each.limit, "logprobs": each.top_k}
+            if features is not None:
+                own["features"] = [features[row] for row in rows]
             return generate(prompts=[prompts[row] for row in rows], **own)
 
         with ThreadPoolExecutor(min(_MOST_REQUESTS, len(parts))) as pool:

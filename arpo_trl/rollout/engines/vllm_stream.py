@@ -3,13 +3,14 @@ sent to a server one a segment.
 
 What is asked for is what TRL's `VLLMGeneration.generate` asks for, which takes whole batches alone.
 
-What is not here: an engine that several processes share by tensor parallelism, which all of them call together.
+What is not here: images, and an engine that several processes share by tensor parallelism, which all of them call
+together. Rollouts of both go in waves.
 """
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ class LLMStream(Stream):
         self._extract_logprobs = extract_logprobs
         self._running: dict[str, _Running] = {}
 
-    def start(self, context: list[int], limit: int) -> Future[Sample]:
+    def start(self, context: list[int], limit: int, images: Sequence[Any] = ()) -> Future[Sample]:
         segment, future = self._engine.segment(context, limit, self._engine.stops()), Future[Sample]()
         self._ask(next(segment), _Running(segment, future, is_first=True))
         return future
@@ -116,7 +117,7 @@ class ServerStream(Stream):
         self._send = retrying(_RETRIES)
         self._running: set[Future[Sample]] = set()
 
-    def start(self, context: list[int], limit: int) -> Future[Sample]:
+    def start(self, context: list[int], limit: int, images: Sequence[Any] = ()) -> Future[Sample]:
         future = asyncio.run_coroutine_threadsafe(self._sample(context, limit), self._loop.loop)
         self._running.add(future)
         future.add_done_callback(self._running.discard)
