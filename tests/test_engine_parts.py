@@ -177,7 +177,7 @@ def test_what_counts_sampled_tokens_otherwise_than_a_prompt_is_sampled_at_once(
 
 
 def test_rows_in_parts_are_each_asked_for_until_they_end():
-    def ask(requests, lookups):
+    def ask(requests, lookups, images=()):
         if not requests:
             return None
         calls.append([(request.context[0], request.limit, request.top_k) for request in requests])
@@ -250,7 +250,7 @@ def test_a_server_has_all_rows_of_a_wave_at_the_same_time():
         with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}", body, timeout=60) as answer:
             return json.loads(answer.read())
 
-    def ask(requests, lookups):
+    def ask(requests, lookups, images=()):
         if not requests:
             return None
         each = [Asked(*request[1:]) for request in requests]

@@ -36,6 +36,9 @@ class RandomProtocol:
     def result_ids(self, calls, written=()):
         return [0] * int(calls[0].result)
 
+    def images(self, calls):
+        return []
+
     def results_turn(self, calls, written=()):
         return [self.result_ids(calls)]
 
