@@ -231,13 +231,15 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if images is not None:  # processors take no `None`, with which TRL says that a row has no image
+            images = [row or [] for row in images]
         if not self.tools:
             self._groups = self._empty_groups(len(prompts))
             rows = list(zip(prompt_ids, completion_ids, images or [None] * len(prompts), strict=True))
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             for group in self._groups:
                 group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-            return outputs
+            return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
         for trajectory in trajectories:
             if trajectory.parent is not None:  # an environment may have told every row something else
