@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.evaluation import Agent, evaluate
 from arpo_trl.execution.images import image_saver, images_of
+from arpo_trl.protocols.images import ImageReader
 from arpo_trl.scoring.images import with_images
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
 from arpo_trl.viewer import render
@@ -198,6 +199,22 @@ def test_a_row_that_is_out_of_the_loss_keeps_its_images_in_place():
     assert with_images(mask[1:], of_image[1:], 4) is not None and torch.equal(
         with_images(mask[1:], of_image[1:], 4), mask[1:]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_that_expands_images_itself_is_given_what_the_template_writes(family):
+    _, processor = multimodal.build(family)
+    reader = ImageReader(processor)
+    texts = [processor.tokenizer.encode(text, add_special_tokens=False) for text in ("see ", " and ", "!")]
+    other = Image.new("RGB", (96, 64))
+    row = [*texts[0], *reader.ids(PICTURE), *texts[1], *reader.ids(other), *texts[2]]
+    mark = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]}], tokenize=False
+    )
+    mark = mark.split("see")[1].split("<|im_end|>")[0].split("<turn|>")[0].strip()
+    marks = processor.tokenizer.encode(mark, add_special_tokens=False)
+    assert reader.unexpanded(row, [PICTURE, other]) == [*texts[0], *marks, *texts[1], *marks, *texts[2]]
+    assert reader.unexpanded(row, []) == row and reader.unexpanded(texts[0], [PICTURE]) == texts[0]
 
 
 # What a tool returns
