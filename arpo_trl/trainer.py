@@ -84,15 +84,12 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
     own tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
     raises on every row ends it. What one changes in place is its own.
 
-    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in
-    prompts and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations ==
-    num_generations`, rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint
-    such as `-> str` rules out. Where rollouts branch, data with images is refused, and the model reads an error in
-    place of the image that a tool returns.
+    A multimodal checkpoint with its processor is trained as a text model is, with images in prompts and in what tools
+    return, as content blocks (docs/models.md). A fork has the images up to its fork token.
 
-    What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol.
-    Each is refused at construction.
+    What it does not do: `rollout_func` together with branching, transformers' continuous batching together with
+    branching, stateful environments with the tags protocol. Each is refused at construction. Videos and audio are not
+    read.
 
     Example:
 
@@ -253,13 +250,15 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if images is not None:  # processors take no `None`, with which TRL says that a row has no image
+            images = [row or [] for row in images]
         if not self.tools:
             self._groups = self._empty_groups(len(prompts))
             rows = list(zip(prompt_ids, completion_ids, images or [None] * len(prompts), strict=True))
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             for group in self._groups:
                 group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-            return outputs
+            return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
         for trajectory in trajectories:
             if trajectory.parent is not None:  # an environment may have told every row something else

@@ -59,6 +59,12 @@ SAID = {
         '"num_items_in_batch": num_items_in_batch',
         'output["tool_mask"] = tool_mask',
         "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
+        # images: TRL's tensors, of the images that `_generate` returns, in the order of the rows
+        "if self.tools and any(imgs for imgs in tool_images) and self._is_vlm:",
+        'self.processing_class.image_processor(images=flat_images, return_tensors="pt")',
+        "num_images = [len(img_list) if img_list else 0 for img_list in images] if images is not None else None",
+        "num_images=num_images, num_tiles=num_tiles, **forward_kwargs,",
+        'output["num_images"] = num_images',
     ],
     "log": [
         'self._logs["prompt"]',
@@ -155,6 +161,7 @@ def test_how_generate_merges_its_configs():
         '"max_tokens": max_completion_length',
         '"logprobs": self.logprobs',
         '"generation_kwargs": self.generation_kwargs',
+        'row["multi_modal_data"] = {"image": img_list if len(img_list) > 1 else img_list[0]}',
         "generation_kwargs.update(self.generation_kwargs)",
         "accelerator.process_index * len(prompts)",
         "return prompt_ids, completion_ids, logprobs, logprob_token_ids",

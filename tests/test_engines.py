@@ -15,7 +15,7 @@ from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.replaced import generate_with
 from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
-from arpo_trl.rollout.engines.vllm import Asked, top_k_samples, vllm_settings
+from arpo_trl.rollout.engines.vllm import Asked, check_read, server_by_row, top_k_samples, vllm_settings
 from arpo_trl.rollout.entropy import top_k_entropy
 
 
@@ -150,6 +150,31 @@ def test_the_servers_prefix_cache_is_read_from_its_counters():
     with vllm_settings(engine, {}, [], cache := Counter()):
         client.metrics = lines.format("1.6e2", "50.0")
     assert cache == {"prefix_cache_queries": 60, "prefix_cache_hits": 30}
+
+
+def test_each_request_to_a_server_has_the_images_of_its_rows():
+    asked = []
+
+    class Client:
+        session = base_url = None
+
+        def generate(self, prompts, max_tokens, logprobs, features=None):
+            asked.append((prompts, max_tokens, features))
+            return {"completion_ids": [[9]] * len(prompts)}
+
+    client = Client()
+    with generate_with(client, server_by_row(client.generate, [Asked(5, 0), Asked(3, 0), Asked(5, 0)])):
+        client.generate(prompts=["a", "b", "c"], features=["A", None, "C"], max_tokens=99, logprobs=0)
+        client.generate(prompts=["a", "b", "c"], features=None, max_tokens=99, logprobs=0)
+    assert sorted(asked[:2], key=lambda each: -len(each[0])) == [(["a", "c"], 5, ["A", "C"]), (["b"], 3, [None])]
+    assert all(features is None for _, _, features in asked[2:])
+
+
+def test_an_engine_that_reads_an_image_as_other_tokens_is_refused():
+    check_read([[1, 2], [3]], [[1, 2], [4]], [["image"], []])
+    check_read([[3]], [[4]], ())
+    with pytest.raises(ValueError, match="as 3 tokens, and the processor has written 2.* `use_vllm=False`"):
+        check_read([[1, 2, 2]], [[1, 2]], [["image"]])
 
 
 class Engine:
