@@ -47,7 +47,7 @@ MEASURES = ("accuracy", "accuracy_low", "accuracy_high", "new_kinds", "new_kinds
 FORMATS = {"tags": tags_format_reward, "chat_template": chat_format_reward}
 
 # Of a group all rows (M) and those that start from the prompt (N), and groups of a step
-FULL = {"cold_steps": 30, "steps": 30, "rows": 8, "initial": 4, "groups": 4, "asked": None, "tokens": 400}
+FULL = {"cold_steps": 30, "steps": 25, "rows": 8, "initial": 4, "groups": 4, "asked": None, "tokens": 400}
 SMALL = {"cold_steps": 1, "steps": 2, "rows": 4, "initial": 2, "groups": 1, "asked": 2, "tokens": 16}
 
 # Weights are float32; where a CPU computes in bfloat16, autocast makes updates faster, a copy of the weights rollouts

@@ -17,6 +17,7 @@ This module does NOT train, search the web or run code; `real.py` joins it to th
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -359,7 +360,8 @@ class RealWorld:
                 turns = trace_messages(trace)
                 for turn in turns:
                     if turn["role"] == "assistant":
-                        turn["content"] = turn["content"].replace("<think>", "").replace("</think>", "\n").strip()
+                        text = re.sub(r"</?think>", "\n", turn["content"])
+                        turn["content"] = re.sub(r"\s*\n\s*", "\n", text).strip()
             rows.append({"messages": [{"role": "user", "content": question.text}, *turns]})
         return rows
 
