@@ -2,8 +2,6 @@
 possible.
 """
 
-import typing
-from collections.abc import Callable
 from typing import Any
 
 from transformers.utils import is_matplotlib_available
@@ -95,43 +93,6 @@ def check_generation(args: ARPOConfig) -> None:
     """Refuse settings of `generate` that no rollout can have."""
     if not args.use_vllm and isinstance(args.generation_kwargs, dict):
         refuse_unfit_settings(args.generation_kwargs)
-
-
-def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig, **datasets: Any) -> None:
-    """
-    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose
-    calls are plain text.
-
-    Args:
-        protocol (`type[ToolProtocol]`): How tools are spoken to.
-        branches (`bool`): Whether a group has forks.
-        args ([`ARPOConfig`]): Named in the error.
-        **datasets: By the name of the argument. An evaluation never branches.
-
-    Raises:
-        ValueError: Names the column and what to do.
-    """
-    for argument, dataset in datasets.items():
-        images = {"image", "images"} & _columns(dataset)
-        if images and (not protocol.structured or (branches and argument == "train_dataset")):
-            raise ValueError(f"`{argument}` has a column {min(images)!r}, but {image_remedy(args)}")
-
-
-def image_remedy(args: ARPOConfig) -> str:
-    """The end of a sentence that tells of an image where there can be none."""
-    return (
-        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or "
-        f"set `num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
-    )
-
-
-def may_return_images(tool: Callable) -> bool:
-    """Whether a tool may return content blocks, images among them: unless its type hint says that it returns text."""
-    try:
-        returns = typing.get_type_hints(tool).get("return")
-    except Exception:  # a hint that cannot be resolved
-        return True
-    return (typing.get_origin(returns) or returns) not in (str, int, float, bool, dict)
 
 
 def explain_template_error(

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import random
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -19,10 +19,7 @@ from .checks import (
     check_columns,
     check_config,
     check_generation,
-    check_images,
     explain_template_error,
-    image_remedy,
-    may_return_images,
 )
 from .config import ARPOConfig
 from .execution.errors import error_repr
@@ -30,6 +27,7 @@ from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
+from .protocols.images import ImageReader
 from .protocols.suffix import suffix_renderer, warn_of_endless_calls
 from .random_state import kept_random_state
 from .reporting import Reporter
@@ -44,6 +42,7 @@ from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
 from .rollout.tree import Group, group_parts
 from .scoring import SharedPrefixMixin
+from .scoring.images import score_with_images
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -196,25 +195,20 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if not protocol.structured:
             self.tools = self._standalone_tools = tools
         self._branches = args.num_initial_generations < args.num_generations
-        if self._is_vlm and self.tools:
-            check_images(protocol, self._branches, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.share_prefixes = args.prefix_sharing
         self.keep_groups_together = args.keep_groups_together
+        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        self._image_reader = ImageReader(*template) if self._is_vlm else None
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
+            image_tokens=self._image_reader and self._image_reader.tokens,
         )
         self._row_tools = RowTools(self, self._executor, forks=self._branches)
-        # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
-        # decided with each one: its prompts may hold images, and so may what these tools return
-        self._tools_return_images = (
-            self._is_vlm and protocol.structured and not self._branches and any(map(may_return_images, self.tools))
-        )
-        self._delegates = False
         self._reporter = Reporter(self, self._row_tools.names)
-        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
         self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
+        self._protocol.image_reader = self._image_reader
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
@@ -233,29 +227,21 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if not self._protocol.schema_in_prompt:
             self.tools = []
         try:
-            outputs = super()._tokenize_prompts(prompts)
+            return super()._tokenize_prompts(prompts)
         finally:
             self.tools = tools
-        if self._is_vlm and tools:
-            images = self._anyone(outputs[1] is not None)
-            if images and not (self._protocol.structured and (not self._branches or not self.model.training)):
-                raise ValueError(f"A prompt holds an image, but {image_remedy(self.args)}")
-            self._delegates = images or self._tools_return_images
-        return outputs
 
     def _generate(self, prompts):
         outputs = super()._generate(prompts)
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
-        if not self.tools or self._delegates:
+        if not self.tools:
             self._groups = self._empty_groups(len(prompts))
-            masks = tool_mask if self._delegates else [None] * len(prompts)
-            rows = list(zip(prompt_ids, completion_ids, masks, completions, strict=True))
+            rows = list(zip(prompt_ids, completion_ids, images or [None] * len(prompts), strict=True))
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             for group in self._groups:
                 group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-        if not self.tools:
             return outputs
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
         for trajectory in trajectories:
@@ -265,7 +251,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        if self.tools and self.rollout_func is None and not self._delegates:
+        if self.tools and self.rollout_func is None:
             # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of
             # a group starts from the prompt. What stands here until then must be a parseable response.
             placeholder = [[self._tokenizer.eos_token_id] for _ in prompt_ids]
@@ -275,15 +261,12 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
             )
 
-    def _sample_with_trl(self, contexts: list[list[int]]) -> list[list[int]]:
+    def _sample_with_trl(self, contexts: list[list[int]], images: Sequence[Sequence[Any]]) -> list[list[int]]:
         """TRL's own call of `generate`, with its unwrapping, summoning and settings."""
-        return super()._generate_single_turn(contexts, None, {}, num_generations=1)[0]
+        fields = self._image_reader.fields(contexts, images) if self._image_reader is not None else {}
+        return super()._generate_single_turn(contexts, None, fields, num_generations=1)[0]
 
     def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
-        if self._delegates:
-            return super()._tool_call_loop(
-                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
-            )
         self._groups = self._empty_groups(len(prompts))
         self._row_tools.begin(self._groups)
         if self.model.training:  # evaluation, which never branches, leaves the decisions of training as they are
@@ -317,9 +300,14 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
                 random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
                 self.eos_token_ids.__contains__,
                 eager=self.args.rollout_schedule == "eager",
+                images=[row or [] for row in images or []],
             )
+        asked = [len(row or []) for row in images] if images else [0] * len(prompts)  # images of the prompts
         for trajectory in trajectories:
-            prompt_ids[trajectory.row] = trajectory.prompt_ids
+            row, parent = trajectory.row, trajectory.parent
+            prompt_ids[row] = trajectory.prompt_ids
+            if images and parent is not None:
+                images[row], asked[row] = images[parent], asked[parent]
         conversational = is_conversational({"prompt": prompts[0]})
         own_calls = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
         return (
@@ -329,7 +317,7 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             [trajectory.logprobs for trajectory in trajectories] if logprobs is not None else None,
             len(own_calls),
             sum(call.error is not None for call in own_calls),
-            [[] for _ in trajectories],
+            [trajectory.images[asked[trajectory.row] :] for trajectory in trajectories],
         )
 
     def _waved(self, bar: tqdm, wave: Wave) -> None:
@@ -348,6 +336,31 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if self.accelerator.num_processes == 1:
             return here
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item())
+
+    # Scores
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **inputs,
+    ):
+        def score(ids, mask, keep, size, beside):
+            return super(ARPOTrainer, self)._get_per_token_logps_and_entropies(
+                model, ids, mask, keep, size, compute_entropy, compute_aux_loss, **beside
+            )
+
+        # Without tools the batch is TRL's own
+        if not self.tools or self._image_reader is None or inputs.get("num_images") is None:
+            return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+        return score_with_images(
+            score, self._image_reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs
+        )
 
     # Rewards and advantages
 

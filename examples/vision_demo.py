@@ -21,7 +21,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from sft_cold_start import cold_start_trainer
-from transformers import Qwen3VLForConditionalGeneration, TrainerCallback, set_seed
+from transformers import LlavaForConditionalGeneration, TrainerCallback, set_seed
 from trl import SFTConfig
 from vision_world import SPLITS, Magnifier, World, build_model, build_processor, system_message
 
@@ -130,7 +130,7 @@ def arpo_trainer(
         seed=seed,
     )
     trainer = ARPOTrainer(
-        model=Qwen3VLForConditionalGeneration.from_pretrained(start),
+        model=LlavaForConditionalGeneration.from_pretrained(start),
         args=args,
         reward_funcs=right_digit,
         train_dataset=Dataset.from_list(world.rows("rl")),

@@ -21,9 +21,15 @@ from functools import cache, cached_property
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers import Qwen3VLProcessor as Qwen3VLVideoProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from trl.chat_template_utils import qwen3_vl_chat_template
 
 SPLITS = {"rl": 1000, "held_out": 600}
@@ -36,18 +42,19 @@ COLOURS = {
     "yellow": (195, 195, 60),
     "purple": (195, 60, 195),
     "cyan": (60, 195, 195),
+    "white": (195, 195, 195),
+    "grey": (128, 128, 128),
+    "black": (60, 60, 60),
 }
-SHAPES = ("square", "circle", "triangle")
-GROUND = (128, 128, 128)
 
 SIDE = 3
 """Rows and columns of a picture."""
 
-CELL = 32
-"""Pixels of the side of a cell in a picture."""
+TILE = 32
+"""Pixels of the side of a tile in a picture."""
 
 MARGIN = 4
-"""Pixels on each side of a cell that the tool leaves out."""
+"""Pixels on each side of a tile that the tool leaves out."""
 
 EYES = 12
 """Pixels of the side of what the model sees, be it a picture or a part of one."""
@@ -77,64 +84,43 @@ GLYPHS = (
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A shape with a digit on it. The digit stands `shift` units right and down of its first place."""
-
-    colour: str
-    shape: str
-    digit: int
-    shift: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.shape}"
-
-
-@dataclass(frozen=True)
 class Question:
-    """A picture and the cell of it that is asked for.
+    """A picture and the tile of it that is asked for.
 
     Args:
-        cells (`tuple[Cell, ...]`): Of the whole picture, row by row.
-        place (`tuple[int, int]`): Row and column of the cell in question, from 1.
+        tiles (`tuple[tuple[str, int], ...]`): Colour and digit of each tile, row by row.
+        place (`tuple[int, int]`): Row and column of the tile in question, from 1.
     """
 
-    cells: tuple[Cell, ...]
+    tiles: tuple[tuple[str, int], ...]
     place: tuple[int, int]
 
-    def at(self, place: tuple[int, int]) -> Cell:
-        return self.cells[(place[0] - 1) * SIDE + place[1] - 1]
+    def tile(self, place: tuple[int, int]) -> tuple[str, int]:
+        return self.tiles[(place[0] - 1) * SIDE + place[1] - 1]
 
     @property
     def text(self) -> str:
-        return f"Which digit is on the {self.at(self.place).name}?"
+        return f"Which digit is on the {self.tile(self.place)[0]} tile?"
 
     @property
     def answer(self) -> str:
-        return str(self.at(self.place).digit)
+        return str(self.tile(self.place)[1])
 
     @property
     def picture(self) -> Image.Image:
-        rows = [self.cells[start : start + SIDE] for start in range(0, len(self.cells), SIDE)]
-        return Image.fromarray(np.concatenate([np.concatenate([*map(draw, row)], axis=1) for row in rows]))
+        rows = [self.tiles[start : start + SIDE] for start in range(0, len(self.tiles), SIDE)]
+        return Image.fromarray(np.concatenate([np.concatenate([draw(*tile) for tile in row], axis=1) for row in rows]))
 
 
 @cache
-def draw(cell: Cell) -> np.ndarray:
-    """The pixels of a cell, of shape `(CELL, CELL, 3)`."""
-    down, right = np.indices((CELL, CELL)) + 0.5 - CELL / 2
-    radius = CELL / 2 - 2
-    inside = {
-        "square": np.maximum(abs(down), abs(right)) < radius,
-        "circle": down**2 + right**2 < radius**2,
-        "triangle": (abs(right) < (down + radius) / 2) & (down < radius),
-    }[cell.shape]
-    pixels = np.where(inside[..., None], COLOURS[cell.colour], GROUND)
+def draw(colour: str, digit: int) -> np.ndarray:
+    """The pixels of a tile, of shape `(TILE, TILE, 3)`."""
+    pixels = np.full((TILE, TILE, 3), COLOURS[colour])
     # A unit of a glyph is 4 pixels wide: two lighter chequers and two darker ones, which even out where the eyes see a
     # square of 8 pixels as one
-    glyph = np.array([[int(unit) for unit in row] for row in GLYPHS[cell.digit].split()])
+    glyph = np.array([[int(unit) for unit in row] for row in GLYPHS[digit].split()])
     strokes = np.kron(glyph, np.kron([[STROKE, -STROKE], [-STROKE, STROKE]], np.ones((2, 2), int)))
-    top, left = (MARGIN + 4 * units for units in cell.shift)
+    top, left = (TILE - strokes.shape[0]) // 2, (TILE - strokes.shape[1]) // 2
     pixels[top : top + strokes.shape[0], left : left + strokes.shape[1]] += strokes[..., None]
     return pixels.astype(np.uint8)
 
@@ -152,21 +138,21 @@ class Magnifier:
 
     def zoom(self, row: int, column: int) -> list:
         """
-        Enlarge one cell of the picture.
+        Enlarge one tile of the picture.
 
         Args:
-            row: Row of the cell, from 1 at the top.
-            column: Column of the cell, from 1 at the left.
+            row: Row of the tile, from 1 at the top.
+            column: Column of the tile, from 1 at the left.
 
         Returns:
-            The cell as a picture of its own.
+            The tile as a picture of its own.
         """
         for name, value in (("row", row), ("column", column)):
             if value not in range(1, SIDE + 1):
                 raise ValueError(f"There is no {name} {value}: the picture has {SIDE}.")
-        left, top = (column - 1) * CELL, (row - 1) * CELL
-        cell = self._picture.crop((left + MARGIN, top + MARGIN, left + CELL - MARGIN, top + CELL - MARGIN))
-        return [{"type": "image", "image": cell.resize(self._picture.size, Image.Resampling.NEAREST)}]
+        left, top = (column - 1) * TILE, (row - 1) * TILE
+        tile = self._picture.crop((left + MARGIN, top + MARGIN, left + TILE - MARGIN, top + TILE - MARGIN))
+        return [{"type": "image", "image": tile.resize(self._picture.size, Image.Resampling.NEAREST)}]
 
 
 class World:
@@ -185,10 +171,8 @@ class World:
 
     @staticmethod
     def draw_question(rng: random.Random) -> Question:
-        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], SIDE**2)
-        shifts = [(rng.randint(0, 1), rng.randint(0, 3)) for _ in names]
-        cells = tuple(Cell(*name, rng.randint(0, 9), shift) for name, shift in zip(names, shifts, strict=True))
-        return Question(cells, draw_place(rng))
+        colours = rng.sample([*COLOURS], SIDE**2)
+        return Question(tuple((colour, rng.randint(0, 9)) for colour in colours), draw_place(rng))
 
     @cached_property
     def _splits(self) -> dict[str, list[Question]]:
@@ -254,7 +238,7 @@ class World:
                 {"role": "assistant", "content": [], "tool_calls": [{"type": "function", "function": call}]},
                 {"role": "tool", "name": "zoom", "content": magnifier.zoom(row, column)},
             ]
-        digit = str(question.at(places[-1]).digit)
+        digit = str(question.tile(places[-1])[1])
         return [*messages, {"role": "assistant", "content": [{"type": "text", "text": digit}]}]
 
 
@@ -262,113 +246,91 @@ def draw_place(rng: random.Random) -> tuple[int, int]:
     return rng.randint(1, SIDE), rng.randint(1, SIDE)
 
 
-class Qwen3VLProcessor(Qwen3VLVideoProcessor):
-    """Qwen3-VL's processor of text and images. The part for videos, which it leaves out, alone needs torchvision."""
-
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-        for name in names:
-            setattr(self, name, getattr(tokenizer, name))
-            setattr(self, f"{name}_id", tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)))
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
-def build_processor() -> Qwen3VLProcessor:
+def build_processor() -> LlavaProcessor:
     """
     A processor with Qwen3-VL's chat template, in which every phrase of the world is one token, the system message that
     tells of the tool among them. Any other text is spelt in bytes. An image has a token for each 4 × 4 pixels that the
     eyes see, and these are means of the pixels of the image.
     """
-    special = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_start_token": "<|vision_start|>",
-        "vision_end_token": "<|vision_end|>",
-    }
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    base = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    base = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     base.decoder = decoders.ByteLevel()
-    call = json.dumps({"name": "zoom", "arguments": {"row": 0, "column": 0}}).split("0")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=base,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         padding_side="left",
-        extra_special_tokens={**special, "im_start_token": "<|im_start|>"},
+        extra_special_tokens={"image_token": "<|image_pad|>", "im_start_token": "<|im_start|>"},
         chat_template=qwen3_vl_chat_template,
         clean_up_tokenization_spaces=False,
     )
+    call = json.dumps({"name": "zoom", "arguments": {"row": 0, "column": 0}}).split("0")
     tokenizer.add_tokens(
         [
             *("system\n", "user\n", "assistant\n"),
             *("<tool_call>", "\n" + call[0], call[1], call[2] + "\n", "</tool_call>"),
-            *("<tool_response>\n", "\n</tool_response>"),
-            *("Which digit is on the ", "?", *(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)),
+            *("<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
+            *("Which digit is on the ", *COLOURS, " tile?"),
         ]
     )
-    images = Qwen2VLImageProcessorPil(
+    images = SiglipImageProcessorPil(size={"height": EYES, "width": EYES}, resample=Image.Resampling.BOX)
+    processor = LlavaProcessor(
+        images,
+        tokenizer,
         patch_size=EYES // SIDE,
-        merge_size=1,
-        min_pixels=EYES**2,
-        max_pixels=EYES**2,
-        resample=Image.Resampling.BOX,
+        vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template,
     )
-    processor = Qwen3VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
     tokenizer.add_tokens([system_message(processor)])
     return processor
 
 
-def system_message(processor: Qwen3VLProcessor) -> str:
+def system_message(processor: LlavaProcessor) -> str:
     """What the chat template tells the model of `zoom`."""
     hello = [{"role": "user", "content": "?"}]
     rendered = processor.apply_chat_template(hello, tools=[Magnifier().zoom], tokenize=False)
     return rendered.removeprefix("<|im_start|>system\n").split("<|im_end|>")[0]
 
 
-def build_model(processor: Qwen3VLProcessor) -> Qwen3VLForConditionalGeneration:
+def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """
-    A new Qwen3-VL-shaped model of about half a million parameters; seed torch before.
+    A new LLaVA-shaped model of some hundred thousand parameters, SigLIP's eyes and Qwen3's mind; seed torch before.
 
     Args:
-        processor ([`Qwen3VLProcessor`]): What it will read through.
+        processor ([`~transformers.LlavaProcessor`]): What it will read through.
     """
     tokenizer = processor.tokenizer
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [8, 4, 4],
-        },
-        "initializer_range": 0.05,
-        "max_position_embeddings": 512,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    vision = {
-        "hidden_size": 64,
-        "depth": 2,
-        "num_heads": 4,
-        "intermediate_size": 128,
-        "out_hidden_size": 128,
-        "patch_size": EYES // SIDE,
-        "spatial_merge_size": 1,
-        "num_position_embeddings": SIDE**2,
-        "deepstack_visual_indexes": [],
-        "initializer_range": 0.05,
-    }
-    ids = {
-        f"{name}_id": getattr(processor, f"{name}_id")
-        for name in ("image_token", "video_token", "vision_start_token", "vision_end_token")
-    }
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
-    return Qwen3VLForConditionalGeneration(config)
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        initializer_range=0.08,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    eyes = SiglipVisionConfig(
+        image_size=EYES,
+        patch_size=EYES // SIDE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vision_use_head=False,
+    )
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=eyes,
+        image_token_index=processor.image_token_id,
+        image_seq_length=SIDE**2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    return LlavaForConditionalGeneration(config)

@@ -6,8 +6,6 @@ tools, append their results. The eager schedule does not wait for the slowest to
 trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
 tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that
 tests drive it with scripts.
-
-What is not here: images in tool results.
 """
 
 import random
@@ -16,7 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
@@ -85,7 +83,8 @@ class RolloutHooks:
 
     Args:
         sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): Samples a segment after each context, no
-            longer than each limit. Called with empty lists where this process has nothing to do and others have.
+            longer than each limit. Called with empty lists where this process has nothing to do and others have, and
+            with the images of each context as a third argument where one has some.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
         copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
@@ -99,7 +98,7 @@ class RolloutHooks:
             started, results appended) or `"wait"` (for tools).
     """
 
-    sample: Callable[[list[list[int]], list[int]], list[Sample]]
+    sample: Callable[..., list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
     copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
@@ -130,6 +129,7 @@ def run_waves(
     rng: random.Random,
     ends_turn: Callable[[int], bool],
     eager: bool = False,
+    images: Sequence[Sequence[Any]] = (),
 ) -> list[Trajectory]:
     """
     Fill every group.
@@ -146,11 +146,13 @@ def run_waves(
         eager (`bool`, *optional*, defaults to `False`): Go on with the rows whose tools are done rather than wait for
             all. Which rows meet in a wave then depends on how long tools take, so a seed does not repeat a rollout.
             Processes still take every wave together, and wait for each other's first result when none has any.
+        images (`Sequence[Sequence[PIL.Image.Image]]`): Images of each prompt; empty where none has any.
 
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
     """
-    waiting = [_start(group, prompts, "initial") for group in groups for _ in range(group.num_initial)]
+    images = images or [[] for _ in prompts]
+    waiting = [_start(group, prompts, images, "initial") for group in groups for _ in range(group.num_initial)]
     group_of = {row: group for group in groups for row in group.rows}
     wave = Wave(index=0, active=0, calls=0, forks=0)
     pending: list[_Step] = []  # read and appended, but not answered
@@ -160,8 +162,9 @@ def run_waves(
             hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
+        seen = [trajectory.images for trajectory in waiting]
         with hooks.timed("sample"):
-            samples = hooks.sample(contexts, budgets)
+            samples = hooks.sample(contexts, budgets, seen) if any(seen) else hooks.sample(contexts, budgets)
 
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
         with hooks.timed("parse"):
@@ -200,7 +203,7 @@ def run_waves(
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
             for group in groups:
                 if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching.rule, rng)
+                    waiting += _fill(group, prompts, images, branching.rule, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -228,9 +231,15 @@ def _needed_later(
     return contexts
 
 
-def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
+def _start(
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    kind: Literal["initial", "supplement"],
+) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
-    trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
+    row = group.next_row
+    trajectory = Trajectory(row, list(prompts[row]), kind, images=list(images[row]))
     group.trajectories.append(trajectory)
     return trajectory
 
@@ -294,7 +303,9 @@ def _decide(
     return forks
 
 
-def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
+def _fill(
+    group: Group, prompts: Sequence[list[int]], images: Sequence[Sequence[Any]], rule: BranchRule, rng: random.Random
+) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
     group.rounds += 1
@@ -306,7 +317,7 @@ def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: ran
     started = []
     for node in nodes:
         if node.segment == 0:
-            started.append(_start(group, prompts, "supplement"))
+            started.append(_start(group, prompts, images, "supplement"))
             continue
         parent = group.trajectories[node.row]
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
@@ -369,6 +380,7 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls, step.sample.ids)
+    trajectory.images += protocol.images(calls)
     return True
 
 

@@ -48,6 +48,7 @@ class Place(NamedTuple):
     turns: int
     calls: int
     tool_turns: int
+    images: int = 0
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Trajectory:
         calls (`list[CallOfRow]`): Tool calls, in order.
         tool_turns (`int`): Turns whose calls were answered.
         resamples (`bool`): Whether the next segment re-samples the one that a fork left.
+        images (`list`): Pictures of the prompt and of tool results, in the order of the tokens that stand for them.
         truncated (`bool`): Whether it ran into a length or call limit.
         out_of_turns (`bool`): Whether that was the call limit: its last calls were not made.
     """
@@ -90,6 +92,7 @@ class Trajectory:
     calls: list[CallOfRow] = field(default_factory=list)
     tool_turns: int = 0
     resamples: bool = False
+    images: list[Any] = field(default_factory=list)
     truncated: bool = False
     out_of_turns: bool = False
 
@@ -101,7 +104,8 @@ class Trajectory:
     @property
     def end(self) -> Place:
         """Where the next segment starts."""
-        return Place(len(self.completion_ids), len(self.segments), len(self.turns), len(self.calls), self.tool_turns)
+        lists = (self.completion_ids, self.segments, self.turns, self.calls)
+        return Place(*map(len, lists), self.tool_turns, len(self.images))
 
     def fork(self, row: int, place: Place) -> "Trajectory":
         """
@@ -122,6 +126,7 @@ class Trajectory:
             turns=self.turns[: place.turns],
             calls=[replace(call, shared=True) for call in self.calls[: place.calls]],
             tool_turns=place.tool_turns,
+            images=self.images[: place.images],
             resamples=True,
             truncated=False,
             out_of_turns=False,

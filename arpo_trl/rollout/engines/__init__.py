@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ...protocols.images import ImageReader
 from .base import Engine, Sample
 from .generation_settings import NO_LIMIT, context_length, tell_settings
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
@@ -27,14 +28,17 @@ __all__ = [
 
 
 def trainer_engine(
-    trainer: Any, generate: Callable[[list[list[int]]], list[list[int]]], forks_anywhere: bool = False
+    trainer: Any,
+    generate: Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]],
+    forks_anywhere: bool = False,
 ) -> Engine:
     """
     The engine of a trainer.
 
     Args:
         trainer ([`ARPOTrainer`]): Constructed as far as its protocol.
-        generate (`Callable[[list[list[int]]], list[list[int]]]`): TRL's call of `generate`, for transformers.
+        generate (`Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]]`): TRL's call of `generate`,
+            for transformers; takes contexts and the images of each.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row.
 
     Raises:
@@ -66,6 +70,7 @@ def model_engine(
     stop_strings: Sequence[str],
     generation_config: GenerationConfig,
     entropy_window: int,
+    image_reader: ImageReader | None = None,
 ) -> Engine:
     """
     The engine of a model outside of training.
@@ -77,6 +82,7 @@ def model_engine(
         generation_config ([`~transformers.GenerationConfig`]): How to sample, with a list of `eos_token_id`; vLLM
             takes its `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty`.
         entropy_window (`int`): Tokens to read the entropy of, k.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     if hasattr(model, "llm_engine"):
         config = model.llm_engine.model_config
@@ -90,7 +96,12 @@ def model_engine(
     tell_settings(model, generation_config)
     return TransformersEngine(
         lambda: model,
-        lambda contexts: generate_ids(model, contexts, generation_config),
+        lambda contexts, images: generate_ids(
+            model,
+            contexts,
+            generation_config,
+            image_reader.fields(contexts, images) if image_reader is not None else None,
+        ),
         stop_string_criteria(tokenizer, stop_strings),
         entropy_window,
         generation_config.temperature or 1.0,

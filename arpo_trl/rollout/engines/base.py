@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
 class Sample(NamedTuple):
@@ -45,7 +45,9 @@ class Engine(ABC):
         self.lookups: Counter[str] = Counter()
 
     @abstractmethod
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         """
         Sample a segment after each context.
 
@@ -53,6 +55,7 @@ class Engine(ABC):
             contexts (`Sequence[list[int]]`): Tokens to go on from; none where other processes have work and this one
                 has not, since sampling may need all of them.
             limits (`Sequence[int]`): Tokens that each segment may have, at least 1.
+            images (`Sequence[Sequence[PIL.Image.Image]]`): Of each context; empty where none has any.
         """
 
     def keep(self, contexts: Sequence[list[int]]) -> None:

@@ -5,7 +5,7 @@ Entropies are recorded inside generation, so that memory is B × k floats and ne
 What is not here: transformers' continuous batching, which offers no hook to read entropies.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -167,8 +167,9 @@ class TransformersEngine(Engine):
 
     Args:
         model (`Callable[[], PreTrainedModel]`): The model that `generate` runs on, without wrappers.
-        generate (`Callable[[list[list[int]]], list[list[int]]]`): Calls the model's `generate` for some contexts, and
-            returns what was sampled, cut after the end-of-turn token.
+        generate (`Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]]`): Calls the model's
+            `generate` for some contexts with the images of each (none at all where no context has any), and returns
+            what was sampled, cut after the end-of-turn token.
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a segment ends.
         entropy_window (`int`): Tokens to read the entropy of, k.
         temperature (`float`): Sampling temperature.
@@ -182,7 +183,7 @@ class TransformersEngine(Engine):
     def __init__(
         self,
         model: Callable[[], PreTrainedModel],
-        generate: Callable[[list[list[int]]], list[list[int]]],
+        generate: Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]],
         stop_strings: StopStringCriteria | None,
         entropy_window: int,
         temperature: float,
@@ -202,7 +203,9 @@ class TransformersEngine(Engine):
         self._forks_anywhere = forks_anywhere
         self._cache: PrefixCache | None = None  # of the rollout that is going on
 
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         idle = not contexts
         if idle:
             contexts, limits = [[self._idle_token]], [1]
@@ -212,7 +215,7 @@ class TransformersEngine(Engine):
             model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
         )
         with without_unfit_settings(model), recorded as (recorder, stops):
-            ids = self._generate(list(contexts))
+            ids = self._generate(list(contexts), images)
         return [] if idle else recorded_samples(ids, recorder, stops)
 
     def keep(self, contexts: Sequence[list[int]]) -> None:
@@ -233,7 +236,10 @@ class TransformersEngine(Engine):
 
 @torch.no_grad()
 def generate_ids(
-    model: PreTrainedModel, contexts: Sequence[list[int]], generation_config: GenerationConfig
+    model: PreTrainedModel,
+    contexts: Sequence[list[int]],
+    generation_config: GenerationConfig,
+    fields: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """
     What `model.generate` samples after each context, cut after the first of the config's end tokens.
@@ -242,6 +248,8 @@ def generate_ids(
         model ([`~transformers.PreTrainedModel`]): The model.
         contexts (`Sequence[list[int]]`): Tokens of each context.
         generation_config ([`~transformers.GenerationConfig`]): With `pad_token_id` and a list of `eos_token_id`.
+        fields (`Mapping[str, Any]`, *optional*): What the model takes beside tokens: tensors, and lists of one value a
+            token for each context.
     """
     length = max(map(len, contexts))
     input_ids = torch.full((len(contexts), length), generation_config.pad_token_id)
@@ -249,10 +257,16 @@ def generate_ids(
     for row, context in enumerate(contexts):
         input_ids[row, length - len(context) :] = torch.tensor(context)
         attention_mask[row, length - len(context) :] = 1
+    beside = {}
+    for name, value in (fields or {}).items():
+        if isinstance(value, list):
+            value = torch.tensor([[0] * (length - len(row)) + row for row in value])
+        beside[name] = value.to(model.device)
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=generation_config,
+        **beside,
     )
     ends = set(generation_config.eos_token_id)
     return [_until_end(row, ends) for row in output[:, length:].tolist()]

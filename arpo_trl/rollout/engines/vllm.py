@@ -57,7 +57,9 @@ class VLLMEngine(Engine):
         self.top_k = top_k
         self._entropy_window = entropy_window
 
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         room = [self.context_length - len(context) for context in contexts]
         limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
         answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
