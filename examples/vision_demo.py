@@ -6,10 +6,10 @@ make vision-demo                       # or, with the environment that `make set
 python examples/vision_demo.py --seed 1 --output_dir outputs/vision_demo
 ```
 
-Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns from
-demonstrations of which about half zoom at a wrong place, then from the reward alone: where to look, and to look again
-when what it sees is not what was asked for. Held-out questions are about pictures that appear in neither stage. Writes
-`summary.json`, `report.png`, the rollout records with their images, a page of their trees and both checkpoints.
+Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns
+from demonstrations of which about half zoom at a wrong place, then from the reward alone: where to look, and to look
+again when what it sees is not what was asked for. Held-out questions are about pictures that appear in neither stage.
+Writes `summary.json`, `report.png`, the rollout records with their images, a page of their trees and both checkpoints.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main(seed: int, output_dir: Path, cold_start_steps: int, steps: int, sizes=S
 
 
 def cold_start(world: World, processor, seed: int, output_dir: Path, steps: int) -> None:
-    """TRL renders no tools for data with images, so the system message tells of the tool in the template's own words."""
+    """TRL renders no tools for data with images: the system message tells of the tool, in the template's own words."""
     args = SFTConfig(
         str(output_dir),
         **CPU,
@@ -214,9 +214,9 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
             f"{result['calls']:>15.2f}"
         )
     print(
-        f"\n{summary['forks']:.0f} rows of training were forks; {summary['shared_token_fraction']:.0%} of the tokens were "
-        f"shared.\n{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, report.html, rollouts/, "
-        "cold_start/, arpo/."
+        f"\n{summary['forks']:.0f} rows of training were forks; {summary['shared_token_fraction']:.0%} of the tokens "
+        f"were shared.\n{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, report.html, "
+        "rollouts/, cold_start/, arpo/."
     )
 
 

@@ -1,15 +1,17 @@
-"""The world of the vision demo: pictures that are too coarse to read, and a tool that zooms into them.
+"""
+The world of the vision demo: pictures that are too coarse to read, and a tool that zooms into them.
 
-A picture is a grid of coloured shapes, no two alike, with a digit on each. The model's eyes see 12 × 12 pixels, so that
-a shape has 4 × 4. Digits are chequered strokes, as much lighter as darker than what lies below: at that size they vanish
-without a trace, so that nothing but `zoom` can tell them.
+A picture is a grid of tiles of different colours, with a digit on each. The model's eyes see 12 × 12 pixels, 4 × 4 of
+a tile. A digit is made of chequers, as much lighter as darker than the tile: at that size it vanishes without a trace,
+and nothing but `zoom` can tell it.
 
-    Which digit is on the red circle?
+    Which digit is on the red tile?
 
-Demonstrations speak the model's chat template, and about half of them zoom at a wrong place. Most of these then take the
-digit that they find there for the answer; the others notice what they see and zoom again.
+Demonstrations speak the model's chat template, and half of them zoom at a wrong place, in the same row or
+column. Most of these then take
+the digit that they find there for the answer; the others see that it is on another tile and zoom again.
 
-This module does NOT train; `vision_demo.py` joins it to the trainers. The model can read nothing but these pictures.
+This module does NOT train; `vision_demo.py` joins it to the trainers. What is learnt here is of use for nothing else.
 """
 
 import json
@@ -50,6 +52,8 @@ COLOURS = {
 SIDE = 3
 """Rows and columns of a picture."""
 
+PLACES = range(1, SIDE + 1)
+
 TILE = 32
 """Pixels of the side of a tile in a picture."""
 
@@ -63,8 +67,8 @@ STROKE = 60
 """How much lighter and darker than the shape a digit's chequers are, of 255."""
 
 MISTAKES = {
-    "believes": 0.45,  # zooms at a wrong place and takes the digit there for the answer
-    "looks_again": 0.15,  # zooms at a wrong place, sees that it is wrong, and zooms at the right one
+    "believes": 0.40,  # zooms at a wrong place and takes the digit there for the answer
+    "looks_again": 0.15,  # zooms at a wrong place, then at the right one
 }
 """What goes wrong in a demonstration, and in which share of them."""
 
@@ -128,13 +132,14 @@ def draw(colour: str, digit: int) -> np.ndarray:
 class Magnifier:
     """What a row looks through: the environment of one question."""
 
+    def __init__(self, picture: Image.Image | None = None):
+        self._picture = picture
+
     def reset(self, image: Image.Image, **kwargs) -> None:
         self._picture = image
 
     def fork(self) -> "Magnifier":
-        copied = Magnifier()
-        copied._picture = self._picture  # which nobody changes
-        return copied
+        return Magnifier(self._picture)  # which nobody changes
 
     def zoom(self, row: int, column: int) -> list:
         """
@@ -148,7 +153,7 @@ class Magnifier:
             The tile as a picture of its own.
         """
         for name, value in (("row", row), ("column", column)):
-            if value not in range(1, SIDE + 1):
+            if value not in PLACES:
                 raise ValueError(f"There is no {name} {value}: the picture has {SIDE}.")
         left, top = (column - 1) * TILE, (row - 1) * TILE
         tile = self._picture.crop((left + MARGIN, top + MARGIN, left + TILE - MARGIN, top + TILE - MARGIN))
@@ -172,7 +177,8 @@ class World:
     @staticmethod
     def draw_question(rng: random.Random) -> Question:
         colours = rng.sample([*COLOURS], SIDE**2)
-        return Question(tuple((colour, rng.randint(0, 9)) for colour in colours), draw_place(rng))
+        tiles = tuple((colour, rng.randint(0, 9)) for colour in colours)
+        return Question(tiles, (rng.choice(PLACES), rng.choice(PLACES)))
 
     @cached_property
     def _splits(self) -> dict[str, list[Question]]:
@@ -184,7 +190,7 @@ class World:
         return self._splits[split]
 
     def rows(self, split: str) -> list[dict]:
-        """The questions of a split as rows for a trainer: `prompt` (messages), `image`, `answer` (`str`) and `place`."""
+        """The questions of a split as rows for a trainer: `prompt` (messages), `image`, `answer` and `place`."""
         return [
             {
                 "prompt": [{"role": "user", "content": question.text}],
@@ -211,9 +217,10 @@ class World:
         weights = [1 - sum(self.mistakes.values()), *self.mistakes.values()]
         while True:
             question, mistake = self.draw_question(rng), rng.choices(kinds, weights)[0]
-            wrong = question.place
-            while wrong == question.place:
-                wrong = draw_place(rng)
+            row, column = question.place
+            beside = [(row, other) for other in PLACES if other != column]
+            below = [(other, column) for other in PLACES if other != row]
+            wrong = rng.choice([*beside, *below])
             messages = [{"role": "system", "content": system}, *self.trace(question, mistake, wrong)]
             yield {"messages": messages, "images": [], "mistake": mistake}
 
@@ -227,8 +234,7 @@ class World:
             wrong (`tuple[int, int]`): Row and column of where a mistake zooms.
         """
         picture = question.picture
-        magnifier = Magnifier()
-        magnifier.reset(picture)
+        magnifier = Magnifier(picture)
         places = {None: [question.place], "believes": [wrong], "looks_again": [wrong, question.place]}[mistake]
         ask = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
         messages: list[dict] = [{"role": "user", "content": ask}]
@@ -242,17 +248,14 @@ class World:
         return [*messages, {"role": "assistant", "content": [{"type": "text", "text": digit}]}]
 
 
-def draw_place(rng: random.Random) -> tuple[int, int]:
-    return rng.randint(1, SIDE), rng.randint(1, SIDE)
-
-
 def build_processor() -> LlavaProcessor:
     """
     A processor with Qwen3-VL's chat template, in which every phrase of the world is one token, the system message that
     tells of the tool among them. Any other text is spelt in bytes. An image has a token for each 4 × 4 pixels that the
     eyes see, and these are means of the pixels of the image.
     """
-    base = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, merges=[]))
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     base.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
