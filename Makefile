@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench clean
+.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -58,6 +58,10 @@ bench: setup
 	$(BIN)/python benchmarks/rollout.py --json outputs/benchmarks/rollout.json
 	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
 	$(BIN)/python benchmarks/summary.py outputs/benchmarks
+
+# What only a GPU shows: one card, nothing but what is here
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py --json outputs/benchmarks/gpu.json
 
 lint: setup
 	$(BIN)/ruff check .

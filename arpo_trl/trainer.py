@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoints import shared_choice
 from .checks import (
     check_arguments,
     check_columns,
@@ -22,15 +20,14 @@ from .checks import (
     explain_template_error,
 )
 from .config import ARPOConfig
-from .execution.errors import error_repr
 from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
 from .protocols.images import ImageReader
 from .protocols.suffix import suffix_renderer, warn_of_endless_calls
-from .random_state import kept_random_state
 from .reporting import Reporter
+from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rollout.engines import trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
@@ -56,10 +53,8 @@ if TYPE_CHECKING:
     )
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-logger = logging.get_logger(__name__)
 
-
-class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
+class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
     r"""
     Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
     Optimization](https://huggingface.co/papers/2507.19849).
@@ -397,49 +392,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self._reporter.rollout(self._groups, advantages, spans)
         return output
 
-    # What surrounds training steps
-
-    def log(self, logs, start_time=None):
-        if not self.log_completions:
-            super().log(logs, start_time)
-            return
-        self._reporter.prepare_table()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        try:
-            super().log(logs, start_time)
-        except Exception as error:
-            if metrics:  # TRL clears them when they are logged; the table comes after that
-                raise
-            reason = error_repr(error)
-            logger.warning_once(
-                f"A table of completions could not be written ({reason}); training goes on without it."
-            )
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = shared_choice(self) or True  # transformers says that there is none
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        if not self.is_in_train:
-            return super().evaluate(*args, **kwargs)
-        with kept_random_state(parameter.device for parameter in self.model.parameters()):
-            return super().evaluate(*args, **kwargs)
-
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
             complete_card_file(card, self.model.config, self.args, self._row_tools.names)
-
-    def push_to_hub(self, *args, **kwargs):
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        except Exception as error:
-            if self.hub_model_id is None:  # refused before anything was saved; the other processes are saving now
-                self.save_model(_internal_call=True)
-            error.add_note(
-                f"The model is kept in {self.args.output_dir!r}. If the token was refused, log in with one that may "
-                "write (`hf auth login`) and call `trainer.push_to_hub()` again."
-            )
-            raise

@@ -120,7 +120,7 @@ def shuffled_rows(case: str) -> list:
     return [rows[place] for place in rng.permutation(len(rows))]
 
 
-def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device: str) -> None:
+def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device: str, prompt: int = PROMPT) -> None:
     """Forward and backward of all rows, in micro-batches, gradients accumulated."""
     score = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
     trainer = SimpleNamespace(accelerator=Accelerator(cpu=device == "cpu"))
@@ -132,9 +132,9 @@ def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device
     for place, row in enumerate(rows):
         ids[place, : len(row)], mask[place, : len(row)] = torch.from_numpy(row), 1
     for part, kept in zip(ids.to(device).split(micro_batch), mask.to(device).split(micro_batch), strict=True):
-        scores = shared_prefix_logps(model, part, kept, width - PROMPT, True) if side == "shared" else None
+        scores = shared_prefix_logps(model, part, kept, width - prompt, True) if side == "shared" else None
         if scores is None:
-            scores = score(trainer, model, part, kept, width - PROMPT, compute_entropy=True)
+            scores = score(trainer, model, part, kept, width - prompt, compute_entropy=True)
         (scores[0].sum() + scores[1].sum()).backward()
 
 

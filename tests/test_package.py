@@ -108,7 +108,7 @@ LAYERS = [
     {"data", "rollout"},
     {"config"},
     {"evaluation", "viewer"},
-    {"reporting", "checks", "model_card"},
+    {"reporting", "resilience", "checks", "model_card"},
     {"trainer"},
 ]
 SOURCES = sorted((ROOT / "arpo_trl").rglob("*.py"))
