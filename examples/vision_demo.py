@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,10 @@ from arpo_trl.viewer import render
 CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
 
 
-def main(seed: int, output_dir: Path, cold_start_steps: int, steps: int, sizes=SPLITS) -> dict:
+def main(
+    seed: int, output_dir: Path, cold_start_steps: int, steps: int, sizes: Mapping[str, int] = SPLITS, **settings
+) -> dict:
+    """`settings` go to [`ARPOConfig`], in place of those of the demo."""
     started = time.perf_counter()
     shutil.rmtree(output_dir, ignore_errors=True)
     set_seed(seed)
@@ -44,7 +48,7 @@ def main(seed: int, output_dir: Path, cold_start_steps: int, steps: int, sizes=S
     cold_start(world, processor, seed, cold, cold_start_steps)
     cold_seconds = time.perf_counter() - started
 
-    trainer, answers = arpo_trainer(cold, processor, world, seed, steps, output_dir)
+    trainer, answers = arpo_trainer(cold, processor, world, seed, steps, output_dir, settings)
     sft = ask(trainer, answers)
 
     say("2. ARPO: learn from the reward alone, with a tool that returns images")
@@ -94,15 +98,16 @@ def cold_start(world: World, processor, seed: int, output_dir: Path, steps: int)
 
 
 def arpo_trainer(
-    start: Path, processor, world: World, seed: int, steps: int, output_dir: Path
+    start: Path, processor, world: World, seed: int, steps: int, output_dir: Path, settings: dict
 ) -> tuple[ARPOTrainer, list[float]]:
     """The trainer, and the list that holds the rewards of all answers, in training and evaluation."""
     answers: list[float] = []
 
     def right_digit(completions, answer, place, tool_calls, log_metric, **kwargs):
-        rewards = [float(text_of(turns[-1]) == right) for turns, right in zip(completions, answer, strict=True)]
+        said = [text_of(turns[-1]).split()[-1:] for turns in completions]  # the digit, after the tile's colour
+        rewards = [float(last == [right]) for last, right in zip(said, answer, strict=True)]
         looked = [[call["arguments"] for call in calls] for calls in tool_calls]
-        right_first = [bool(at) and at[0] == where for at, where in zip(looked, place, strict=True)]
+        right_first = [bool(at) and where.items() <= at[0].items() for at, where in zip(looked, place, strict=True)]
         log_metric("zoom/right_first", mean(right_first))
         wrong_first = [at for at, right in zip(looked, right_first, strict=True) if at and not right]
         if wrong_first:
@@ -110,28 +115,27 @@ def arpo_trainer(
         answers.extend(rewards)
         return rewards
 
-    args = ARPOConfig(
-        str(output_dir),
+    args = {
         **CPU,
-        num_generations=16,
-        num_initial_generations=8,
-        per_device_train_batch_size=32,
-        gradient_accumulation_steps=4,
-        num_generations_eval=1,
-        per_device_eval_batch_size=200,
-        max_completion_length=192,
-        max_tool_calling_iterations=3,
-        max_steps=steps,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=2,
-        log_rollouts=True,
-        logging_steps=1,
-        seed=seed,
-    )
+        "num_generations": 16,
+        "num_initial_generations": 8,
+        "per_device_train_batch_size": 32,
+        "gradient_accumulation_steps": 4,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 200,
+        "max_completion_length": 160,
+        "max_tool_calling_iterations": 3,
+        "max_steps": steps,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "log_rollouts": True,
+        "logging_steps": 1,
+        "seed": seed,
+    }
     trainer = ARPOTrainer(
         model=LlavaForConditionalGeneration.from_pretrained(start),
-        args=args,
+        args=ARPOConfig(str(output_dir), **{**args, **settings}),
         reward_funcs=right_digit,
         train_dataset=Dataset.from_list(world.rows("rl")),
         eval_dataset=Dataset.from_list(world.rows("held_out")),

@@ -7,9 +7,9 @@ and nothing but `zoom` can tell it.
 
     Which digit is on the red tile?
 
-Demonstrations speak the model's chat template, and half of them zoom at a wrong place, in the same row or
-column. Most of these then take
-the digit that they find there for the answer; the others see that it is on another tile and zoom again.
+Demonstrations speak the model's chat template. They name the colour of the tile that they see, and then its digit.
+Half of them zoom at a wrong place, in the right row or the right column: most of these take what they find there for
+the answer, the others zoom again.
 
 This module does NOT train; `vision_demo.py` joins it to the trainers. What is learnt here is of use for nothing else.
 """
@@ -68,7 +68,7 @@ STROKE = 60
 
 MISTAKES = {
     "believes": 0.40,  # zooms at a wrong place and takes the digit there for the answer
-    "looks_again": 0.15,  # zooms at a wrong place, then at the right one
+    "looks_again": 0.10,  # zooms at a wrong place, then at the right one
 }
 """What goes wrong in a demonstration, and in which share of them."""
 
@@ -103,8 +103,12 @@ class Question:
         return self.tiles[(place[0] - 1) * SIDE + place[1] - 1]
 
     @property
+    def colour(self) -> str:
+        return self.tile(self.place)[0]
+
+    @property
     def text(self) -> str:
-        return f"Which digit is on the {self.tile(self.place)[0]} tile?"
+        return f"Which digit is on the {self.colour} tile?"
 
     @property
     def answer(self) -> str:
@@ -124,7 +128,7 @@ def draw(colour: str, digit: int) -> np.ndarray:
     # square of 8 pixels as one
     glyph = np.array([[int(unit) for unit in row] for row in GLYPHS[digit].split()])
     strokes = np.kron(glyph, np.kron([[STROKE, -STROKE], [-STROKE, STROKE]], np.ones((2, 2), int)))
-    top, left = (TILE - strokes.shape[0]) // 2, (TILE - strokes.shape[1]) // 2
+    top, left = 8, 12  # multiples of a unit, so that such a square holds as many chequers of either kind
     pixels[top : top + strokes.shape[0], left : left + strokes.shape[1]] += strokes[..., None]
     return pixels.astype(np.uint8)
 
@@ -141,11 +145,12 @@ class Magnifier:
     def fork(self) -> "Magnifier":
         return Magnifier(self._picture)  # which nobody changes
 
-    def zoom(self, row: int, column: int) -> list:
+    def zoom(self, label: str, row: int, column: int) -> list:
         """
         Enlarge one tile of the picture.
 
         Args:
+            label: Colour of the tile to look at.
             row: Row of the tile, from 1 at the top.
             column: Column of the tile, from 1 at the left.
 
@@ -238,14 +243,17 @@ class World:
         places = {None: [question.place], "believes": [wrong], "looks_again": [wrong, question.place]}[mistake]
         ask = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
         messages: list[dict] = [{"role": "user", "content": ask}]
+        seen: list[dict] = []
         for row, column in places:
-            call = {"name": "zoom", "arguments": {"row": row, "column": column}}
+            arguments = {"label": question.colour, "row": row, "column": column}
+            tool_call = {"type": "function", "function": {"name": "zoom", "arguments": arguments}}
             messages += [
-                {"role": "assistant", "content": [], "tool_calls": [{"type": "function", "function": call}]},
-                {"role": "tool", "name": "zoom", "content": magnifier.zoom(row, column)},
+                {"role": "assistant", "content": seen, "tool_calls": [tool_call]},
+                {"role": "tool", "name": "zoom", "content": magnifier.zoom(**arguments)},
             ]
-        digit = str(question.tile(places[-1])[1])
-        return [*messages, {"role": "assistant", "content": [{"type": "text", "text": digit}]}]
+            colour, digit = question.tile((row, column))
+            seen = [{"type": "text", "text": colour}]
+        return [*messages, {"role": "assistant", "content": [{"type": "text", "text": f"{colour} {digit}"}]}]
 
 
 def build_processor() -> LlavaProcessor:
@@ -267,12 +275,12 @@ def build_processor() -> LlavaProcessor:
         chat_template=qwen3_vl_chat_template,
         clean_up_tokenization_spaces=False,
     )
-    call = json.dumps({"name": "zoom", "arguments": {"row": 0, "column": 0}}).split("0")
+    call = json.dumps({"name": "zoom", "arguments": {"label": "0", "row": 0, "column": 0}}).split("0")
     tokenizer.add_tokens(
         [
             *("system\n", "user\n", "assistant\n"),
-            *("<tool_call>", "\n" + call[0], call[1], call[2] + "\n", "</tool_call>"),
-            *("<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
+            *("<tool_call>", "\n" + call[0], *(colour + call[1] for colour in COLOURS), call[2], call[3] + "\n"),
+            *("</tool_call>", "<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
             *("Which digit is on the ", *COLOURS, " tile?"),
         ]
     )
