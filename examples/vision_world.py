@@ -19,6 +19,7 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import product
 
 import numpy as np
 from PIL import Image
@@ -65,6 +66,9 @@ EYES = 12
 
 STROKE = 60
 """How much lighter and darker than the shape a digit's chequers are, of 255."""
+
+LESSONS = 4
+"""Questions in a lesson."""
 
 MISTAKES = {
     "believes": 0.40,  # zooms at a wrong place and takes the digit there for the answer
@@ -206,6 +210,34 @@ class World:
             for question in self.questions(split)
         ]
 
+    def lessons(self) -> Iterator[dict]:
+        """
+        Lessons in seeing without end: half of them ask where tiles of a picture are, half show tiles and ask what they
+        are.
+
+        Yields:
+            `dict`: A row with `messages`, which hold the images, and `images`, which is empty.
+        """
+        rng = random.Random(f"lessons {self.seed}")
+        while True:
+            question = self.draw_question(rng)
+            magnifier = Magnifier(question.picture)
+            messages: list[dict] = []
+            where = rng.random() < 0.5
+            for place in rng.sample([*product(PLACES, PLACES)], LESSONS):
+                colour, digit = question.tile(place)
+                if where:
+                    blocks = [] if messages else [{"type": "image", "image": question.picture}]
+                    ask, answer = f"Where is the {colour} tile?", json.dumps(arguments(colour, place))
+                else:
+                    blocks = magnifier.zoom(colour, *place)
+                    ask, answer = "What is this?", f"{colour} {digit}"
+                messages += [
+                    {"role": "user", "content": [*blocks, {"type": "text", "text": ask}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                ]
+            yield {"messages": messages, "images": []}
+
     def demonstrations(self, system: str) -> Iterator[dict]:
         """
         Demonstrations without end, mistakes included.
@@ -245,15 +277,19 @@ class World:
         messages: list[dict] = [{"role": "user", "content": ask}]
         seen: list[dict] = []
         for row, column in places:
-            arguments = {"label": question.colour, "row": row, "column": column}
-            tool_call = {"type": "function", "function": {"name": "zoom", "arguments": arguments}}
+            asked = arguments(question.colour, (row, column))
+            tool_call = {"type": "function", "function": {"name": "zoom", "arguments": asked}}
             messages += [
                 {"role": "assistant", "content": seen, "tool_calls": [tool_call]},
-                {"role": "tool", "name": "zoom", "content": magnifier.zoom(**arguments)},
+                {"role": "tool", "name": "zoom", "content": magnifier.zoom(**asked)},
             ]
             colour, digit = question.tile((row, column))
             seen = [{"type": "text", "text": colour}]
         return [*messages, {"role": "assistant", "content": [{"type": "text", "text": f"{colour} {digit}"}]}]
+
+
+def arguments(colour: str, place: tuple[int, int]) -> dict:
+    return {"label": colour, "row": place[0], "column": place[1]}
 
 
 def build_processor() -> LlavaProcessor:
@@ -275,13 +311,14 @@ def build_processor() -> LlavaProcessor:
         chat_template=qwen3_vl_chat_template,
         clean_up_tokenization_spaces=False,
     )
-    call = json.dumps({"name": "zoom", "arguments": {"label": "0", "row": 0, "column": 0}}).split("0")
+    where = json.dumps({"label": "0", "row": 0, "column": 0}).split("0")
     tokenizer.add_tokens(
         [
             *("system\n", "user\n", "assistant\n"),
-            *("<tool_call>", "\n" + call[0], *(colour + call[1] for colour in COLOURS), call[2], call[3] + "\n"),
-            *("</tool_call>", "<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
-            *("Which digit is on the ", *COLOURS, " tile?"),
+            *(where[0], *(colour + where[1] for colour in COLOURS), where[2]),
+            *("<tool_call>", '\n{"name": "zoom", "arguments": ', "}\n", "</tool_call>"),
+            *("<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
+            *("Which digit is on the ", "Where is the ", *COLOURS, " tile?", "What is this?"),
         ]
     )
     images = SiglipImageProcessorPil(size={"height": EYES, "width": EYES}, resample=Image.Resampling.BOX)
