@@ -192,13 +192,13 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         self._branches = args.num_initial_generations < args.num_generations
         self.share_prefixes = args.prefix_sharing
         self.keep_groups_together = args.keep_groups_together
-        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        template: tuple[Any, Any, Any] = (self.processing_class, self.chat_template, self.chat_template_kwargs)
         self._image_reader = ImageReader(*template) if self._is_vlm else None
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
-            image_tokens=self._image_reader and self._image_reader.tokens,
+            image_tokens=self._image_reader.tokens if self._image_reader is not None else None,
         )
         self._row_tools = RowTools(self, self._executor, forks=self._branches)
         self._reporter = Reporter(self, self._row_tools.names)

@@ -2,15 +2,13 @@
 `test_images.py`.
 """
 
-import json
 import re
-from pathlib import Path
 
 import multimodal
 import pytest
 import torch
 from datasets import Dataset
-from multimodal import weather
+from multimodal import PROMPT, ROWS, records, reward, trainer_of, weather
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -18,50 +16,9 @@ from arpo_trl.evaluation import Agent
 from arpo_trl.protocols import check_chat_template, checkpoint_protocol
 from arpo_trl.protocols.suffix import suffix_renderer
 
-PROMPT = [{"role": "user", "content": "What is the weather?"}]
-ROWS = [{"prompt": PROMPT}] * 4
 TAGS = ("Qwen3-VL", "Qwen3.5", "Gemma 4")  # one of each architecture
 LORA = TAGS
 EQUAL = ("Qwen3-VL", "Qwen3.5, no thinking", "Gemma 4")
-
-
-def reward(completions, **kwargs):
-    """Varies within a group, whatever a protocol makes of a completion."""
-    return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
-
-
-def trainer_of(family, folder, rows=ROWS, trainer=ARPOTrainer, config=ARPOConfig, tools=(weather,), lora=None, **own):
-    model, processor = (multimodal.build if family in multimodal.MODELS else multimodal.build_text)(family)
-    multimodal.asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags")
-    settings = {
-        "num_generations": 4,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 220,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    if config is ARPOConfig:
-        settings |= {"num_initial_generations": 2, "branch_rule": "threshold", "branch_threshold": 1e-4}
-        settings |= {"log_rollouts": True}
-    return trainer(
-        model,
-        reward,
-        config(str(folder), **{**settings, **own}),
-        Dataset.from_list(rows),
-        processing_class=processor,
-        tools=list(tools),
-        peft_config=lora,
-    )
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()]
 
 
 def trained(family, folder, **own):

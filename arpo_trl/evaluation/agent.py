@@ -2,7 +2,7 @@
 
 The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits, same engines.
 
-What is not here: several processes, entropies on vLLM, and images.
+What is not here: several processes, and entropies on vLLM.
 """
 
 import random
@@ -14,8 +14,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMix
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
 from ..execution.executor import ToolCall, ToolExecutor
+from ..execution.images import images_of
 from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
+from ..protocols.images import ImageReader
 from ..protocols.suffix import suffix_renderer, warn_of_endless_calls
 from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
@@ -30,7 +32,7 @@ class Agent:
     Args:
         model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, or
-            the processor of a multimodal checkpoint, which is then asked in text alone.
+            the processor of a multimodal checkpoint, which reads images in prompts and in tool results.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
         tool_protocol (`str`): As in [`ARPOConfig`]; the one that the model was trained with.
         max_completion_length (`int`): Tokens of a completion, tool results included.
@@ -70,9 +72,6 @@ class Agent:
         self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
         self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
-        self.executor = ToolExecutor(
-            timeout=tool_timeout, count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-        )
         self.chat_template: str | None = None
         protocol = protocol_class(tool_protocol)
         if self.tools:
@@ -80,7 +79,14 @@ class Agent:
         if self.tools and protocol.structured:
             self.chat_template = tool_chat_template(self.processing_class)
         template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        reader = ImageReader(*template) if isinstance(self.processing_class, ProcessorMixin) else None
+        self.executor = ToolExecutor(
+            timeout=tool_timeout,
+            count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+            image_tokens=reader.tokens if reader is not None else None,
+        )
         self.protocol = protocol(tokenizer, list(self.tools), suffix_renderer(*template))
+        self.protocol.image_reader = reader
         self.sampling = {
             "temperature": temperature,
             "top_p": top_p,
@@ -98,7 +104,7 @@ class Agent:
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         self.engine = model_engine(
-            model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window
+            model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window, reader
         )
         if self.tools and protocol.structured:
             warn_of_endless_calls(*template, ends)
@@ -113,6 +119,7 @@ class Agent:
     def rollout(self, prompts: Sequence[str | list[dict]]) -> list[Trajectory]:
         """One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once."""
         contexts = [self.tokenize(prompt) for prompt in prompts]
+        images = [self.images(prompt) for prompt in prompts]
         trajectories: list[Trajectory] = []
         for start in range(0, len(contexts), self.batch_size):
             batch = contexts[start : start + self.batch_size]
@@ -126,6 +133,7 @@ class Agent:
                     self.limits,
                     random.Random(0),
                     self.eos_token_ids.__contains__,
+                    images=images[start : start + self.batch_size],
                 )
             for trajectory in rows:
                 trajectory.row += start
@@ -154,16 +162,33 @@ class Agent:
         )
         return ids[0] if self._multimodal else ids
 
+    def with_images(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A question whose images, which may be a column of their own, stand in the messages of its prompt."""
+        images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+        if not self._multimodal or not images or isinstance(row["prompt"], str):
+            return row
+        return {**row, "prompt": prepare_multimodal_messages(row["prompt"], images=images)}
+
+    def images(self, prompt: str | list[dict]) -> list[Any]:
+        """The images in the content blocks of a prompt, in order."""
+        messages = prompt if self._multimodal and not isinstance(prompt, str) else []
+        return [image for message in messages for image in images_of(message.get("content"))]
+
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         refuse_calls_over_limit(calls, trajectory, self.tools)
         return [self.executor.submit(call, self.tools.get(call.name)) for call in calls]
 
-    def _sample(self, contexts: list[list[int]], limits: list[int]) -> list[Sample]:
+    def _sample(
+        self, contexts: list[list[int]], limits: list[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         """A segment after each context; an empty one where there is no room left."""
         fitting = [index for index, limit in enumerate(limits) if limit > 0]
         samples = [Sample([], []) for _ in contexts]
         if fitting:
-            sampled = self.engine.sample([contexts[index] for index in fitting], [limits[index] for index in fitting])
+            seen = [images[index] for index in fitting] if images else []
+            sampled = self.engine.sample(
+                [contexts[index] for index in fitting], [limits[index] for index in fitting], seen
+            )
             for index, sample in zip(fitting, sampled, strict=True):
                 samples[index] = sample
         return samples

@@ -33,7 +33,8 @@ def evaluate(
 
     Args:
         agent ([`Agent`]): The agent.
-        rows (`Iterable[dict]`): Questions: `prompt`, and the columns that `score` reads.
+        rows (`Iterable[dict]`): Questions: `prompt`, and the columns that `score` reads. A multimodal checkpoint reads
+            the images of a column `image` or `images`, as in training.
         score (`Callable`): A reward function.
         num_generations (`int`): Completions for each question, for pass@k.
         records_path (`str` or `Path`, *optional*): JSONL file that gets a line for each completion as soon as its
@@ -54,7 +55,7 @@ def evaluate(
         ValueError: `records_path` holds other questions, prompts or settings of sampling, more completions of a
             question than `num_generations`, or lines that are no records.
     """
-    rows = list(rows)
+    rows = [agent.with_images(row) for row in rows]
     correct = correct or score
     scored_with = scoring_hashes([score, correct], rows)
     fill_scores = partial(_fill_scores, agent, score, correct, scored_with)

@@ -18,6 +18,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from .. import __version__
+from ..execution.images import image_hash, image_saver
 from ..rewards.judge import last_user_text
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
@@ -63,6 +64,8 @@ def scoring_hashes(functions: Sequence[Callable], rows: Sequence[Mapping[str, An
 
 
 def _as_json(value: Any) -> Any:
+    if hasattr(value, "getpalette"):
+        return image_hash(value)
     return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
 
 
@@ -224,5 +227,6 @@ def _check_group(
 def write_records(path: Path, records: Sequence[dict], mode: str) -> None:
     """Write `records` as lines of JSON; `mode` is that of `open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    saved = image_saver(path.parent / "images")
     with path.open(mode, encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+        file.write("".join(json.dumps(record, default=saved) + "\n" for record in records))

@@ -1,14 +1,20 @@
 """
 Images in what a tool returns, held to what can be read: decoded whole, of no more pixels than Pillow allows, and of no
-more tokens than a result may have. What is wrong with one is an error that the model reads.
+more tokens than a result may have. What is wrong with one is an error that the model reads. And images as files of
+their own, for what is written as JSON.
 
 What it does not do: it fetches nothing. An image that is a path or an address is refused, since what it names may be
 the model's own choice.
 """
 
+import hashlib
 import io
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+_OF_PNG = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
 def images_of(result: Any) -> list[Any]:
@@ -98,3 +104,34 @@ def read_blocks(
             used = min(used + count_tokens(text), limit)
             read[place] = {**block, "text": text}
     return read
+
+
+def image_hash(image: Any) -> str:
+    """What names a picture: the SHA-256 of its mode, its size and its pixels."""
+    said = f"{image.mode} {image.width} {image.height} ".encode()
+    palette = image.getpalette("RGBA") if image.mode == "P" else None
+    return hashlib.sha256(said + bytes(palette or b"") + image.tobytes()).hexdigest()
+
+
+def image_saver(folder: Path) -> Callable[[Any], str]:
+    """
+    A `default` of `json.dumps`: of a picture the hash by which its file in `folder` is called, which is written unless
+    it is there; of a picture that cannot be read why; of anything else its text.
+    """
+
+    def saved(value: Any) -> str:
+        if not hasattr(value, "tobytes") or not hasattr(value, "getpalette"):
+            return str(value)
+        try:
+            name = image_hash(opened_image(value))
+        except ValueError as error:
+            return str(error)
+        path = folder / f"{name}.png"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            started = path.with_suffix(f".{os.getpid()}.tmp")  # whole or not there, whoever else writes it
+            (value if value.mode in _OF_PNG else value.convert("RGB")).save(started, "PNG")
+            os.replace(started, path)
+        return name
+
+    return saved

@@ -74,9 +74,24 @@ class ImageReader:
         """For each token 1 if it stands for a part of an image, else 0."""
         return [int(token in self.image_tokens) for token in context]
 
+    def unexpanded(self, context: Sequence[int], images: Sequence[Any]) -> list[int]:
+        """A row with one token for each image, as an engine takes it that puts in the others itself."""
+        counts = iter([sum(self.types(self.ids(image))) for image in images])
+        written, left = [], 0
+        for token in context:
+            if token in self.image_tokens:
+                first, left = left == 0, (left or next(counts, 1)) - 1
+                if not first:
+                    continue
+            written.append(token)
+        return written
+
     @cached_property
     def by_row(self) -> bool:
-        """Whether the tensors of a row's images are padded to those of the row with the most, as Idefics has them."""
+        """
+        Whether the tensors of a row's images are padded to those of the row with the most, as Idefics and SmolVLM have
+        them. TRL makes such tensors of prompts alone.
+        """
         made = self.processor.image_processor(images=[self.sample] * 2, return_tensors="pt")
         return made["pixel_values"].dim() == 5 and len(made["pixel_values"]) == 1
 

@@ -53,7 +53,8 @@ class TagsProtocol(ToolProtocol):
         for call in calls:
             shown = isinstance(call.result, list) and self.shows_images()
             pieces[-1] += "<result>"
-            for block in call.result if shown else [{"type": "text", "text": text_of(call.result)}]:
+            told: Any = call.result if shown else [{"type": "text", "text": text_of(call.result)}]
+            for block in told:
                 if block["type"] == "image":
                     pieces += [block["image"], ""]
                 else:
@@ -67,7 +68,7 @@ class TagsProtocol(ToolProtocol):
         return [token for piece in pieces for token in self._encoded(piece)]
 
     def shows_images(self) -> bool:
-        return self.image_reader is not None
+        return self.image_reader is not None and not self.image_reader.by_row
 
     def _encoded(self, piece: Any) -> list[int]:
         if isinstance(piece, str):

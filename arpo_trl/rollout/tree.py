@@ -104,8 +104,14 @@ class Trajectory:
     @property
     def end(self) -> Place:
         """Where the next segment starts."""
-        lists = (self.completion_ids, self.segments, self.turns, self.calls)
-        return Place(*map(len, lists), self.tool_turns, len(self.images))
+        return Place(
+            len(self.completion_ids),
+            len(self.segments),
+            len(self.turns),
+            len(self.calls),
+            self.tool_turns,
+            len(self.images),
+        )
 
     def fork(self, row: int, place: Place) -> "Trajectory":
         """

@@ -81,6 +81,6 @@ def _chunks(batch: Mapping[str, Any], size: int, type_name: str | None) -> Itera
     rows = split_pixel_values_by_grid(dict(batch))
     texts = {"input_ids", "attention_mask", type_name}
     for start in range(0, len(batch["input_ids"]), size):
-        part = {name: value[start : start + size] for name, value in rows.items()}
+        part: Any = {name: value[start : start + size] for name, value in rows.items()}
         part = unsplit_pixel_values_by_grid(part)
         yield part if sum(part["num_images"]) else {name: value for name, value in part.items() if name in texts}

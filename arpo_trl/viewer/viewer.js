@@ -144,6 +144,9 @@ function card(part, owner, row) {
     ]);
 }
 
+const pictures = (names) =>
+  names.filter((name) => index.images[name]).map((name) => node("img", { src: index.images[name], alt: "image" }));
+
 function callCard(call, named) {
   const isObject = call.arguments !== null && typeof call.arguments === "object";
   const given = isObject ? Object.entries(call.arguments) : [["arguments", call.arguments ?? ""]];
@@ -151,7 +154,7 @@ function callCard(call, named) {
     named && node("div", { class: "facts" }, node("b", {}, call.name), " ", callFacts(call)),
     node("div", { class: "call" },
       given.map(([name, value]) => [node("div", {}, name), textOf(asText(value), { class: "given" })]),
-      node("div", {}, "result"), textOf(call.result, { class: "answer" })),
+      node("div", {}, "result"), node("div", {}, pictures(call.images), textOf(call.result, { class: "answer" }))),
     call.error != null && call.error !== call.result && node("pre", { class: "failed-text" }, call.error),
   ];
 }
@@ -184,7 +187,7 @@ function drawTranscript() {
   const shared = differ < 0 ? paths[0].length : differ;
   const side = (parts, i) =>
     node("div", { class: "side" }, parts.slice(shared).map(([part, owner]) => card(part, owner, rows[i])));
-  const prompt = [node("summary", {}, `Prompt · ${plural(group.prompt_tokens, "token")}`), textOf(group.prompt)];
+  const prompt = [node("summary", {}, `Prompt · ${plural(group.prompt_tokens, "token")}`), pictures(group.images), textOf(group.prompt)];
   $("transcript").replaceChildren(
     isEvaluation() ? node("div", { class: "asked" }, group.question,
       node("div", { class: "facts" }, "accepted ", node("b", {}, joined([group.answer ?? "nothing"].flat())))) : "",

@@ -91,7 +91,7 @@ def model_engine(
         sampling = {name: value for name, value in told.items() if value is not None}
         if not generation_config.do_sample:
             sampling["temperature"] = 0.0
-        ask = ask_llm(model, sampling, stop_strings, generation_config.eos_token_id)
+        ask = ask_llm(model, sampling, stop_strings, generation_config.eos_token_id, image_reader)
         return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
     return TransformersEngine(

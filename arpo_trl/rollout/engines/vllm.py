@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...protocols.images import ImageReader
 from ..entropy import top_k_entropy
 from .base import Engine, Sample
 from .replaced import generate_with
@@ -33,9 +34,10 @@ class VLLMEngine(Engine):
     Samples with vLLM.
 
     Args:
-        ask (`Callable[[list[list[int]], list[int], int, Counter[str]], Answer]`): Has a segment sampled after each
-            context, no longer than each limit, with the log-probabilities of K tokens a position, and counts what the
-            prefix cache held: [`ask_llm`] or [`ask_trl`].
+        ask (`Callable[[list[list[int]], list[int], int, Counter[str], Sequence[Sequence[Any]]], Answer]`): Has a
+            segment sampled after each context, no longer than each limit, with the log-probabilities of K tokens a
+            position, and counts what the prefix cache held; the last argument holds the images of each context, or
+            nothing: [`ask_llm`] or [`ask_trl`].
         context_length (`int`): Tokens that the engine can read.
         vocab_size (`int`): V.
         top_k (`int`): Most likely tokens of each position to read the entropy from, K.
@@ -46,7 +48,7 @@ class VLLMEngine(Engine):
 
     def __init__(
         self,
-        ask: Callable[[list[list[int]], list[int], int, Counter[str]], Answer],
+        ask: Callable[..., Answer],
         context_length: int,
         vocab_size: int,
         top_k: int,
@@ -62,12 +64,18 @@ class VLLMEngine(Engine):
     ) -> list[Sample]:
         room = [self.context_length - len(context) for context in contexts]
         limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
-        answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
+        answer = self._ask(list(contexts), limits, self.top_k, self.lookups, images)
         samples = top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
         return samples[: len(contexts)]
 
 
-def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Callable[..., Answer]:
+def ask_llm(
+    llm: Any,
+    sampling: dict[str, Any],
+    stop: Sequence[str],
+    ends: Sequence[int],
+    image_reader: ImageReader | None = None,
+) -> Callable[..., Answer]:
     """
     Ask a `vllm.LLM` of this process, without log-probabilities.
 
@@ -76,18 +84,31 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
         sampling (`dict[str, Any]`): Fields of `vllm.SamplingParams`.
         stop (`Sequence[str]`): Text at which a segment ends.
         ends (`Sequence[int]`): End-of-turn tokens.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     from vllm import SamplingParams
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+    def ask(
+        contexts: list[list[int]],
+        limits: list[int],
+        top_k: int,
+        lookups: Counter[str],
+        images: Sequence[Sequence[Any]] = (),
+    ) -> Answer:
+        given = engine_prompts(contexts, images, image_reader)
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": ids} for ids in given]
+        for prompt, own in zip(prompts, images or [], strict=False):
+            if own:
+                prompt["multi_modal_data"] = {"image": list(own)}
         outputs = llm.generate(
-            [{"prompt_token_ids": context} for context in contexts],
+            prompts,
             sampling_params=[SamplingParams(**settings, max_tokens=limit) for limit in limits],
             use_tqdm=False,
         )
         _count_hits(outputs, lookups)
+        check_read([output.prompt_token_ids for output in outputs], contexts, images)
         return Answer([list(output.outputs[0].token_ids) for output in outputs])
 
     return ask
@@ -103,7 +124,13 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
     engine, accelerator = trainer.vllm_generation, trainer.accelerator
     idle_token = trainer._tokenizer.eos_token_id
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+    def ask(
+        contexts: list[list[int]],
+        limits: list[int],
+        top_k: int,
+        lookups: Counter[str],
+        images: Sequence[Sequence[Any]] = (),
+    ) -> Answer:
         settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
         if trainer._protocol.stop_strings:
             settings |= _stops(trainer._protocol.stop_strings)
@@ -120,10 +147,42 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
         sharing = accelerator.num_processes if engine.mode == "server" else engine.tensor_parallel_size
         first = accelerator.process_index // sharing * sharing * rows
         with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows], lookups):
-            _, *answer = engine.generate(prompts=contexts + [[idle_token]] * padding, images=None, num_generations=1)
+            shown = [list(own) or None for own in images] + [None] * padding if images else None
+            # A server is given the places of images; an engine in this process finds them itself
+            given = contexts if engine.mode == "server" else engine_prompts(contexts, images, trainer._image_reader)
+            read, *answer = engine.generate(prompts=given + [[idle_token]] * padding, images=shown, num_generations=1)
+        if engine.mode != "server":
+            check_read(read, contexts, images)
         return Answer(*answer)
 
     return ask
+
+
+def engine_prompts(
+    contexts: list[list[int]], images: Sequence[Sequence[Any]], image_reader: ImageReader | None
+) -> list[list[int]]:
+    """Contexts with one token for each image: vLLM puts in as many as it has features."""
+    if image_reader is None or not images:
+        return contexts
+    return [image_reader.unexpanded(*row) if row[1] else row[0] for row in zip(contexts, images, strict=True)]
+
+
+def check_read(
+    read: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]], images: Sequence[Sequence[Any]]
+) -> None:
+    """
+    Refuse an engine that reads an image as other tokens than the processor has written, which training scores.
+
+    Raises:
+        ValueError: It does.
+    """
+    for ids, context, own in zip(read, contexts, images or [], strict=False):
+        if own and list(ids) != list(context):
+            raise ValueError(
+                f"vLLM reads a prompt with an image as {len(ids)} tokens, and the processor has written "
+                f"{len(context)}: what it samples would be scored after another prompt. Set `use_vllm=False` for "
+                "images with this model."
+            )
 
 
 def served_context_length(trainer: Any) -> int | None:
@@ -216,13 +275,15 @@ def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
     `VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time.
     """
 
-    def limited(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
+    def limited(prompts: Sequence[Any], features: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, list[Any]]:
         rows_of: dict[int, list[int]] = {}
         for row, limit in enumerate(limits):
             rows_of.setdefault(limit, []).append(row)
 
         def send(limit: int) -> dict[str, list[Any]]:
-            return generate(prompts=[prompts[row] for row in rows_of[limit]], **{**kwargs, "max_tokens": limit})
+            own = None if features is None else [features[row] for row in rows_of[limit]]
+            asked = {"prompts": [prompts[row] for row in rows_of[limit]], "max_tokens": limit}
+            return generate(**{**kwargs, **asked, **({} if own is None else {"features": own})})
 
         with ThreadPoolExecutor(min(64, len(rows_of))) as pool:
             answers = list(pool.map(send, rows_of))
