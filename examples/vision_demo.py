@@ -1,22 +1,23 @@
 """
-ARPO with images, whole, on a small vision-language model built on the spot: cold start → ARPO → evaluation → report.
+ARPO with images, whole, on a small vision-language model built on the spot.
 
 ```bash
 make vision-demo                       # or, with the environment that `make setup` makes:
 python examples/vision_demo.py --seed 1 --output_dir outputs/vision_demo
 ```
 
-Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns
-from demonstrations of which about half zoom at a wrong place, then from the reward alone: where to look, and to look
-again when what it sees is not what was asked for. Held-out questions are about pictures that appear in neither stage.
-Writes `summary.json`, `report.png`, the rollout records with their images, a page of their trees and both checkpoints.
+Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns to
+see, then to use the tool, from demonstrations of which half zoom at a wrong place, then from the reward alone: where to
+look, and to look again when what it sees is not what was asked for. Held-out questions are about pictures that appear
+nowhere else. Writes `summary.json`, `report.png`, the rollout records with their images, a page of their trees and both
+checkpoints.
 """
 
 import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,13 @@ CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_
 
 
 def main(
-    seed: int, output_dir: Path, cold_start_steps: int, steps: int, sizes: Mapping[str, int] = SPLITS, **settings
+    seed: int,
+    output_dir: Path,
+    lesson_steps: int,
+    cold_start_steps: int,
+    steps: int,
+    sizes: Mapping[str, int] = SPLITS,
+    **settings,
 ) -> dict:
     """`settings` go to [`ARPOConfig`], in place of those of the demo."""
     started = time.perf_counter()
@@ -43,15 +50,21 @@ def main(
     world = World(seed, sizes)
     processor = build_processor()
 
-    say("1. Cold start: learn from demonstrations, mistakes included")
+    say("1. Learn to see: where the tiles of a picture are, and what is on one")
+    model = build_model(processor)
     cold = output_dir / "cold_start"
-    cold_start(world, processor, seed, cold, cold_start_steps)
+    fine_tune(model, processor, world.lessons, seed, cold, lesson_steps, learning_rate=5e-3)
+
+    say("2. Cold start: learn from demonstrations, mistakes included")
+    # TRL renders no tools for data with images: the system message tells of the tool, in the template's own words
+    demonstrations = partial(world.demonstrations, system_message(processor))
+    fine_tune(model, processor, demonstrations, seed, cold, cold_start_steps, learning_rate=2e-3)
     cold_seconds = time.perf_counter() - started
 
     trainer, answers = arpo_trainer(cold, processor, world, seed, steps, output_dir, settings)
     sft = ask(trainer, answers)
 
-    say("2. ARPO: learn from the reward alone, with a tool that returns images")
+    say("3. ARPO: learn from the reward alone, with a tool that returns images")
     log = train(trainer, output_dir)
     arpo = ask(trainer, answers)
 
@@ -74,14 +87,15 @@ def main(
     return summary
 
 
-def cold_start(world: World, processor, seed: int, output_dir: Path, steps: int) -> None:
-    """TRL renders no tools for data with images: the system message tells of the tool, in the template's own words."""
+def fine_tune(
+    model, processor, traces: Callable, seed: int, output_dir: Path, steps: int, learning_rate: float
+) -> None:
     args = SFTConfig(
         str(output_dir),
         **CPU,
         per_device_train_batch_size=32,
         max_steps=steps,
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=30,
         weight_decay=0.1,
@@ -91,8 +105,8 @@ def cold_start(world: World, processor, seed: int, output_dir: Path, steps: int)
         accelerator_config={"dispatch_batches": False},  # which would cut images as if there were one a row
         seed=seed,
     )
-    traces = IterableDataset.from_generator(partial(world.demonstrations, system_message(processor)))
-    trainer = cold_start_trainer(build_model(processor), processor, args, traces, protocol="chat_template")
+    stream = IterableDataset.from_generator(traces)
+    trainer = cold_start_trainer(model, processor, args, stream, protocol="chat_template")
     trainer.train()
     trainer.save_model(str(output_dir))
 
@@ -106,8 +120,8 @@ def arpo_trainer(
     def right_digit(completions, answer, place, tool_calls, log_metric, **kwargs):
         said = [text_of(turns[-1]).split()[-1:] for turns in completions]  # the digit, after the tile's colour
         rewards = [float(last == [right]) for last, right in zip(said, answer, strict=True)]
-        looked = [[call["arguments"] for call in calls] for calls in tool_calls]
-        right_first = [bool(at) and where.items() <= at[0].items() for at, where in zip(looked, place, strict=True)]
+        looked = [[call["arguments"].get("tile") for call in calls] for calls in tool_calls]
+        right_first = [at[:1] == [where] for at, where in zip(looked, place, strict=True)]
         log_metric("zoom/right_first", mean(right_first))
         wrong_first = [at for at, right in zip(looked, right_first, strict=True) if at and not right]
         if wrong_first:
@@ -126,7 +140,7 @@ def arpo_trainer(
         "max_completion_length": 160,
         "max_tool_calling_iterations": 3,
         "max_steps": steps,
-        "learning_rate": 3e-4,
+        "learning_rate": 5e-4,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 2,
         "log_rollouts": True,
@@ -232,7 +246,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/vision_demo"))
-    parser.add_argument("--cold_start_steps", type=int, default=1000, help="optimiser steps of the cold start")
+    parser.add_argument("--lesson_steps", type=int, default=400, help="optimiser steps of learning to see")
+    parser.add_argument("--cold_start_steps", type=int, default=150, help="optimiser steps of the cold start")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of ARPO")
-    arguments = parser.parse_args()
-    main(arguments.seed, arguments.output_dir, arguments.cold_start_steps, arguments.steps)
+    main(**vars(parser.parse_args()))

@@ -8,8 +8,7 @@ and nothing but `zoom` can tell it.
     Which digit is on the red tile?
 
 Demonstrations speak the model's chat template. They name the colour of the tile that they see, and then its digit.
-Half of them zoom at a wrong place, in the right row or the right column: most of these take what they find there for
-the answer, the others zoom again.
+Half of them zoom at a wrong place: most of these take what they find there for the answer, the others zoom again.
 
 This module does NOT train; `vision_demo.py` joins it to the trainers. What is learnt here is of use for nothing else.
 """
@@ -19,9 +18,9 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import product
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -53,7 +52,8 @@ COLOURS = {
 SIDE = 3
 """Rows and columns of a picture."""
 
-PLACES = range(1, SIDE + 1)
+PLACES = range(1, SIDE**2 + 1)
+"""Numbers of the tiles, row by row."""
 
 TILE = 32
 """Pixels of the side of a tile in a picture."""
@@ -66,9 +66,6 @@ EYES = 12
 
 STROKE = 60
 """How much lighter and darker than the shape a digit's chequers are, of 255."""
-
-LESSONS = 4
-"""Questions in a lesson."""
 
 MISTAKES = {
     "believes": 0.40,  # zooms at a wrong place and takes the digit there for the answer
@@ -97,14 +94,14 @@ class Question:
 
     Args:
         tiles (`tuple[tuple[str, int], ...]`): Colour and digit of each tile, row by row.
-        place (`tuple[int, int]`): Row and column of the tile in question, from 1.
+        place (`int`): Number of the tile in question, from 1.
     """
 
     tiles: tuple[tuple[str, int], ...]
-    place: tuple[int, int]
+    place: int
 
-    def tile(self, place: tuple[int, int]) -> tuple[str, int]:
-        return self.tiles[(place[0] - 1) * SIDE + place[1] - 1]
+    def tile(self, place: int) -> tuple[str, int]:
+        return self.tiles[place - 1]
 
     @property
     def colour(self) -> str:
@@ -149,24 +146,23 @@ class Magnifier:
     def fork(self) -> "Magnifier":
         return Magnifier(self._picture)  # which nobody changes
 
-    def zoom(self, label: str, row: int, column: int) -> list:
+    def zoom(self, label: str, tile: int) -> list:
         """
         Enlarge one tile of the picture.
 
         Args:
             label: Colour of the tile to look at.
-            row: Row of the tile, from 1 at the top.
-            column: Column of the tile, from 1 at the left.
+            tile: Number of the tile, from 1 at the top left to 9 at the bottom right.
 
         Returns:
             The tile as a picture of its own.
         """
-        for name, value in (("row", row), ("column", column)):
-            if value not in PLACES:
-                raise ValueError(f"There is no {name} {value}: the picture has {SIDE}.")
-        left, top = (column - 1) * TILE, (row - 1) * TILE
-        tile = self._picture.crop((left + MARGIN, top + MARGIN, left + TILE - MARGIN, top + TILE - MARGIN))
-        return [{"type": "image", "image": tile.resize(self._picture.size, Image.Resampling.NEAREST)}]
+        if tile not in PLACES:
+            raise ValueError(f"There is no tile {tile}: the picture has {len(PLACES)}.")
+        row, column = divmod(tile - 1, SIDE)
+        left, top = column * TILE, row * TILE
+        part = self._picture.crop((left + MARGIN, top + MARGIN, left + TILE - MARGIN, top + TILE - MARGIN))
+        return [{"type": "image", "image": part.resize(self._picture.size, Image.Resampling.NEAREST)}]
 
 
 class World:
@@ -187,7 +183,7 @@ class World:
     def draw_question(rng: random.Random) -> Question:
         colours = rng.sample([*COLOURS], SIDE**2)
         tiles = tuple((colour, rng.randint(0, 9)) for colour in colours)
-        return Question(tiles, (rng.choice(PLACES), rng.choice(PLACES)))
+        return Question(tiles, rng.choice(PLACES))
 
     @cached_property
     def _splits(self) -> dict[str, list[Question]]:
@@ -205,15 +201,14 @@ class World:
                 "prompt": [{"role": "user", "content": question.text}],
                 "image": question.picture,
                 "answer": question.answer,
-                "place": dict(zip(("row", "column"), question.place, strict=True)),
+                "place": question.place,
             }
             for question in self.questions(split)
         ]
 
     def lessons(self) -> Iterator[dict]:
         """
-        Lessons in seeing without end: half of them ask where tiles of a picture are, half show tiles and ask what they
-        are.
+        Lessons in seeing without end: where the tiles of a picture are, and what a tile is.
 
         Yields:
             `dict`: A row with `messages`, which hold the images, and `images`, which is empty.
@@ -221,21 +216,17 @@ class World:
         rng = random.Random(f"lessons {self.seed}")
         while True:
             question = self.draw_question(rng)
-            magnifier = Magnifier(question.picture)
-            messages: list[dict] = []
-            where = rng.random() < 0.5
-            for place in rng.sample([*product(PLACES, PLACES)], LESSONS):
-                colour, digit = question.tile(place)
-                if where:
-                    blocks = [] if messages else [{"type": "image", "image": question.picture}]
-                    ask, answer = f"Where is the {colour} tile?", json.dumps(arguments(colour, place))
-                else:
-                    blocks = magnifier.zoom(colour, *place)
-                    ask, answer = "What is this?", f"{colour} {digit}"
-                messages += [
-                    {"role": "user", "content": [*blocks, {"type": "text", "text": ask}]},
-                    {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-                ]
+            if rng.random() < 0.5:
+                places = {colour: place for place, (colour, _) in enumerate(question.tiles, 1)}
+                found = json.dumps([arguments(colour, places[colour]) for colour in COLOURS])
+                messages = ask(question.picture, "Where are the tiles?") + answer(found)
+            else:
+                magnifier = Magnifier(question.picture)
+                messages = []
+                for place in rng.sample(PLACES, 3):
+                    colour, digit = question.tile(place)
+                    (block,) = magnifier.zoom(colour, place)
+                    messages += ask(block["image"], "What is this?") + answer(f"{colour} {digit}")
             yield {"messages": messages, "images": []}
 
     def demonstrations(self, system: str) -> Iterator[dict]:
@@ -254,42 +245,46 @@ class World:
         weights = [1 - sum(self.mistakes.values()), *self.mistakes.values()]
         while True:
             question, mistake = self.draw_question(rng), rng.choices(kinds, weights)[0]
-            row, column = question.place
-            beside = [(row, other) for other in PLACES if other != column]
-            below = [(other, column) for other in PLACES if other != row]
-            wrong = rng.choice([*beside, *below])
+            wrong = rng.choice([place for place in PLACES if place != question.place])
             messages = [{"role": "system", "content": system}, *self.trace(question, mistake, wrong)]
             yield {"messages": messages, "images": [], "mistake": mistake}
 
-    def trace(self, question: Question, mistake: str | None, wrong: tuple[int, int]) -> list[dict]:
+    def trace(self, question: Question, mistake: str | None, wrong: int) -> list[dict]:
         """
         The messages of a demonstration.
 
         Args:
             question ([`Question`]): The question.
             mistake (`str`, *optional*): What goes wrong, a key of `MISTAKES`.
-            wrong (`tuple[int, int]`): Row and column of where a mistake zooms.
+            wrong (`int`): Where a mistake zooms.
         """
         picture = question.picture
         magnifier = Magnifier(picture)
         places = {None: [question.place], "believes": [wrong], "looks_again": [wrong, question.place]}[mistake]
-        ask = [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]
-        messages: list[dict] = [{"role": "user", "content": ask}]
+        messages = ask(picture, question.text)
         seen: list[dict] = []
-        for row, column in places:
-            asked = arguments(question.colour, (row, column))
+        for place in places:
+            asked = arguments(question.colour, place)
             tool_call = {"type": "function", "function": {"name": "zoom", "arguments": asked}}
             messages += [
                 {"role": "assistant", "content": seen, "tool_calls": [tool_call]},
                 {"role": "tool", "name": "zoom", "content": magnifier.zoom(**asked)},
             ]
-            colour, digit = question.tile((row, column))
+            colour, digit = question.tile(place)
             seen = [{"type": "text", "text": colour}]
-        return [*messages, {"role": "assistant", "content": [{"type": "text", "text": f"{colour} {digit}"}]}]
+        return messages + answer(f"{colour} {digit}")
 
 
-def arguments(colour: str, place: tuple[int, int]) -> dict:
-    return {"label": colour, "row": place[0], "column": place[1]}
+def ask(picture: Image.Image, text: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def arguments(colour: str, place: int) -> dict:
+    return {"label": colour, "tile": place}
 
 
 def build_processor() -> LlavaProcessor:
@@ -311,14 +306,14 @@ def build_processor() -> LlavaProcessor:
         chat_template=qwen3_vl_chat_template,
         clean_up_tokenization_spaces=False,
     )
-    where = json.dumps({"label": "0", "row": 0, "column": 0}).split("0")
+    where = json.dumps(arguments("0", 0)).split("0")
     tokenizer.add_tokens(
         [
             *("system\n", "user\n", "assistant\n"),
-            *(where[0], *(colour + where[1] for colour in COLOURS), where[2]),
+            *(where[0], *(colour + where[1] for colour in COLOURS), "}, "),
             *("<tool_call>", '\n{"name": "zoom", "arguments": ', "}\n", "</tool_call>"),
             *("<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
-            *("Which digit is on the ", "Where is the ", *COLOURS, " tile?", "What is this?"),
+            *("Which digit is on the ", *COLOURS, " tile?", "Where are the tiles?", "What is this?"),
         ]
     )
     images = SiglipImageProcessorPil(size={"height": EYES, "width": EYES}, resample=Image.Resampling.BOX)
@@ -381,4 +376,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    # Where a patch is begins as loud as what is on it, so that places are learnt sooner
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight, std=0.7)
+    return model

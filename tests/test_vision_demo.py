@@ -71,7 +71,7 @@ def test_no_digit_can_be_read_without_the_tool(processor):
     colours = [*COLOURS]
     seen = []
     for digit in range(10):
-        picture = Question(tuple((colour, digit) for colour in colours), (1, 1)).picture
+        picture = Question(tuple((colour, digit) for colour in colours), 1).picture
         assert picture.size == (SIDE * TILE, SIDE * TILE)
         seen.append(processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"])
     assert seen[0].shape == (1, 3, EYES, EYES)
@@ -82,8 +82,8 @@ def test_every_digit_can_be_read_with_it(processor):
     for colour in COLOURS:
         seen = []
         for digit in range(10):
-            question = Question(((colour, digit),) * SIDE**2, (1, 1))
-            (block,) = Magnifier(question.picture).zoom("red", 2, 3)
+            question = Question(((colour, digit),) * SIDE**2, 1)
+            (block,) = Magnifier(question.picture).zoom("red", 6)
             seen.append(processor.image_processor(images=[block["image"]], return_tensors="pt")["pixel_values"])
         gaps = [(one - other).abs().sum() for index, one in enumerate(seen) for other in seen[:index]]
         assert min(gaps) > 1
@@ -94,20 +94,17 @@ def test_the_tool_enlarges_the_tile_at_its_place(world):
     question = world.questions("rl")[0]
     magnifier = Magnifier()
     magnifier.reset(image=question.picture, answer="7")
-    for row in PLACES:
-        for column in PLACES:
-            (block,) = magnifier.zoom("red", row, column)
-            assert block["type"] == "image" and block["image"].size == question.picture.size
-            inner = draw(*question.tile((row, column)))[MARGIN:-MARGIN, MARGIN:-MARGIN]
-            assert np.array_equal(pixels(block["image"].resize(inner.shape[:2], Image.Resampling.NEAREST)), inner)
-    with pytest.raises(ValueError, match="There is no column 4: the picture has 3"):
-        magnifier.zoom("red", 1, 4)
-    with pytest.raises(ValueError, match="There is no row 0"):
-        magnifier.zoom("red", 0, 1)
+    assert [*PLACES] == [*range(1, 10)]
+    for place in PLACES:
+        (block,) = magnifier.zoom("red", place)
+        assert block["type"] == "image" and block["image"].size == question.picture.size
+        inner = draw(*question.tile(place))[MARGIN:-MARGIN, MARGIN:-MARGIN]
+        assert np.array_equal(pixels(block["image"].resize(inner.shape[:2], Image.Resampling.NEAREST)), inner)
+    for place in (0, 10):
+        with pytest.raises(ValueError, match=f"There is no tile {place}: the picture has 9"):
+            magnifier.zoom("red", place)
     assert magnifier.fork() is not magnifier
-    assert (
-        magnifier.fork().zoom("red", 2, 2)[0]["image"].tobytes() == magnifier.zoom("red", 2, 2)[0]["image"].tobytes()
-    )
+    assert magnifier.fork().zoom("red", 5)[0]["image"].tobytes() == magnifier.zoom("red", 5)[0]["image"].tobytes()
 
 
 def test_half_of_the_demonstrations_look_at_a_wrong_place(world):
@@ -118,32 +115,51 @@ def test_half_of_the_demonstrations_look_at_a_wrong_place(world):
     assert 0.45 < kinds[None] / 2000 < 0.55
 
 
-def places_of(messages: list[dict]) -> list[tuple[int, int]]:
+def places_of(messages: list[dict]) -> list[int]:
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
-    return [(call["arguments"]["row"], call["arguments"]["column"]) for call in calls]
+    return [call["arguments"]["tile"] for call in calls]
 
 
 @pytest.mark.parametrize("mistake", [None, *MISTAKES])
 def test_a_demonstration_says_what_it_sees(world, mistake):
     for question in world.questions("held_out"):
-        row, column = question.place
-        wrong = (row % SIDE + 1, column)
+        wrong = question.place % len(PLACES) + 1
         messages = world.trace(question, mistake, wrong)
         places = places_of(messages)
         assert places == {None: [question.place], "believes": [wrong], "looks_again": [wrong, question.place]}[mistake]
         magnifier = Magnifier(question.picture)
         results = [message["content"] for message in messages if message["role"] == "tool"]
         for place, (block,) in zip(places, results, strict=True):
-            assert block["image"].tobytes() == magnifier.zoom("red", *place)[0]["image"].tobytes()
+            assert block["image"].tobytes() == magnifier.zoom("red", place)[0]["image"].tobytes()
         colour, digit = question.tile(places[-1])
         assert messages[-1]["content"] == [{"type": "text", "text": f"{colour} {digit}"}]
         if mistake != "believes":
             assert str(digit) == question.answer
 
 
+def test_lessons_tell_what_is_there(world):
+    kinds = Counter()
+    for row in islice(world.lessons(), 100):
+        user, assistant = row["messages"][:2]
+        picture, said = user["content"][0]["image"], assistant["content"][0]["text"]
+        if user["content"][1]["text"] == "Where are the tiles?":
+            kinds["where"] += 1
+            found = json.loads(said)
+            assert [tile["label"] for tile in found] == [*COLOURS] and {tile["tile"] for tile in found} == {*PLACES}
+            eyes = pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+            seen = {tile["label"]: tuple(eyes[divmod(tile["tile"] - 1, SIDE)]) for tile in found}
+            assert seen == COLOURS
+        else:
+            kinds["what"] += 1
+            colour, digit = said.split()
+            inner = draw(colour, int(digit))[MARGIN:-MARGIN, MARGIN:-MARGIN]
+            assert np.array_equal(pixels(picture.resize(inner.shape[:2], Image.Resampling.NEAREST)), inner)
+    assert min(kinds["where"], kinds["what"]) > 30
+
+
 def test_the_system_message_reads_as_the_tool_does(world, processor):
     """TRL renders no tools for data with images."""
-    messages = world.trace(world.questions("rl")[0], "looks_again", (1, 1))
+    messages = world.trace(world.questions("rl")[0], "looks_again", 1)
     system = {"role": "system", "content": system_message(processor)}
     settings = {"tokenize": True, "return_dict": True}
     told = processor.apply_chat_template([system, *messages], **settings)["input_ids"]
@@ -153,7 +169,7 @@ def test_the_system_message_reads_as_the_tool_does(world, processor):
 
 
 def test_loss_falls_on_what_the_assistant_wrote(world, processor):
-    messages = world.trace(world.questions("rl")[0], "looks_again", (1, 1))
+    messages = world.trace(world.questions("rl")[0], "looks_again", 1)
     made = processor.apply_chat_template(
         [messages],
         chat_template=get_training_chat_template(processor),
@@ -163,7 +179,7 @@ def test_loss_falls_on_what_the_assistant_wrote(world, processor):
         return_tensors="pt",
     )
     written = processor.tokenizer.decode(made["input_ids"][made["assistant_masks"].bool()])
-    assert re.findall(r'"row": \d', written) and "tool_response" not in written and "<|image_pad|>" not in written
+    assert re.findall(r'"tile": \d', written) and "tool_response" not in written and "<|image_pad|>" not in written
     assert written.rstrip().endswith(f"{messages[-1]['content'][0]['text']}<|im_end|>")
 
 
@@ -172,7 +188,7 @@ def test_the_model_sees_a_token_for_each_tile(world, processor):
     model = build_model(processor)
     assert sum(parameter.numel() for parameter in model.parameters()) < 500_000
     batch = processor.apply_chat_template(
-        [world.trace(world.questions("rl")[0], None, (1, 1))],
+        [world.trace(world.questions("rl")[0], None, 1)],
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -195,7 +211,7 @@ def test_the_demo_from_start_to_end(tmp_path, capsys):
         "per_device_eval_batch_size": 4,
         "max_completion_length": 40,
     }
-    summary = vision_demo.main(0, tmp_path, cold_start_steps=2, steps=2, sizes=SIZES, **toy)
+    summary = vision_demo.main(0, tmp_path, lesson_steps=2, cold_start_steps=2, steps=2, sizes=SIZES, **toy)
     assert json.loads((tmp_path / "summary.json").read_text())["seed"] == summary["seed"] == 0
     assert 0 <= summary["sft_accuracy"] <= 1 and 0 <= summary["arpo_accuracy"] <= 1
     assert {"report.png", "report.html", "summary.json", "cold_start", "arpo"} <= {p.name for p in tmp_path.iterdir()}
