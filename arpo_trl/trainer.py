@@ -228,6 +228,8 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if self._is_vlm:  # TRL gathers images for its table, and waits for ever for a process that has none
+            self.log_multimodal = self.args.log_multimodal and not self._anyone(images is None)
         if images is not None:  # processors take no `None`, with which TRL says that a row has no image
             images = [row or [] for row in images]
         if not self.tools:

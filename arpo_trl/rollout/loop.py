@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..execution.executor import ToolCall
+from ..execution.images import images_of
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
 from .engines.base import Sample
@@ -380,7 +381,8 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls, step.sample.ids)
-    trajectory.images += protocol.images(calls)
+    if any(images_of(call.result) for call in calls):
+        trajectory.images += protocol.images(calls)
     return True
 
 
