@@ -259,6 +259,10 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
 
     def _sample_with_trl(self, contexts: list[list[int]], images: Sequence[Sequence[Any]]) -> list[list[int]]:
         """TRL's own call of `generate`, with its unwrapping, summoning and settings."""
+        if any(images) and self.args.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_transformers_continuous_batching` reads no images, and a row has some: leave it out."
+            )
         fields = self._image_reader.fields(contexts, images) if self._image_reader is not None else {}
         return super()._generate_single_turn(contexts, None, fields, num_generations=1)[0]
 
