@@ -250,6 +250,8 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if self._is_vlm:  # TRL gathers images for its table, and waits for ever for a process that has none
+            self.log_multimodal = self.args.log_multimodal and not self._anyone(images is None)
         if images is not None:  # processors take no `None`, with which TRL says that a row has no image
             images = [row or [] for row in images]
         if not self.tools:
@@ -279,6 +281,10 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
 
     def _sample_with_trl(self, contexts: list[list[int]], images: Sequence[Sequence[Any]]) -> list[list[int]]:
         """TRL's own call of `generate`, with its unwrapping, summoning and settings."""
+        if any(images) and self.args.use_transformers_continuous_batching:
+            raise ValueError(
+                "`use_transformers_continuous_batching` reads no images, and a row has some: leave it out."
+            )
         fields = self._image_reader.fields(contexts, images) if self._image_reader is not None else {}
         return super()._generate_single_turn(contexts, None, fields, num_generations=1)[0]
 

@@ -61,6 +61,7 @@ SAID = {
         "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
         # images: TRL's tensors, of the images that `_generate` returns, in the order of the rows
         "if self.tools and any(imgs for imgs in tool_images) and self._is_vlm:",
+        'if images is not None and self.log_multimodal: self._logs["images"].extend(gather_object(images))',
         'self.processing_class.image_processor(images=flat_images, return_tensors="pt")',
         "num_images = [len(img_list) if img_list else 0 for img_list in images] if images is not None else None",
         "num_images=num_images, num_tiles=num_tiles, **forward_kwargs,",

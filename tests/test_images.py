@@ -217,6 +217,13 @@ def test_an_engine_that_expands_images_itself_is_given_what_the_template_writes(
     assert reader.unexpanded(row, []) == row and reader.unexpanded(texts[0], [PICTURE]) == texts[0]
 
 
+def test_continuous_batching_is_refused_images(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, num_initial_generations=4)
+    trainer.args.use_transformers_continuous_batching = True
+    with pytest.raises(ValueError, match="`use_transformers_continuous_batching` reads no images"):
+        trainer._sample_with_trl([[5]], [[PICTURE]])
+
+
 # What a tool returns
 
 

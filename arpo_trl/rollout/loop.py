@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ..execution.executor import ToolCall
+from ..execution.images import images_of
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
 from .distinct import distinct_samples
@@ -437,7 +438,8 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls, step.sample.ids)
-    trajectory.images += protocol.images(calls)
+    if any(images_of(call.result) for call in calls):
+        trajectory.images += protocol.images(calls)
     return True
 
 

@@ -8,13 +8,16 @@ after it would come to other places.
 What is not here: the tensors of images themselves, which are TRL's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from ..protocols.images import ImageReader
+if TYPE_CHECKING:
+    from ..protocols.images import ImageReader
 
 
 def score_with_images(
