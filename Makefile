@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
+.PHONY: setup demo vision-demo reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,10 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/demo.py --seed $(SEED)
+
+# The same with pictures, and a tool that zooms into them
+vision-demo: setup
+	$(BIN)/python examples/vision_demo.py --seed $(SEED)
 
 # ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
 reproduce: setup

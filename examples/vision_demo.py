@@ -6,11 +6,11 @@ make vision-demo                       # or, with the environment that `make set
 python examples/vision_demo.py --seed 1 --output_dir outputs/vision_demo
 ```
 
-Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns to
-see, then to use the tool, from demonstrations of which half zoom at a wrong place, then from the reward alone: where to
-look, and to look again when what it sees is not what was asked for. Held-out questions are about pictures that appear
-nowhere else. Writes `summary.json`, `report.png`, the rollout records with their images, a page of their trees and both
-checkpoints.
+Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns
+to see, then to use the tool, from demonstrations of which half zoom at a wrong place, then from the reward alone:
+where to look, and to look again when what it sees is not what was asked for. Held-out questions are about pictures
+that appear nowhere else. Writes `summary.json`, `report.png`, the rollout records with their images, a page of their
+trees (`report.html`) and both checkpoints.
 """
 
 import argparse
