@@ -246,7 +246,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/vision_demo"))
-    parser.add_argument("--lesson_steps", type=int, default=400, help="optimiser steps of learning to see")
+    parser.add_argument("--lesson_steps", type=int, default=500, help="optimiser steps of learning to see")
     parser.add_argument("--cold_start_steps", type=int, default=150, help="optimiser steps of the cold start")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of ARPO")
     main(**vars(parser.parse_args()))
