@@ -6,11 +6,10 @@ make vision-demo                       # or, with the environment that `make set
 python examples/vision_demo.py --seed 1 --output_dir outputs/vision_demo
 ```
 
-Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns to
-see, then to use the tool, from demonstrations of which half zoom at a wrong place, then from the reward alone: where to
-look, and to look again when what it sees is not what was asked for. Held-out questions are about pictures that appear
-nowhere else. Writes `summary.json`, `report.png`, the rollout records with their images, a page of their trees and both
-checkpoints.
+Pictures are too coarse for the model's eyes to read; a tool returns a part of one, enlarged. The model first learns
+to see, then to use the tool, from demonstrations of which half zoom at a wrong place, and then, from the reward
+alone, where to look. Held-out questions are about pictures that appear nowhere else. Writes `summary.json`,
+`report.png`, the rollout records with their images, a page of their trees (`report.html`) and both checkpoints.
 """
 
 import argparse
@@ -74,8 +73,8 @@ def main(
         "cold_start": sft,
         "arpo": arpo,
         "calls_executed": int(sum(entry["tools/calls_executed"] for entry in log)),
-        "forks": sum(entry["arpo/forks"] for entry in log),
-        "shared_token_fraction": sum(entry["arpo/shared_token_fraction"] for entry in log) / len(log),
+        "forks_per_group": mean([entry["arpo/forks"] for entry in log]),
+        "shared_token_fraction": mean([entry["arpo/shared_token_fraction"] for entry in log]),
         "cold_start_seconds": round(cold_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "seed": seed,
@@ -232,9 +231,9 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
             f"{result['calls']:>15.2f}"
         )
     print(
-        f"\n{summary['forks']:.0f} rows of training were forks; {summary['shared_token_fraction']:.0%} of the tokens "
-        f"were shared.\n{summary['seconds']:.0f} s in all. In {output_dir}: summary.json, report.png, report.html, "
-        "rollouts/, cold_start/, arpo/."
+        f"\nIn training {summary['forks_per_group']:.1f} of the 16 rows of a group were forks, and "
+        f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n{summary['seconds']:.0f} s in all. "
+        f"In {output_dir}: summary.json, report.png, report.html, rollouts/, cold_start/, arpo/."
     )
 
 
@@ -246,7 +245,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/vision_demo"))
-    parser.add_argument("--lesson_steps", type=int, default=400, help="optimiser steps of learning to see")
+    parser.add_argument("--lesson_steps", type=int, default=500, help="optimiser steps of learning to see")
     parser.add_argument("--cold_start_steps", type=int, default=150, help="optimiser steps of the cold start")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of ARPO")
     main(**vars(parser.parse_args()))

@@ -217,8 +217,9 @@ class World:
         while True:
             question = self.draw_question(rng)
             if rng.random() < 0.5:
-                places = {colour: place for place, (colour, _) in enumerate(question.tiles, 1)}
-                found = json.dumps([arguments(colour, places[colour]) for colour in COLOURS])
+                # In no order, so that it is the colour that tells which tile is meant
+                places = rng.sample(PLACES, len(PLACES))
+                found = json.dumps([arguments(question.tile(place)[0], place) for place in places])
                 messages = ask(question.picture, "Where are the tiles?") + answer(found)
             else:
                 magnifier = Magnifier(question.picture)

@@ -145,7 +145,7 @@ def test_lessons_tell_what_is_there(world):
         if user["content"][1]["text"] == "Where are the tiles?":
             kinds["where"] += 1
             found = json.loads(said)
-            assert [tile["label"] for tile in found] == [*COLOURS] and {tile["tile"] for tile in found} == {*PLACES}
+            assert {tile["label"] for tile in found} == {*COLOURS} and {tile["tile"] for tile in found} == {*PLACES}
             eyes = pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
             seen = {tile["label"]: tuple(eyes[divmod(tile["tile"] - 1, SIDE)]) for tile in found}
             assert seen == COLOURS
