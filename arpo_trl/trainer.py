@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,9 @@ from .checks import (
     check_columns,
     check_config,
     check_generation,
+    check_timeouts,
     explain_template_error,
+    resolved_schedule,
 )
 from .config import ARPOConfig
 from .execution.executor import ToolExecutor
@@ -29,11 +32,22 @@ from .protocols.suffix import suffix_renderer, warn_of_endless_calls
 from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
-from .rollout.engines import trainer_engine
+from .rewards.memory import RewardMemory
+from .rollout.continuous import Cut, run_continuous
+from .rollout.engines import shared_engine, trainer_engine
 from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
 from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.outputs import attribute, mask_truncated, reward_columns
+from .rollout.outputs import (
+    attribute,
+    mask_truncated,
+    mask_uniform,
+    reward_columns,
+    row_rewards,
+    weigh,
+    with_stand_ins,
+    working_rows,
+)
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
 from .rollout.stock import stock_trajectory
@@ -70,15 +84,12 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
     own tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
     raises on every row ends it. What one changes in place is its own.
 
-    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in
-    prompts and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations ==
-    num_generations`, rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint
-    such as `-> str` rules out. Where rollouts branch, data with images is refused, and the model reads an error in
-    place of the image that a tool returns.
+    A multimodal checkpoint with its processor is trained as a text model is, with images in prompts and in what tools
+    return, as content blocks (docs/models.md). A fork has the images up to its fork token.
 
-    What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol
-    or a rule of expansion. Each is refused at construction.
+    What it does not do: `rollout_func` together with branching, transformers' continuous batching together with
+    branching, stateful environments with the tags protocol. Each is refused at construction. Videos and audio are not
+    read.
 
     Example:
 
@@ -102,7 +113,9 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
         environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the
             row it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been
-            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool.
+            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool. A class with
+            `deterministic = True` says that what an environment answers, and becomes, depends on what `reset` was
+            given and on the calls before alone: rows of a group with equal calls so far then share one execution.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
             one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
@@ -200,7 +213,10 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
             image_tokens=self._image_reader.tokens if self._image_reader is not None else None,
         )
-        self._row_tools = RowTools(self, self._executor, forks=self._branches)
+        kept_states = args.max_environment_states if rule.expands else 0
+        self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
+        check_timeouts(args, self.tools)  # those of environments too
+        self._schedule = resolved_schedule(args, rule, shared_engine(self), self._is_vlm)
         self._reporter = Reporter(self, self._row_tools.names)
         self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
         self._protocol.image_reader = self._image_reader
@@ -210,8 +226,11 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             if protocol.structured:
                 warn_of_endless_calls(*template, self.eos_token_ids)
         self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
-        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
+        tries = 1 if args.fork_sampling == "independent" else args.fork_tries
+        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size, tries)
         self._groups: list[Group] = []  # of the latest rollout
+        self._examples: list[dict[str, Any]] = []  # columns of the data set, by row of the latest rollout
+        self._memory = RewardMemory() if rule.needs_rewards and self._branches else None
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
 
@@ -231,13 +250,15 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         if self.rollout_func is not None:
             return outputs
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
+        if images is not None:  # processors take no `None`, with which TRL says that a row has no image
+            images = [row or [] for row in images]
         if not self.tools:
             self._groups = self._empty_groups(len(prompts))
             rows = list(zip(prompt_ids, completion_ids, images or [None] * len(prompts), strict=True))
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             for group in self._groups:
                 group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-            return outputs
+            return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
         trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
         for trajectory in trajectories:
             if trajectory.parent is not None:  # an environment may have told every row something else
@@ -268,35 +289,42 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             step = self.state.global_step
             self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with self._engine.rollout(), tqdm(desc="Rollout", unit=" waves", leave=False, disable=quiet) as bar:
-            trajectories = run_waves(
-                self._groups,
-                prompt_ids,
-                self._protocol,
-                RolloutHooks(
-                    sample=self._engine.sample,
-                    tools_of=self._row_tools.of,
-                    submit=self._row_tools.submit,
-                    copy_state=self._row_tools.copy,
-                    keep=self._engine.keep,
-                    anyone=self._anyone,
-                    on_wave=lambda wave: self._waved(bar, wave),
-                    timed=self._reporter.timed,
-                ),
-                self._branching,
-                Limits(
-                    completion=self.max_completion_length,
-                    context=self._engine.context_length,
-                    tool_turns=self.max_tool_calling_iterations,
-                    cut_afterwards=not self._branches,
-                ),
-                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not
-                # stopped
-                random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
-                self.eos_token_ids.__contains__,
-                eager=self.args.rollout_schedule == "eager",
-                images=[row or [] for row in images or []],
+        continuous = self._schedule == "continuous"
+        unit = " segments" if continuous else " waves"
+        with self._engine.rollout(), tqdm(desc="Rollout", unit=unit, leave=False, disable=quiet) as bar:
+            hooks = RolloutHooks(
+                sample=self._engine.sample,
+                tools_of=self._row_tools.of,
+                submit=self._row_tools.submit,
+                score=lambda: self._score_rollout(prompts),
+                copy_state=self._row_tools.copy,
+                keep=self._engine.keep,
+                anyone=self._anyone,
+                on_wave=lambda wave: self._waved(bar, wave),
+                timed=partial(self._reporter.timed, often=continuous),
             )
+            limits = Limits(
+                completion=self.max_completion_length,
+                context=self._engine.context_length,
+                tool_turns=self.max_tool_calling_iterations,
+                cut_afterwards=not self._branches,
+            )
+            # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
+            rng = random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index))))
+            own_images = [row or [] for row in images or []]
+            settings = (hooks, self._branching, limits, rng, self.eos_token_ids.__contains__)
+            if continuous:
+                cut = Cut.of(self.args, self._tokenizer.eos_token_id) if self.model.training else None
+                with self._engine.stream() as stream:
+                    trajectories = run_continuous(
+                        self._groups, prompt_ids, self._protocol, *settings, stream=stream, cut=cut, images=own_images
+                    )
+            else:
+                eager = self._schedule == "eager"
+                trajectories = run_waves(
+                    self._groups, prompt_ids, self._protocol, *settings, eager=eager, images=own_images
+                )
+        self._row_tools.settle()
         asked = [len(row or []) for row in images] if images else [0] * len(prompts)  # images of the prompts
         for trajectory in trajectories:
             row, parent = trajectory.row, trajectory.parent
@@ -359,12 +387,16 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
 
     # Rewards and advantages
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _guarded_rewards(self, inputs, prompts, completions, completion_ids_list, quiet=False):
+        """What TRL makes of the reward functions; with a memory, of those rows that they have not scored before."""
         functions = self.reward_funcs
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else guarded(function, name)
-            for function, name in zip(functions, self.reward_func_names, strict=True)
-        ]
+        memory = self._memory if self.model.training else None
+        self.reward_funcs = []
+        for index, (function, name) in enumerate(zip(functions, self.reward_func_names, strict=True)):
+            guard = function if isinstance(function, torch.nn.Module) else guarded(function, name)
+            if memory is not None and guard is not function:
+                guard = memory.of(index, guard, quiet)
+            self.reward_funcs.append(guard)
         try:
             with self._reporter.timed("rewards"):
                 rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -372,11 +404,43 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward
         rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
+        return rewards_per_func
+
+    def _score_rollout(self, prompts: list) -> None:
+        """Score the rows that there are, for a rule that asks for it in the midst of a rollout."""
+        assert self._memory is not None
+        self._memory.rows = working_rows(self._groups).keys()
+        trajectories = with_stand_ins(self._groups, len(prompts))
+        columns = reward_columns(trajectories, self._tokenizer)
+        conversational = is_conversational({"prompt": prompts[0]})
+        inputs = [
+            example | {name: values[row] for name, values in columns.items()}
+            for row, example in enumerate(self._examples)
+        ]
+        completions = [self._protocol.completion(row.turns, conversational) for row in trajectories]
+        completion_ids = [row.completion_ids for row in trajectories]
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids, quiet=True)
+        first = self.accelerator.process_index * len(prompts)
+        rewards = row_rewards(rewards_per_func[first : first + len(prompts)], self.reward_weights)
+        for group in self._groups:
+            group.rewards = [None if row.kind == "idle" else rewards[row.row] for row in group.trajectories]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        working = working_rows(self._groups)
+        if self._memory is not None:
+            self._memory.rows = working.keys()
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._memory is not None and self.model.training:
+            idle = torch.tensor([row not in working for row in range(len(prompts))], device=rewards_per_func.device)
+            rewards_per_func[self.accelerator.gather(idle)] = torch.nan  # a group is normalised by its other rows
         if self.rollout_func is None:
             self._reporter.rewards(rewards_per_func, inputs, self._groups)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._examples = inputs
+        if self._memory is not None:
+            self._memory.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -385,6 +449,10 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
+        if self.model.training and self.args.dynamic_sampling:
+            mask_uniform(output, self._groups, self._reporter.group_rewards(self._groups), self.accelerator)
+        if self.model.training and self.args.fork_sampling == "weighted":
+            weigh(output, self._groups)
         advantages = output["advantages"].tolist()
         self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:

@@ -35,6 +35,7 @@ Does NOT make traces, and does NOT check that they end in the right answer.
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common import make_parser
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import (
@@ -42,7 +43,6 @@ from trl import (
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
@@ -185,4 +185,4 @@ def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: 
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ColdStartArguments, SFTConfig, ModelConfig)).parse_args_and_config()).end()
+    main(*make_parser(ColdStartArguments, SFTConfig, ModelConfig).parse_args_and_config()).end()

@@ -216,6 +216,7 @@ def trainer_of(
     tools=(weather,),
     lora=None,
     questions=1,
+    environment_factory=None,
     **own,
 ):
     """A trainer whose model asks for the weather and answers. Its rollouts fork twice, unless `own` says otherwise."""
@@ -244,6 +245,7 @@ def trainer_of(
         Dataset.from_list(rows),
         processing_class=processor,
         tools=list(tools),
+        environment_factory=environment_factory,
         peft_config=lora,
     )
 

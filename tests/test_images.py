@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 import trl_suite
+from datasets import Dataset
 from multimodal import PICTURE, PROMPT, photo, records, trainer_of, weather
 from PIL import Image
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.evaluation import Agent, evaluate
-from arpo_trl.execution.images import image_saver
+from arpo_trl.execution.images import image_saver, images_of
+from arpo_trl.protocols.images import ImageReader
+from arpo_trl.scoring.images import with_images
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
 from arpo_trl.viewer import render
 
@@ -69,18 +72,15 @@ def sometimes_a_photo():
 def check_images_of_rows(rows, reader) -> None:
     """Each row has the images of its prompt and of its own results, and its tokens stand for these."""
     for row in rows:
-        shown = [block["image"] for own in row.calls for block in own.call.result if block["type"] == "image"]
+        shown = [image for own in row.calls for image in images_of(own.call.result)]
         assert row.images[len(row.images) - len(shown) :] == shown
         wanted = sum(sum(reader.types(reader.ids(image))) for image in row.images)
         assert sum(reader.types(row.prompt_ids + row.completion_ids)) == wanted
         if row.parent is not None:
             parent = next(other for other in rows if other.row == row.parent)
             before = sum(place.tokens < row.fork_token for place in row.starts)
-            kept = (
-                len(row.images)
-                - len(shown)
-                + sum(block["type"] == "image" for own in row.calls if own.shared for block in own.call.result)
-            )
+            shared = [image for own in row.calls if own.shared for image in images_of(own.call.result)]
+            kept = len(row.images) - len(shown) + len(shared)
             assert before and row.images[:kept] == parent.images[:kept]
 
 
@@ -132,6 +132,89 @@ def test_a_fork_shares_the_images_up_to_its_fork_token_and_each_row_is_scored_wi
         alone = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]][len(row.prompt_ids) - 1 :]
         old = batch["old_per_token_logps"][0, : len(row.completion_ids)]
         torch.testing.assert_close(old, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_may_hold_prompts_with_images_and_without(family, together, tmp_path):
+    questions = [{"role": "user", "content": "What is the weather there?"}]
+    trainer = trainer_of(
+        family,
+        tmp_path,
+        rows=[{"prompt": PROMPT, "image": PICTURE}, {"prompt": questions, "image": None}] * 2,
+        per_device_train_batch_size=4,
+        steps_per_generation=2,
+        keep_groups_together=together,
+        max_completion_length=300,
+    )
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    assert sorted(len(row.images) for row in rows) == [0] * 4 + [1] * 4
+    check_images_of_rows(rows, trainer._image_reader)
+    for batch in trainer._buffered_inputs:
+        for ids, count in zip(batch["prompt_ids"], batch["num_images"], strict=True):
+            assert count == (1 if sum(trainer._image_reader.types(ids.tolist())) else 0)
+
+
+def test_an_evaluation_reads_images_too(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, tools=[photo], per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(Dataset.from_list(WITH_PICTURES))
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    assert metrics["eval_arpo/initial"] == 4 and all(len(row.images) == 2 for row in rows)
+
+
+class Camera:
+    """An environment whose tool takes a photo, and that counts them."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def reset(self, **kwargs) -> None:
+        self.taken = 0
+
+    def weather(self, city: str) -> list:
+        """
+        Weather.
+
+        Args:
+            city: Where.
+        """
+        self.taken += 1
+        return photo(city)
+
+
+def test_a_stateful_environment_may_return_images(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, tools=[], environment_factory=Camera, questions=2)
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    check_images_of_rows(rows, trainer._image_reader)
+    assert [len(row.images) for row in rows] == [2] * 4 and [row.kind for row in rows][2:] == ["fork"] * 2
+
+
+def test_a_row_that_is_out_of_the_loss_keeps_its_images_in_place():
+    mask = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]])
+    of_image = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]]).bool()
+    kept = with_images(mask, of_image, logits_to_keep=4)
+    assert kept.tolist() == [[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]]
+    assert with_images(mask[1:], of_image[1:], 4) is not None and torch.equal(
+        with_images(mask[1:], of_image[1:], 4), mask[1:]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_that_expands_images_itself_is_given_what_the_template_writes(family):
+    _, processor = multimodal.build(family)
+    reader = ImageReader(processor)
+    texts = [processor.tokenizer.encode(text, add_special_tokens=False) for text in ("see ", " and ", "!")]
+    other = Image.new("RGB", (96, 64))
+    row = [*texts[0], *reader.ids(PICTURE), *texts[1], *reader.ids(other), *texts[2]]
+    mark = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]}], tokenize=False
+    )
+    mark = mark.split("see")[1].split("<|im_end|>")[0].split("<turn|>")[0].strip()
+    marks = processor.tokenizer.encode(mark, add_special_tokens=False)
+    assert reader.unexpanded(row, [PICTURE, other]) == [*texts[0], *marks, *texts[1], *marks, *texts[2]]
+    assert reader.unexpanded(row, []) == row and reader.unexpanded(texts[0], [PICTURE]) == texts[0]
 
 
 # What a tool returns

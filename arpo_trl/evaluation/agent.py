@@ -2,12 +2,14 @@
 
 The rollout is the trainer's own, with branching off: same protocol, same tool executor, same limits, same engines.
 
-What is not here: several processes, and entropies on vLLM.
+What is not here: entropies on vLLM, and images on a vLLM server.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
@@ -19,7 +21,7 @@ from ..execution.names import distinct_tools
 from ..protocols import protocol_class, tool_chat_template, warn_of_another_protocol
 from ..protocols.images import ImageReader
 from ..protocols.suffix import suffix_renderer, warn_of_endless_calls
-from ..rollout.engines import NO_LIMIT, Sample, end_tokens, model_engine
+from ..rollout.engines import NO_LIMIT, Sample, ServedModel, end_tokens, find_served_model, model_engine
 from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
 from ..rollout.rules import BranchRule
 from ..rollout.tree import Trajectory, group_parts
@@ -30,7 +32,9 @@ class Agent:
     A model that calls tools.
 
     Args:
-        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `vllm.LLM`): The model.
+        model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`], `vllm.LLM` or `str`): The model, or the address
+            of a vLLM server that has loaded it, such as `"http://127.0.0.1:8000"`. A server that wants a key gets that
+            of the environment variable `VLLM_API_KEY`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, or
             the processor of a multimodal checkpoint, which reads images in prompts and in tool results.
         tools (`Sequence[Callable]`): Tools, as for [`ARPOTrainer`].
@@ -39,7 +43,8 @@ class Agent:
         max_tool_calling_iterations (`int`, *optional*): Turns whose calls are answered; `None` for no limit.
         temperature, top_p, top_k, min_p, repetition_penalty: Sampling, as in [`ARPOConfig`]. A temperature of 0
             decodes greedily.
-        batch_size (`int`): Completions sampled together.
+        batch_size (`int`, *optional*): Completions sampled together: by default 32 with transformers, and all of them
+            with vLLM, which decides itself what it samples at the same time.
         chat_template_kwargs (`dict[str, Any]`, *optional*): Passed to the chat template.
         tool_timeout (`float`, *optional*): Seconds after which a tool call is given up.
         entropy_window (`int`): Tokens over which the entropy of a segment is read.
@@ -58,19 +63,18 @@ class Agent:
         top_k: int = 0,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         tool_timeout: float | None = 120.0,
         entropy_window: int = 20,
     ):
-        self.model = model
+        self.model = model = find_served_model(model) if isinstance(model, str) else model
         self.processing_class = tokenizer
         # A multimodal checkpoint's tokenizer is in its processor, which renders messages
         self._multimodal = isinstance(tokenizer, ProcessorMixin)
         tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
         self.tokenizer = tokenizer
         self.tools = {tool.__name__: tool for tool in distinct_tools(tools)}
-        self.batch_size = batch_size
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.chat_template: str | None = None
         protocol = protocol_class(tool_protocol)
@@ -79,7 +83,8 @@ class Agent:
         if self.tools and protocol.structured:
             self.chat_template = tool_chat_template(self.processing_class)
         template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
-        reader = ImageReader(*template) if isinstance(self.processing_class, ProcessorMixin) else None
+        reads_images = self._multimodal and not isinstance(model, ServedModel)
+        reader = ImageReader(*template) if reads_images else None
         self.executor = ToolExecutor(
             timeout=tool_timeout,
             count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
@@ -106,6 +111,7 @@ class Agent:
         self.engine = model_engine(
             model, tokenizer, self.protocol.stop_strings, self.generation_config, entropy_window, reader
         )
+        self.batch_size = batch_size or (NO_LIMIT if self.engine.schedules_rows else 32)
         if self.tools and protocol.structured:
             warn_of_endless_calls(*template, ends)
         self.limits = Limits(
@@ -116,8 +122,19 @@ class Agent:
         never = BranchRule()
         self._branching = Branching(never, entropy_window, self.engine.vocab_size)
 
-    def rollout(self, prompts: Sequence[str | list[dict]]) -> list[Trajectory]:
-        """One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once."""
+    def rollout(
+        self,
+        prompts: Sequence[str | list[dict]],
+        on_end: Callable[[list[Trajectory]], None] = lambda trajectories: None,
+    ) -> list[Trajectory]:
+        """
+        One trajectory for each prompt, in their order. Prompts that the model's context cannot hold end at once.
+
+        Args:
+            prompts (`Sequence[str | list[dict]]`): The prompts.
+            on_end (`Callable[[list[Trajectory]], None]`, *optional*): Told of trajectories as soon as they have ended,
+                while others go on; their `row` is the place of their prompt.
+        """
         contexts = [self.tokenize(prompt) for prompt in prompts]
         images = [self.images(prompt) for prompt in prompts]
         trajectories: list[Trajectory] = []
@@ -128,7 +145,12 @@ class Agent:
                     group_parts(0, len(batch), group_size=1, num_initial=1),
                     batch,
                     self.protocol,
-                    RolloutHooks(sample=self._sample, tools_of=lambda trajectory: self.tools, submit=self._submit),
+                    RolloutHooks(
+                        sample=self._sample,
+                        tools_of=lambda trajectory: self.tools,
+                        submit=self._submit,
+                        on_end=partial(_moved, on_end, start),
+                    ),
                     self._branching,
                     self.limits,
                     random.Random(0),
@@ -172,7 +194,12 @@ class Agent:
     def images(self, prompt: str | list[dict]) -> list[Any]:
         """The images in the content blocks of a prompt, in order."""
         messages = prompt if self._multimodal and not isinstance(prompt, str) else []
-        return [image for message in messages for image in images_of(message.get("content"))]
+        images = [image for message in messages for image in images_of(message.get("content"))]
+        if images and self.protocol.image_reader is None:
+            raise ValueError(
+                "A prompt holds an image, and a vLLM server is asked in text alone: pass the model itself."
+            )
+        return images
 
     def _submit(self, trajectory: Trajectory, calls: list[ToolCall]) -> list[Future]:
         refuse_calls_over_limit(calls, trajectory, self.tools)
@@ -192,3 +219,8 @@ class Agent:
             for index, sample in zip(fitting, sampled, strict=True):
                 samples[index] = sample
         return samples
+
+
+def _moved(on_end: Callable[[list[Trajectory]], None], start: int, ended: list[Trajectory]) -> None:
+    """Tell of trajectories of a batch whose first row is `start`."""
+    on_end([replace(trajectory, row=trajectory.row + start) for trajectory in ended])

@@ -75,16 +75,19 @@ class ImageReader:
         return [int(token in self.image_tokens) for token in context]
 
     def unexpanded(self, context: Sequence[int], images: Sequence[Any]) -> list[int]:
-        """A row with one token for each image, as an engine takes it that puts in the others itself."""
-        counts = iter([sum(self.types(self.ids(image))) for image in images])
-        written, left = [], 0
-        for token in context:
-            if token in self.image_tokens:
-                first, left = left == 0, (left or next(counts, 1)) - 1
-                if not first:
-                    continue
-            written.append(token)
-        return written
+        """A row with what the chat template writes for each image, as an engine takes it that puts in the rest."""
+        mark = self.processor.tokenizer.encode(self._mark, add_special_tokens=False)
+        written: list[int] = []
+        done, place = 0, 0
+        for image in images:
+            ids = self.ids(image)
+            while place <= len(context) - len(ids) and list(context[place : place + len(ids)]) != ids:
+                place += 1
+            if place > len(context) - len(ids):  # its tokens have merged with the text around it
+                return list(context)
+            written += [*context[done:place], *mark]
+            done = place = place + len(ids)
+        return [*written, *context[done:]]
 
     @cached_property
     def by_row(self) -> bool:

@@ -1,11 +1,11 @@
 """The waves of a rollout: from prompts to full groups of trajectories (ARPO, section 3.1 and Algorithm 1,
 https://huggingface.co/papers/2507.19849).
 
-One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the
-tools, append their results. The eager schedule does not wait for the slowest tool: its next wave holds the
-trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
-tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that
-tests drive it with scripts.
+One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, parse the
+segments and start the calls of each as soon as it is parsed, append their results. The eager schedule does not wait
+for the slowest tool: its next wave holds the trajectories whose results are there. The rules of expansion let all rows
+of a group end and then fork anywhere in its tree. The loop knows nothing of models, tokenizers or TRL: it is handed
+functions that sample, parse and run, so that tests drive it with scripts. `continuous.py` does the same without waves.
 """
 
 import random
@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from ..execution.executor import ToolCall
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
+from .distinct import distinct_samples
 from .engines.base import Sample
-from .entropy import entropy_gap, mean_entropy
+from .entropy import entropy_gap, mean_entropy, segment_logprob
 from .rules.answers import decide, expand, priority
 from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
@@ -35,11 +37,14 @@ class Branching:
         rule ([`BranchRule`]): When it forks.
         entropy_window (`int`): Tokens at the start of a segment over which its entropy is read, k.
         vocab_size (`int`): V.
+        fork_tries (`int`, *optional*, defaults to `1`): Times that a fork is sampled at most until its first segment
+            is another than those of its node.
     """
 
     rule: BranchRule
     entropy_window: int
     vocab_size: int
+    fork_tries: int = 1
 
 
 @dataclass
@@ -87,35 +92,41 @@ class RolloutHooks:
             with the images of each context as a third argument where one has some.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
-        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
-            to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
+        score (`Callable[[], None]`): Scores the rows of all groups, which have ended: sets `group.rewards`. Called for
+            a rule that `needs_rewards`; collective.
+        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Gives a fork what a stateful environment of its parent
+            held where it leaves. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for
             a tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
-        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"`, `"tools"` (calls
-            started, results appended) or `"wait"` (for tools).
+        on_end (`Callable[[list[Trajectory]], None]`): Told of rows that have ended, before the next segments are
+            sampled. A fork may still leave one of them, with a rule that expands.
+        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"` (calls started
+            too), `"tools"` (results appended) or `"wait"` (for tools).
     """
 
     sample: Callable[..., list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
+    score: Callable[[], None] = lambda: None
     copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
+    on_end: Callable[[list[Trajectory]], None] = lambda trajectories: None
     timed: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()
 
 
 @dataclass
 class _Step:
-    """A trajectory's segment of the present wave, read but not yet appended."""
+    """A trajectory's segment of the present wave, not yet appended; `turn` is what it says, once that is parsed."""
 
     trajectory: Trajectory
     sample: Sample
     segment: Segment
-    turn: Turn
+    turn: Turn = field(default_factory=lambda: Turn(None, []))
     futures: list[Future] = field(default_factory=list)
 
 
@@ -158,27 +169,29 @@ def run_waves(
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager or branching.rule.expands:
-            hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
+        later: list[list[int]] = []
+        if eager or branching.rule.expands or branching.fork_tries > 1:
+            later = _needed_later(groups, waiting, pending, branching.rule)
+            hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         seen = [trajectory.images for trajectory in waiting]
         with hooks.timed("sample"):
-            samples = hooks.sample(contexts, budgets, seen) if any(seen) else hooks.sample(contexts, budgets)
+            sample = partial(hooks.sample, images=seen) if any(seen) else hooks.sample
+            samples = sample(contexts, budgets)
+            if branching.fork_tries > 1:
+                again = partial(_sample_again, hooks, contexts, budgets, seen, later)
+                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
+        # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
+        steps = [_cut(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
-        with hooks.timed("parse"):
-            for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
-                left = max(limits.completion - len(trajectory.completion_ids), 0)
-                sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
-                turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
-                step = _Step(trajectory, sample, _read(trajectory, sample, branching), turn)
-                steps_of[id(group_of[trajectory.row])].append(step)
-        steps = [step for group in groups for step in steps_of[id(group)]]
-
+        for step in steps:
+            steps_of[id(group_of[step.trajectory.row])].append(step)
         forks = [fork for group in groups for fork in _decide(group, steps_of[id(group)], branching.rule, hooks, rng)]
-        with hooks.timed("tools"):
-            for step in steps:
+        with hooks.timed("parse"):
+            for step, context in zip(steps, contexts, strict=True):
+                step.turn = protocol.parse(step.sample.ids, context, hooks.tools_of(step.trajectory))
                 _append(step)
                 step.futures = _call(step, limits, hooks)
         wave = Wave(
@@ -199,11 +212,14 @@ def run_waves(
                 waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
             if not limits.cut_afterwards:
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
+            going = {trajectory.row for trajectory in waiting}
+            hooks.on_end([step.trajectory for step in answered if step.trajectory.row not in going])
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
-            for group in groups:
-                if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, images, branching.rule, rng)
+            if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):
+                for group in groups:
+                    if group.budget and id(group) not in unfinished:
+                        waiting += _fill(group, prompts, images, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -212,6 +228,21 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _scored(groups: Sequence[Group], unfinished: bool, hooks: RolloutHooks) -> bool:
+    """Score the rows of all groups, once none is unfinished on any process and rows are missing on one."""
+    if hooks.anyone(unfinished) or not hooks.anyone(any(group.budget for group in groups)):
+        return False
+    hooks.score()
+    return True
+
+
+def _cut(trajectory: Trajectory, sample: Sample, branching: Branching, limits: Limits) -> _Step:
+    """A trajectory's new segment, cut to the tokens that the row has left, with its entropy."""
+    left = max(limits.completion - len(trajectory.completion_ids), 0)
+    sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
+    return _Step(trajectory, sample, _read(trajectory, sample, branching))
 
 
 def _needed_later(
@@ -229,6 +260,22 @@ def _needed_later(
             if row.row not in busy and row.starts
         ]
     return contexts
+
+
+def _sample_again(
+    hooks: RolloutHooks,
+    contexts: Sequence[list[int]],
+    budgets: Sequence[int],
+    seen: Sequence[Sequence[Any]],
+    later: Sequence[list[int]],
+    rows: list[int],
+    samples: Sequence[Sample],
+) -> list[Sample]:
+    """Sample some rows of a wave anew; the engine keeps what the others go on from."""
+    others = [index for index in range(len(contexts)) if index not in rows]
+    hooks.keep([*later, *(contexts[index] + samples[index].ids for index in others)])
+    sample = partial(hooks.sample, images=[seen[index] for index in rows]) if any(seen) else hooks.sample
+    return sample([contexts[index] for index in rows], [budgets[index] for index in rows])
 
 
 def _start(
@@ -251,11 +298,11 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
     return fork
 
 
-def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
+def _fork_with_state(group: Group, parent: Trajectory, place: Place, hooks: RolloutHooks) -> Trajectory | None:
     """
-    A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free.
+    A trajectory that leaves `parent` at `place`; `None` where its state cannot be copied, and the row stays free.
     """
-    fork = _fork(group, parent, parent.end)
+    fork = _fork(group, parent, place)
     if hooks.copy_state(parent, fork):
         return fork
     group.trajectories.pop()
@@ -266,7 +313,7 @@ def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segme
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
     entropy = mean_entropy(sample.entropies, branching.entropy_window)
-    segment = Segment(start, start + len(sample.ids), entropy)
+    segment = Segment(start, start + len(sample.ids), entropy, logprob=segment_logprob(sample.logprobs))
     if start == 0:
         trajectory.baseline = entropy
     elif entropy is not None and trajectory.baseline is not None:
@@ -296,7 +343,7 @@ def _decide(
     priorities = [priority(rule, step.segment) for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
-        made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
+        made = [_fork_with_state(group, step.trajectory, step.trajectory.end, hooks) for _ in range(count)]
         copied = [fork for fork in made if fork is not None]
         step.segment.forks = len(copied)
         forks += copied
@@ -304,10 +351,18 @@ def _decide(
 
 
 def _fill(
-    group: Group, prompts: Sequence[list[int]], images: Sequence[Sequence[Any]], rule: BranchRule, rng: random.Random
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    rule: BranchRule,
+    hooks: RolloutHooks,
+    rng: random.Random,
 ) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
+    if not nodes:
+        group.end()
+        return []
     group.rounds += 1
     if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
         for row in group.trajectories:
@@ -316,12 +371,14 @@ def _fill(
                     segment.forks = segment.forks or 0
     started = []
     for node in nodes:
-        if node.segment == 0:
+        parent, fork = group.trajectories[node.row], None
+        if node.segment > 0:
+            fork = _fork_with_state(group, parent, parent.starts[node.segment], hooks)
+        if fork is None:
             started.append(_start(group, prompts, images, "supplement"))
             continue
-        parent = group.trajectories[node.row]
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
-        started.append(_fork(group, parent, parent.starts[node.segment]))
+        started.append(fork)
     return started
 
 

@@ -43,6 +43,8 @@ def rollout_records(
     for prompt_index, group in enumerate(groups, start=first_group):
         offset = group.first_row - group.rows.start  # from a row of this process to a row of the whole group
         for trajectory in group.trajectories:
+            if trajectory.kind == "idle":
+                continue
             row = trajectory.row
             spans = None
             if shared_advantages is not None:
