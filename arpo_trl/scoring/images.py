@@ -87,3 +87,33 @@ def _chunks(batch: Mapping[str, Any], size: int, type_name: str | None) -> Itera
         part: Any = {name: value[start : start + size] for name, value in rows.items()}
         part = unsplit_pixel_values_by_grid(part)
         yield part if sum(part["num_images"]) else {name: value for name, value in part.items() if name in texts}
+
+
+class ImageScoringMixin:
+    """Goes before [`~trl.GRPOTrainer`] among the bases of a trainer whose rows have images of their own."""
+
+    tools: Any
+    _image_reader: Any
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **inputs,
+    ):
+        def score(ids, mask, keep, size, beside):
+            return super(ImageScoringMixin, self)._get_per_token_logps_and_entropies(  # type: ignore[misc]
+                model, ids, mask, keep, size, compute_entropy, compute_aux_loss, **beside
+            )
+
+        # Without tools the batch is TRL's own
+        if not self.tools or self._image_reader is None or inputs.get("num_images") is None:
+            return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+        return score_with_images(
+            score, self._image_reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs
+        )
