@@ -52,7 +52,7 @@ def main(
     say("1. Learn to see: where the tiles of a picture are, and what is on one")
     model = build_model(processor)
     cold = output_dir / "cold_start"
-    fine_tune(model, processor, world.lessons, seed, cold, lesson_steps, learning_rate=5e-3)
+    fine_tune(model, processor, world.lessons, seed, cold, lesson_steps, learning_rate=3e-3)
 
     say("2. Cold start: learn from demonstrations, mistakes included")
     # TRL renders no tools for data with images: the system message tells of the tool, in the template's own words
@@ -245,7 +245,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/vision_demo"))
-    parser.add_argument("--lesson_steps", type=int, default=500, help="optimiser steps of learning to see")
+    parser.add_argument("--lesson_steps", type=int, default=600, help="optimiser steps of learning to see")
     parser.add_argument("--cold_start_steps", type=int, default=150, help="optimiser steps of the cold start")
     parser.add_argument("--steps", type=int, default=40, help="optimiser steps of ARPO")
     main(**vars(parser.parse_args()))
