@@ -179,7 +179,7 @@ def train(trainer: ARPOTrainer, output_dir: Path) -> list[dict]:
     return log
 
 
-def ask(trainer: ARPOTrainer, answers: list[float]) -> dict[str, float]:
+def ask(trainer: ARPOTrainer, answers: list[float]) -> dict[str, float | None]:
     """Accuracy and more on the held-out questions, one answer each, sampled as in training."""
     set_seed(0)
     answers.clear()
@@ -191,7 +191,7 @@ def ask(trainer: ARPOTrainer, answers: list[float]) -> dict[str, float]:
         "accuracy_high": high,
         "calls": metrics["eval_tools/call_frequency"],
         "right_first": metrics["eval_zoom/right_first"],
-        "looked_again": metrics.get("eval_zoom/looked_again", float("nan")),
+        "looked_again": metrics.get("eval_zoom/looked_again"),  # `None` where no first look was wrong
     }
 
 
@@ -226,10 +226,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     print(f"{'':>12}  {'accuracy':>20}  {'looks right first':>17}  {'else looks again':>16}  {'calls an answer':>15}")
     for name, result in (("cold start", sft), ("ARPO", arpo)):
         interval = f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
-        print(
-            f"{name:>12}  {interval:>20}  {result['right_first']:>17.1%}  {result['looked_again']:>16.1%}  "
-            f"{result['calls']:>15.2f}"
-        )
+        again = "–" if result["looked_again"] is None else f"{result['looked_again']:.1%}"
+        print(f"{name:>12}  {interval:>20}  {result['right_first']:>17.1%}  {again:>16}  {result['calls']:>15.2f}")
     print(
         f"\nIn training {summary['forks_per_group']:.1f} of the 16 rows of a group were forks, and "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n{summary['seconds']:.0f} s in all. "
