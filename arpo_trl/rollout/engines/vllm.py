@@ -127,6 +127,13 @@ class VLLMEngine(Engine):
         return top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
 
 
+def push_weights(trainer: Any, again: bool = False) -> None:
+    """Give the engine of a trainer the weights of the present step, unless it has them; with `again` in any case."""
+    if again or trainer.state.global_step != trainer._last_loaded_step:
+        trainer.vllm_generation.sync_weights()
+        trainer._last_loaded_step = trainer.state.global_step
+
+
 def stops_of(trainer: Any) -> Callable[[], StopStrings | None]:
     """
     The stop strings of an [`ARPOTrainer`]'s segments. `None`, which is to say that each is asked for at once, if the
@@ -228,9 +235,7 @@ def ask_trl(trainer: Any) -> Ask:
         rows = int(counts.max())
         if not rows:
             return None
-        if trainer.state.global_step != trainer._last_loaded_step:
-            engine.sync_weights()
-            trainer._last_loaded_step = trainer.state.global_step
+        push_weights(trainer)
         filled = requests + [Request([idle_token], 1, 0)] * (rows - len(requests))
         own = torch.tensor([request[1:] for request in filled], device=accelerator.device)
         everyone = [Asked(*row) for row in accelerator.gather(own).tolist()]

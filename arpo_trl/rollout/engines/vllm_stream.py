@@ -21,7 +21,7 @@ from ...execution.attempts import LoopThread
 from ...execution.retries import retrying
 from .base import Sample, Stream
 from .parts import Request
-from .vllm import Answer, VLLMEngine, _count_hits, _server_prefix_cache, _settings
+from .vllm import Answer, VLLMEngine, _count_hits, _server_prefix_cache, _settings, push_weights
 
 # Further attempts of a request whose connection was lost or that the server could not answer then
 _RETRIES = 5
@@ -181,15 +181,6 @@ def sampling_settings(trainer: Any) -> dict[str, Any]:
     return settings
 
 
-def _push_weights(trainer: Any) -> None:
-    generation = trainer.vllm_generation
-    # An engine that has slept has none
-    asleep = generation.mode == "colocate" and generation.enable_sleep_mode and generation._llm_weights_sleeping
-    if asleep or trainer.state.global_step != trainer._last_loaded_step:
-        generation.sync_weights()
-        trainer._last_loaded_step = trainer.state.global_step
-
-
 @contextmanager
 def _colocated(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
     from vllm import SamplingParams
@@ -200,7 +191,8 @@ def _colocated(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
     if isinstance(settings.get("structured_outputs"), dict):
         settings["structured_outputs"] = StructuredOutputsParams(**settings["structured_outputs"])
     settings["output_kind"] = RequestOutputKind.FINAL_ONLY
-    _push_weights(trainer)
+    # An engine that has slept has no weights
+    push_weights(trainer, again=generation.enable_sleep_mode and generation._llm_weights_sleeping)
     if generation.enable_sleep_mode:
         generation.llm.wake_up(tags=["kv_cache"])
 
@@ -219,7 +211,7 @@ def _colocated(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
 
 @contextmanager
 def _server(trainer: Any, engine: VLLMEngine) -> Iterator[Stream]:
-    _push_weights(trainer)
+    push_weights(trainer)
     # The main process alone has a client. That it tells the others where the server is, they learn once the weights
     # are there
     client = trainer.vllm_generation.vllm_client if trainer.accelerator.is_main_process else None
