@@ -10,7 +10,6 @@ from transformers.utils import is_matplotlib_available
 from .config import ARPOConfig
 from .execution.options import tool_options
 from .protocols import ToolProtocol, check_chat_template, protocol_class
-from .rollout.engines.generation_settings import refuse_unfit_settings
 from .rollout.rules import BranchRule
 from .rollout.tree import group_parts
 
@@ -95,32 +94,27 @@ def check_timeouts(args: ARPOConfig, tools: list) -> None:
             )
 
 
-def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None, reads_images: bool = False) -> str:
+def resolved_schedule(args: ARPOConfig, rule: BranchRule, best: str, why_waves: str | None) -> str:
     """
     The schedule of rollouts, which may depend on the engine.
 
     Args:
         args ([`ARPOConfig`]): The config.
         rule ([`BranchRule`]): The branching rule.
-        shared (`str`, *optional*): What makes several processes share an engine, if they do.
-        reads_images (`bool`, *optional*, defaults to `False`): Whether rows may have images.
+        best (`str`): What measures best with the engine.
+        why_waves (`str`, *optional*): Why the engine cannot sample rows one by one, as the end of a sentence.
 
     Raises:
         ValueError: The schedule cannot be had, or a cut is set that it has not.
     """
-    why_waves = None
-    if shared is not None:
-        why_waves = (
-            f"with {shared} all of them sample together: set 'waves' or 'eager', or let each process have its own "
-            "engine (vLLM with `vllm_tensor_parallel_size=1`, or a server)"
-        )
-    elif args.use_vllm and reads_images:
-        why_waves = "vLLM is given images with whole waves: set 'waves' or 'eager'"
-    elif args.num_initial_generations < args.num_generations and rule.needs_rewards:
-        why_waves = "the branching rule scores the rows of all processes together: set 'waves' or 'eager'"
-    elif args.num_initial_generations < args.num_generations and args.fork_sampling != "independent":
-        why_waves = f"`fork_sampling={args.fork_sampling!r}` samples the forks of a wave anew: set 'waves' or 'eager'"
-    schedule = args.rollout_schedule or ("continuous" if args.use_vllm and why_waves is None else "waves")
+    if why_waves is None and args.num_initial_generations < args.num_generations:
+        if rule.needs_rewards:
+            why_waves = "the branching rule scores the rows of all processes together: set 'waves' or 'eager'"
+        elif args.fork_sampling != "independent":
+            why_waves = (
+                f"`fork_sampling={args.fork_sampling!r}` samples the forks of a wave anew: set 'waves' or 'eager'"
+            )
+    schedule = args.rollout_schedule or (best if why_waves is None else "waves")
     if schedule == "continuous" and why_waves is not None:
         raise ValueError(
             f"`rollout_schedule='continuous'` lets each row and each process sample when it wants, but {why_waves}."
@@ -153,12 +147,6 @@ def _columns(dataset: Any) -> set[str]:
     if isinstance(dataset, dict):
         return set().union(*map(_columns, dataset.values()))
     return set(dataset.column_names or next(iter(dataset), ()))
-
-
-def check_generation(args: ARPOConfig) -> None:
-    """Refuse settings of `generate` that no rollout can have."""
-    if not args.use_vllm and isinstance(args.generation_kwargs, dict):
-        refuse_unfit_settings(args.generation_kwargs)
 
 
 def explain_template_error(

@@ -14,7 +14,6 @@ from .checks import (
     check_arguments,
     check_columns,
     check_config,
-    check_generation,
     check_timeouts,
     explain_template_error,
     resolved_schedule,
@@ -30,9 +29,8 @@ from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rewards.memory import RewardMemory
-from .rollout.engines import shared_engine, trainer_engine
+from .rollout.engines import best_schedule, refuse_unfit_generation, trainer_engine, why_waves
 from .rollout.environments import RowTools
-from .rollout.loop import Branching
 from .rollout.mixin import BranchingRolloutMixin
 from .rollout.outputs import (
     attribute,
@@ -46,6 +44,7 @@ from .rollout.outputs import (
 )
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
+from .rollout.steps import Branching
 from .rollout.tree import Group
 from .scoring import SharedPrefixMixin
 from .scoring.images import ImageScoringMixin
@@ -170,7 +169,7 @@ class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, Sha
         if (tools or environment_factory is not None) and rollout_func is None:
             check_columns(train_dataset, "train_dataset")
             check_columns(eval_dataset, "eval_dataset")
-            check_generation(args)
+            refuse_unfit_generation(args)
         protocol = protocol_class(args.tool_protocol)
         try:
             super().__init__(
@@ -211,7 +210,7 @@ class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, Sha
         kept_states = args.max_environment_states if rule.expands else 0
         self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
         check_timeouts(args, self.tools)  # those of environments too
-        self._schedule = resolved_schedule(args, rule, shared_engine(self), self._is_vlm)
+        self._schedule = resolved_schedule(args, rule, best_schedule(self), why_waves(self))
         self._reporter = Reporter(self, self._row_tools.names)
         self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
         self._protocol.image_reader = self._image_reader

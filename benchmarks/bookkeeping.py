@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
 from arpo_trl import ARPOConfig, ARPOTrainer  # noqa: E402
-from arpo_trl.rollout.loop import Sample  # noqa: E402
+from arpo_trl.rollout.engines.base import Sample  # noqa: E402
 
 ROWS, SEGMENT, ROUNDS = 16, 700, 4
 PROMPT = "Read this first. " * 12

@@ -37,8 +37,9 @@ from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.continuous import run_continuous
 from arpo_trl.rollout.engines import Sample, Stream
-from arpo_trl.rollout.loop import Branching, Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.rules import BranchRule, branch_rule
+from arpo_trl.rollout.steps import Branching, Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 
 CALLS = 6

@@ -26,7 +26,7 @@ from datasets import Dataset  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from arpo_trl import ARPOConfig, ARPOTrainer  # noqa: E402
-from arpo_trl.rollout.loop import Sample  # noqa: E402
+from arpo_trl.rollout.engines.base import Sample  # noqa: E402
 from arpo_trl.tools import ToolCall, ToolExecutor, tool  # noqa: E402
 
 

@@ -4,8 +4,8 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 from arpo_trl import ARPOConfig
-from arpo_trl.rollout.loop import Branching
 from arpo_trl.rollout.rules import BranchRule, branch_rule
+from arpo_trl.rollout.steps import Branching
 
 DEFAULTS = {field.name: field.default for field in fields(ARPOConfig)}
 

@@ -11,7 +11,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.checks import check_timeouts, resolved_schedule
 from arpo_trl.execution.options import tool
 from arpo_trl.model_card import complete_card
-from arpo_trl.rollout.engines import shared_engine
+from arpo_trl.rollout.engines import best_schedule, shared_engine, why_waves
 from arpo_trl.rollout.rules import branch_rule
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
@@ -178,19 +178,22 @@ def test_which_engine_has_which_schedule(tmp_path, settings, processes, fsdp, ze
     trainer = SimpleNamespace(
         args=args,
         use_vllm=args.use_vllm,
+        _is_vlm=False,
         vllm_mode=args.vllm_mode,
         is_fsdp_enabled=fsdp,
         accelerator=SimpleNamespace(num_processes=processes, state=SimpleNamespace(deepspeed_plugin=plugin)),
     )
     assert shared_engine(trainer) == shared
     rule = branch_rule(args.branch_rule, args)
-    assert resolved_schedule(args, rule, shared) == ("continuous" if args.use_vllm and shared is None else "waves")
+    assert resolved_schedule(args, rule, best_schedule(trainer), why_waves(trainer)) == (
+        "continuous" if args.use_vllm and shared is None else "waves"
+    )
     args.rollout_schedule = "continuous"
     if shared is None:
-        assert resolved_schedule(args, rule, shared) == "continuous"
+        assert resolved_schedule(args, rule, best_schedule(trainer), why_waves(trainer)) == "continuous"
     else:
         with pytest.raises(ValueError) as caught:
-            resolved_schedule(args, rule, shared)
+            resolved_schedule(args, rule, best_schedule(trainer), why_waves(trainer))
         assert all(word in str(caught.value) for word in ("`rollout_schedule='continuous'`", shared, "'eager'"))
 
 
@@ -198,10 +201,10 @@ def test_which_engine_has_which_schedule(tmp_path, settings, processes, fsdp, ze
 def test_what_is_decided_for_all_rows_of_a_wave_needs_waves(tmp_path, settings):
     args = ARPOConfig(str(tmp_path), **CPU, use_vllm=True, **settings)
     rule = branch_rule(args.branch_rule, args)
-    assert resolved_schedule(args, rule, None) == "waves"
+    assert resolved_schedule(args, rule, "continuous", None) == "waves"
     args.rollout_schedule = "continuous"
     with pytest.raises(ValueError, match="`rollout_schedule='continuous'`.*set 'waves' or 'eager'"):
-        resolved_schedule(args, rule, None)
+        resolved_schedule(args, rule, "continuous", None)
 
 
 def test_a_grpo_config_is_refused(tmp_path, tokenizer):

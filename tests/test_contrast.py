@@ -19,11 +19,12 @@ from test_trainer_options import build, records
 
 from arpo_trl.rewards.memory import RewardMemory
 from arpo_trl.rollout.engines import Sample
-from arpo_trl.rollout.loop import RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.outputs import mask_uniform, row_rewards
 from arpo_trl.rollout.rules.base import PROMPT, Node
 from arpo_trl.rollout.rules.contrast import mixed_chance
 from arpo_trl.rollout.rules.expansion import stretches
+from arpo_trl.rollout.steps import RolloutHooks
 from arpo_trl.rollout.tree import Group, group_parts
 
 # Where, and whether

@@ -16,8 +16,9 @@ from arpo_trl.protocols import TagsProtocol
 from arpo_trl.rewards.format import tags_format_error
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.environments import RowTools
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.record import rollout_records
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 from arpo_trl.tools import tool
 from arpo_trl.tools.search import BM25Search

@@ -18,9 +18,10 @@ from test_trainer_options import build, records
 from arpo_trl.rollout.distinct import fork_weights, sampled_at, weights_without_replacement
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.entropy import segment_logprob
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.rules.base import PROMPT, Node
 from arpo_trl.rollout.rules.expansion import node_novelties
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import Group, Place, Segment, Trajectory, group_parts
 
 # Weights

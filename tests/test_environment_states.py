@@ -20,8 +20,9 @@ from test_trainer_options import build, records
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.environments import RowTools, is_deterministic
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.record import call_kind
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 from arpo_trl.tools import ToolExecutor
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rewards import guard as reward_guard
 from arpo_trl.rewards.guard import UNSCORED, guarded
-from arpo_trl.rollout.loop import Sample
+from arpo_trl.rollout.engines.base import Sample
 
 M, N = 4, 2
 DONE = "done<|im_end|>"

@@ -21,10 +21,11 @@ from arpo_trl.execution.arguments import canonical_json
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.environments import RowTools
-from arpo_trl.rollout.loop import RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.merging import CallMerger
 from arpo_trl.rollout.metrics import CALL_KINDS, rollout_metrics, rollout_sums, slowest_calls
 from arpo_trl.rollout.record import call_kind
+from arpo_trl.rollout.steps import RolloutHooks
 from arpo_trl.rollout.tree import CallOfRow, Group, Trajectory, group_parts
 from arpo_trl.tools import ToolCall, ToolExecutor, tool, tool_options
 from arpo_trl.tools.python import PythonSandbox

@@ -13,7 +13,8 @@ from arpo_trl.advantages import hard_advantages
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.engines import Sample
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -15,9 +15,10 @@ from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
 from arpo_trl.rollout.continuous import Cut, run_continuous
 from arpo_trl.rollout.engines import BatchStream, Sample
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
 from arpo_trl.rollout.record import call_records, rollout_records
 from arpo_trl.rollout.rules import BRANCH_RULES
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 
 END, CALL = 1, 2  # tokens; all others are text

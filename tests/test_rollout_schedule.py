@@ -15,7 +15,8 @@ from test_trainer_options import build, check, records
 from arpo_trl.config import ROLLOUT_SCHEDULES
 from arpo_trl.rollout.continuous import Cut, run_continuous
 from arpo_trl.rollout.engines import BatchStream, Sample
-from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.loop import run_waves
+from arpo_trl.rollout.steps import Limits, RolloutHooks
 from arpo_trl.rollout.tree import group_parts
 
 SLOW, FAST = 10, 20  # the prompts of two groups

@@ -22,8 +22,9 @@ from ..protocols import protocol_class, tool_chat_template, warn_of_another_prot
 from ..protocols.images import ImageReader
 from ..protocols.suffix import suffix_renderer, warn_of_endless_calls
 from ..rollout.engines import NO_LIMIT, Sample, ServedModel, end_tokens, find_served_model, model_engine
-from ..rollout.loop import Branching, Limits, RolloutHooks, refuse_calls_over_limit, run_waves
+from ..rollout.loop import run_waves
 from ..rollout.rules import BranchRule
+from ..rollout.steps import Branching, Limits, RolloutHooks, refuse_calls_over_limit
 from ..rollout.tree import Trajectory, group_parts
 
 

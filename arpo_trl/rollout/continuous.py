@@ -21,21 +21,21 @@ from typing import Any
 
 from ..protocols import ToolProtocol
 from .engines.base import Sample, Stream
-from .loop import (
+from .steps import (
     Branching,
     Limits,
     RolloutHooks,
+    Step,
     Wave,
-    _answer,
-    _append,
-    _call,
-    _cut,
-    _decide,
-    _fill,
-    _has_room,
-    _needed_later,
-    _start,
-    _Step,
+    append_results,
+    append_segment,
+    cut_segment,
+    decide_forks,
+    fill_group,
+    has_room,
+    needed_later,
+    start_calls,
+    start_row,
 )
 from .tree import Group, Trajectory
 
@@ -90,46 +90,43 @@ def run_continuous(
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
     """
-    rollout = _Rollout(
-        groups, prompts, protocol, hooks, branching, limits, rng, ends_turn, stream, cut or Cut(), images
-    )
-    rollout.run()
+    images = images or [[] for _ in prompts]
+    _Rollout(groups, prompts, protocol, hooks, branching, limits, rng, ends_turn, stream, cut or Cut(), images).run()
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
+@dataclass
 class _Rollout:
-    """The rows that have not ended: those that are being sampled, and those that wait for their tools."""
+    """
+    The rows that have not ended: those that are being sampled, and those that wait for their tools. Arguments are
+    those of [`run_continuous`].
+    """
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        prompts: Sequence[list[int]],
-        protocol: ToolProtocol,
-        hooks: RolloutHooks,
-        branching: Branching,
-        limits: Limits,
-        rng: random.Random,
-        ends_turn: Callable[[int], bool],
-        stream: Stream,
-        cut: Cut,
-        images: Sequence[Sequence[Any]],
-    ):
-        self.groups, self.prompts, self.protocol, self.hooks = groups, prompts, protocol, hooks
-        self.branching, self.limits, self.rng, self.ends_turn = branching, limits, rng, ends_turn
-        self.stream, self.cut = stream, cut
-        self.images = images or [[] for _ in prompts]
-        self.deadline = time.monotonic() + cut.seconds
-        self.group_of = {row: index for index, group in enumerate(groups) for row in group.rows}
-        self.unfinished = [0] * len(groups)  # rows of each group
+    groups: Sequence[Group]
+    prompts: Sequence[list[int]]
+    protocol: ToolProtocol
+    hooks: RolloutHooks
+    branching: Branching
+    limits: Limits
+    rng: random.Random
+    ends_turn: Callable[[int], bool]
+    stream: Stream
+    cut: Cut
+    images: Sequence[Sequence[Any]]
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.cut.seconds
+        self.group_of = {row: index for index, group in enumerate(self.groups) for row in group.rows}
+        self.unfinished = [0] * len(self.groups)  # rows of each group
         self.sampled: dict[int, tuple[Trajectory, list[int], Future[Sample]]] = {}  # by row, with the context
-        self.called: dict[int, _Step] = {}  # by row
+        self.called: dict[int, Step] = {}  # by row
         self.changed: SimpleQueue[int] = SimpleQueue()  # rows whose segment, or a call of it, has ended
         self.told = Wave(index=0, active=0, calls=0, forks=0)
 
     def run(self) -> None:
         for group in self.groups:
             for _ in range(group.num_initial):
-                self.begin(_start(group, self.prompts, self.images, "initial"))
+                self.begin(start_row(group, self.prompts, self.images, "initial"))
         while any(self.unfinished):
             if self.is_over():
                 self.end_rest()
@@ -157,7 +154,7 @@ class _Rollout:
 
     def go_on(self, trajectory: Trajectory) -> None:
         """Start a row's next segment if it has room for one; otherwise the row has ended."""
-        if self.limits.cut_afterwards or _has_room(trajectory, self.limits):
+        if self.limits.cut_afterwards or has_room(trajectory, self.limits):
             self.sample(trajectory)
         else:
             self.unfinished[self.group_of[trajectory.row]] -= 1
@@ -185,7 +182,7 @@ class _Rollout:
 
     def needed_later(self) -> list[list[int]]:
         sampled = [trajectory for trajectory, _, _ in self.sampled.values()]
-        return _needed_later(self.groups, sampled, list(self.called.values()), self.branching.rule)
+        return needed_later(self.groups, sampled, list(self.called.values()), self.branching.rule)
 
     def changes(self) -> list[int]:
         """The rows that have changed, in order."""
@@ -197,13 +194,15 @@ class _Rollout:
     def take(self, rows: Sequence[int]) -> None:
         """Go on with rows that have changed, and with the groups that they leave without an unfinished row."""
         ended = [self.sampled.pop(row) for row in rows if row in self.sampled and self.sampled[row][2].done()]
-        steps = [_cut(trajectory, future.result(), self.branching, self.limits) for trajectory, _, future in ended]
+        steps = [
+            cut_segment(trajectory, future.result(), self.branching, self.limits) for trajectory, _, future in ended
+        ]
         self.fork(steps)
         with self.hooks.timed("parse"):
             for step, (trajectory, context, _) in zip(steps, ended, strict=True):
                 step.turn = self.protocol.parse(step.sample.ids, context, self.hooks.tools_of(trajectory))
-                _append(step)
-                step.futures = _call(step, self.limits, self.hooks)
+                append_segment(step)
+                step.futures = start_calls(step, self.limits, self.hooks)
                 self.called[trajectory.row] = step
                 for call in step.futures:
                     call.add_done_callback(partial(self.change, trajectory.row))
@@ -213,13 +212,13 @@ class _Rollout:
             self.answer(rows)
         self.fill({self.group_of[row] for row in rows})
 
-    def fork(self, steps: Iterable[_Step]) -> None:
+    def fork(self, steps: Iterable[Step]) -> None:
         """Decide on the tool results behind these segments; a fork's first segment starts at once."""
-        steps_of: defaultdict[int, list[_Step]] = defaultdict(list)
+        steps_of: defaultdict[int, list[Step]] = defaultdict(list)
         for step in steps:
             steps_of[self.group_of[step.trajectory.row]].append(step)
         for index, steps_of_group in steps_of.items():
-            for fork in _decide(self.groups[index], steps_of_group, self.branching.rule, self.hooks, self.rng):
+            for fork in decide_forks(self.groups[index], steps_of_group, self.branching.rule, self.hooks, self.rng):
                 self.unfinished[index] += 1
                 self.go_on(fork)
 
@@ -230,7 +229,7 @@ class _Rollout:
             if step is None or not all(future.done() for future in step.futures):
                 continue
             del self.called[row]
-            if _answer(step, self.protocol, self.limits, self.ends_turn):
+            if append_results(step, self.protocol, self.limits, self.ends_turn):
                 self.go_on(step.trajectory)
             else:
                 self.unfinished[self.group_of[row]] -= 1
@@ -240,10 +239,12 @@ class _Rollout:
         for index in sorted(indices):
             group = self.groups[index]
             if group.budget and not self.unfinished[index]:
-                for trajectory in _fill(group, self.prompts, self.images, self.branching.rule, self.hooks, self.rng):
+                for trajectory in fill_group(
+                    group, self.prompts, self.images, self.branching.rule, self.hooks, self.rng
+                ):
                     self.begin(trajectory)
 
-    def tell(self, steps: Sequence[_Step]) -> None:
+    def tell(self, steps: Sequence[Step]) -> None:
         self.told = Wave(
             self.told.index + len(steps),
             active=sum(self.unfinished),
@@ -262,7 +263,7 @@ class _Rollout:
                 future.cancel()  # of calls in order, those that have not begun
         for group in self.groups:
             while group.budget:
-                _start(group, self.prompts, self.images, "supplement").truncated = True
+                start_row(group, self.prompts, self.images, "supplement").truncated = True
             for trajectory in group.trajectories:
                 if not trajectory.completion_ids:
                     trajectory.completion_ids, trajectory.tool_mask = [self.cut.token], [0]

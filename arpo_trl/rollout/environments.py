@@ -18,9 +18,9 @@ from ..execution.errors import error_repr
 from ..execution.executor import ToolCall, ToolExecutor
 from ..execution.names import distinct_tools
 from ..execution.options import tool_options
-from .loop import refuse_calls_over_limit
 from .merging import CallMerger
 from .states import EnvironmentStates
+from .steps import refuse_calls_over_limit
 from .tree import Group, Trajectory
 
 logger = logging.get_logger(__name__)

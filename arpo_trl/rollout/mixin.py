@@ -11,8 +11,9 @@ from trl.data_utils import is_conversational
 
 from .continuous import Cut, run_continuous
 from .engines.generation_settings import without_unfit_settings
-from .loop import Limits, RolloutHooks, Wave, run_waves
+from .loop import run_waves
 from .outputs import reward_columns
+from .steps import Limits, RolloutHooks, Wave
 from .stock import stock_trajectory
 from .tree import Group, group_parts
 

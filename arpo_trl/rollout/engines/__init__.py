@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...protocols.images import ImageReader
 from .base import BatchStream, Engine, Sample, Stream
-from .generation_settings import NO_LIMIT, context_length, tell_settings
+from .generation_settings import NO_LIMIT, context_length, refuse_unfit_settings, tell_settings
 from .parts import StopStrings
 from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
@@ -31,11 +31,14 @@ __all__ = [
     "Stream",
     "TransformersEngine",
     "VLLMEngine",
+    "best_schedule",
     "end_tokens",
     "find_served_model",
     "model_engine",
+    "refuse_unfit_generation",
     "shared_engine",
     "trainer_engine",
+    "why_waves",
 ]
 
 
@@ -114,6 +117,35 @@ def shared_engine(trainer: Any) -> str | None:
     if plugin is not None and plugin.zero_stage == 3:
         return "generation with transformers under ZeRO-3"
     return None
+
+
+def why_waves(trainer: Any) -> str | None:
+    """
+    Why rows cannot be sampled one by one, as the end of a sentence that says what to do; `None` where they can.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): Constructed.
+    """
+    shared = shared_engine(trainer)
+    if shared is not None:
+        return (
+            f"with {shared} all of them sample together: set 'waves' or 'eager', or let each process have its own "
+            "engine (vLLM with `vllm_tensor_parallel_size=1`, or a server)"
+        )
+    if trainer.use_vllm and trainer._is_vlm:
+        return "vLLM is given images with whole waves: set 'waves' or 'eager'"
+    return None
+
+
+def best_schedule(trainer: Any) -> str:
+    """The schedule that measures best with the engine of a trainer, where it can be had."""
+    return "continuous" if trainer.use_vllm else "waves"
+
+
+def refuse_unfit_generation(args: Any) -> None:
+    """Refuse settings of transformers' `generate` that no rollout can have."""
+    if not args.use_vllm and isinstance(args.generation_kwargs, dict):
+        refuse_unfit_settings(args.generation_kwargs)
 
 
 def model_engine(

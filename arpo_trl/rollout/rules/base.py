@@ -1,6 +1,6 @@
 """What a branching rule is asked: three questions, answered from plain data.
 
-What is not here: how an entropy is measured (`engines/`), how a fork is made and what it costs (`loop.py`).
+What is not here: how an entropy is measured (`engines/`), how a fork is made and what it costs (`steps.py`).
 """
 
 from __future__ import annotations
