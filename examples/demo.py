@@ -120,13 +120,7 @@ def cold_start(
 def train(
     start: Path, tokenizer, tools, world: World, seed: int, steps: int, output_dir: Path, changes: dict = CPU
 ) -> tuple[Path, list[dict]]:
-    log: list[dict] = []
-
-    class Keep(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "arpo/initial" in logs:
-                log.append(dict(logs))
-
+    kept = KeptLog()
     trainer = ARPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(start),
         args=ARPOConfig(
@@ -141,12 +135,23 @@ def train(
         train_dataset=Dataset.from_list(world.rows("rl")),
         processing_class=tokenizer,
         tools=tools,
-        callbacks=[Keep()],
+        callbacks=[kept],
     )
     trainer.train()
     final = output_dir / "arpo"
     trainer.save_model(str(final))
-    return final, log
+    return final, kept.steps
+
+
+class KeptLog(TrainerCallback):
+    """The log of each step, in `steps`."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "arpo/initial" in logs:
+            self.steps.append(dict(logs))
 
 
 def ask(path: Path, tokenizer, tools, world: World, questions: int | None = None, device="cpu") -> dict[str, float]:
@@ -203,13 +208,7 @@ def draw(log: list[dict], sft: dict, arpo: dict, curves: dict[str, list[float]],
     import matplotlib.ticker
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps = range(1, len(log) + 1)
-    left.plot(steps, [entry["reward"] for entry in log], color="0.6", label="training reward")
-    for x, result, label in ((0, sft, "held-out accuracy, 95 % interval"), (len(log), arpo, None)):
-        spread = [[result["accuracy"] - result["accuracy_low"]], [result["accuracy_high"] - result["accuracy"]]]
-        left.errorbar([x], [result["accuracy"]], yerr=spread, fmt="o", color="C0", capsize=4, label=label)
-    left.set(xlabel="optimiser step", ylabel="fraction right", ylim=(0, 1), title="Learning")
-    left.legend(loc="lower right")
+    draw_learning(left, log, sft, arpo)
     for name, curve in curves.items():
         right.plot(range(-6, len(curve) - 6), curve, marker="o", label=name)
     right.axvline(-0.5, color="0.6", linestyle="--", label="tool result")
@@ -222,12 +221,28 @@ def draw(log: list[dict], sft: dict, arpo: dict, curves: dict[str, list[float]],
     plt.close(figure)
 
 
+def draw_learning(axes, log: list[dict], sft: dict, arpo: dict) -> None:
+    """The reward of each step, and the held-out accuracy before and after."""
+    axes.plot(range(1, len(log) + 1), [entry["reward"] for entry in log], color="0.6", label="training reward")
+    for x, result, label in ((0, sft, "held-out accuracy, 95 % interval"), (len(log), arpo, None)):
+        spread = [[result["accuracy"] - result["accuracy_low"]], [result["accuracy_high"] - result["accuracy"]]]
+        axes.errorbar([x], [result["accuracy"]], yerr=spread, fmt="o", color="C0", capsize=4, label=label)
+    axes.set(xlabel="optimiser step", ylabel="fraction right", ylim=(0, 1), title="Learning")
+    axes.legend(loc="lower right")
+
+
+def with_interval(result: dict) -> str:
+    """An accuracy with its interval."""
+    return f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
+
+
 def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     say("Held-out questions, sampled at temperature 1")
     print(f"{'':>12}  {'accuracy':>20}  {'format':>6}  {'calls a question':>16}")
     for name, result in (("cold start", sft), ("ARPO", arpo)):
-        interval = f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
-        print(f"{name:>12}  {interval:>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}")
+        print(
+            f"{name:>12}  {with_interval(result):>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}"
+        )
     print(
         f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were "
         f"executed: {summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by "

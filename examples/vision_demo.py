@@ -21,16 +21,15 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset
+from demo import CPU, KeptLog, draw_learning, say, with_interval
 from sft_cold_start import cold_start_trainer
-from transformers import LlavaForConditionalGeneration, TrainerCallback, set_seed
+from transformers import LlavaForConditionalGeneration, set_seed
 from trl import SFTConfig
 from vision_world import SPLITS, Magnifier, World, build_model, build_processor, system_message
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.evaluation import bootstrap_interval
 from arpo_trl.viewer import render
-
-CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
 
 
 def main(
@@ -170,17 +169,11 @@ def text_of(message: dict) -> str:
 
 def train(trainer: ARPOTrainer, output_dir: Path) -> list[dict]:
     """The log of each step."""
-    log: list[dict] = []
-
-    class Keep(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "arpo/initial" in logs:
-                log.append(dict(logs))
-
-    trainer.add_callback(Keep())
+    kept = KeptLog()
+    trainer.add_callback(kept)
     trainer.train()
     trainer.save_model(str(output_dir / "arpo"))
-    return log
+    return kept.steps
 
 
 def ask(trainer: ARPOTrainer, answers: list[float]) -> dict[str, float | None]:
@@ -211,12 +204,7 @@ def draw(log: list[dict], sft: dict, arpo: dict, path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = range(1, len(log) + 1)
-    left.plot(steps, [entry["reward"] for entry in log], color="0.6", label="training reward")
-    for x, result, label in ((0, sft, "held-out accuracy, 95 % interval"), (len(log), arpo, None)):
-        spread = [[result["accuracy"] - result["accuracy_low"]], [result["accuracy_high"] - result["accuracy"]]]
-        left.errorbar([x], [result["accuracy"]], yerr=spread, fmt="o", color="C0", capsize=4, label=label)
-    left.set(xlabel="optimiser step", ylabel="fraction right", ylim=(0, 1), title="Learning")
-    left.legend(loc="lower right")
+    draw_learning(left, log, sft, arpo)
     for name, label in (("right_first", "first look at the right place"), ("looked_again", "else looked again")):
         right.plot(steps, [entry.get(f"zoom/{name}", float("nan")) for entry in log], label=label)
     right.set(xlabel="optimiser step", ylabel="fraction of rows", ylim=(0, 1), title="Where the model looks")
@@ -229,18 +217,15 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     say("Held-out questions, sampled at temperature 1")
     print(f"{'':>12}  {'accuracy':>20}  {'looks right first':>17}  {'else looks again':>16}  {'calls an answer':>15}")
     for name, result in (("cold start", sft), ("ARPO", arpo)):
-        interval = f"{result['accuracy']:.1%} ({result['accuracy_low']:.0%}–{result['accuracy_high']:.0%})"
         again = "–" if result["looked_again"] is None else f"{result['looked_again']:.1%}"
-        print(f"{name:>12}  {interval:>20}  {result['right_first']:>17.1%}  {again:>16}  {result['calls']:>15.2f}")
+        print(
+            f"{name:>12}  {with_interval(result):>20}  {result['right_first']:>17.1%}  {again:>16}  {result['calls']:>15.2f}"
+        )
     print(
         f"\nIn training {summary['forks_per_group']:.1f} of the 16 rows of a group were forks, and "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n{summary['seconds']:.0f} s in all. "
         f"In {output_dir}: summary.json, report.png, report.html, rollouts/, cold_start/, arpo/."
     )
-
-
-def say(text: str) -> None:
-    print(f"\n=== {text}", flush=True)
 
 
 if __name__ == "__main__":
