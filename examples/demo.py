@@ -240,9 +240,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     say("Held-out questions, sampled at temperature 1")
     print(f"{'':>12}  {'accuracy':>20}  {'format':>6}  {'calls a question':>16}")
     for name, result in (("cold start", sft), ("ARPO", arpo)):
-        print(
-            f"{name:>12}  {with_interval(result):>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}"
-        )
+        accuracy = with_interval(result)
+        print(f"{name:>12}  {accuracy:>20}  {result['format']:>6.1%}  {result['calls_per_completion']:>16.2f}")
     print(
         f"\nRows made {summary['calls_made']} tool calls in training, of which {summary['calls_executed']} were "
         f"executed: {summary['calls_merged']} were merged with an equal call, {summary['calls_shared']} shared by "

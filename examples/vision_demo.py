@@ -218,9 +218,8 @@ def report(sft: dict, arpo: dict, summary: dict, output_dir: Path) -> None:
     print(f"{'':>12}  {'accuracy':>20}  {'looks right first':>17}  {'else looks again':>16}  {'calls an answer':>15}")
     for name, result in (("cold start", sft), ("ARPO", arpo)):
         again = "–" if result["looked_again"] is None else f"{result['looked_again']:.1%}"
-        print(
-            f"{name:>12}  {with_interval(result):>20}  {result['right_first']:>17.1%}  {again:>16}  {result['calls']:>15.2f}"
-        )
+        accuracy = with_interval(result)
+        print(f"{name:>12}  {accuracy:>20}  {result['right_first']:>17.1%}  {again:>16}  {result['calls']:>15.2f}")
     print(
         f"\nIn training {summary['forks_per_group']:.1f} of the 16 rows of a group were forks, and "
         f"{summary['shared_token_fraction']:.0%} of the tokens were shared.\n{summary['seconds']:.0f} s in all. "
