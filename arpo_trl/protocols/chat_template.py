@@ -1,12 +1,15 @@
 """The tokenizer's chat template, and what to tell those whose template knows no tools."""
 
 import copy
+import functools
 import importlib.resources
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import get_json_schema
+from transformers.utils.chat_parsing.response_templates import load_response_template
 from trl.chat_template_utils import (
     add_response_schema,
     get_training_chat_template,
@@ -21,6 +24,9 @@ from .base import ToolProtocol, Tools, Turn, defuse, text_of, writable
 
 # From TRL 1.16 on, a template whose arguments are plain text has them typed by the tools' schemas
 _TYPES_ARGUMENTS = "tools" in inspect.signature(parse_response).parameters
+
+# Tokens at the end of a context in which the start of the turn is looked for first; a prompt ends with it, as a rule
+_TAIL = 64
 
 
 class ChatTemplateProtocol(ToolProtocol):
@@ -41,13 +47,47 @@ class ChatTemplateProtocol(ToolProtocol):
     def parse(self, ids: list[int], context: list[int], tools: Tools) -> Turn:
         if not ids:
             return Turn({}, [])
-        schemas: dict[str, Any] = {"tools": list(tools.values())} if _TYPES_ARGUMENTS else {}
         try:
-            message = writable(parse_response(self.tokenizer, ids, prefix=context, **schemas))
+            schemas: dict[str, Any] = {"tools": self._schemas(tools)} if _TYPES_ARGUMENTS else {}
+            message = writable(parse_response(self.tokenizer, ids, prefix=self.turn_prefix(context), **schemas))
             _cut_end(message, self.tokenizer, ids[-1])
         except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
             message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
+
+    def turn_prefix(self, context: list[int]) -> list[int]:
+        """
+        The end of a context that decides how the turn behind it is parsed: from some tokens before the start of that
+        turn on. A response is parsed from what stands behind the last start of a turn, so the rest need not be
+        decoded. All of the context where it holds no start.
+        """
+        if self._turn_starts is None:
+            return []
+        size = _TAIL
+        while size < len(context):
+            # The first token may be part of a character, or lose its space, so a start does not count at the beginning
+            if self._turn_starts.search(self.tokenizer.decode(context[-size:]), 1):
+                return context[-size:]
+            size *= 8
+        return context
+
+    @functools.cached_property
+    def _turn_starts(self) -> Any:
+        """What a turn of the model starts with, as a pattern; `None` with a parser that looks at no prefix."""
+        template = getattr(self.tokenizer, "response_template", None)
+        return None if template is None else load_response_template(template).start_anchor_re
+
+    def _schemas(self, tools: Tools) -> list[Any]:
+        """What the parser types arguments by: the schema of each function, which is made once."""
+        for tool in tools.values():
+            function = getattr(tool, "__func__", tool)  # copies of an environment share the functions of its methods
+            if inspect.isfunction(function) and function not in self._known_schemas:
+                self._known_schemas[function] = get_json_schema(tool)
+        return [self._known_schemas.get(getattr(tool, "__func__", tool), tool) for tool in tools.values()]
+
+    @functools.cached_property
+    def _known_schemas(self) -> dict[Any, dict[str, Any]]:
+        return {}
 
     def results_turn(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[dict]:
         return [{"role": "tool", "name": call.name, "content": text_of(call.result)} for call in calls]
@@ -63,13 +103,19 @@ class ChatTemplateProtocol(ToolProtocol):
         return [copied(turn) for turn in turns if turn]
 
 
+@functools.lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    """Asking the tokenizer is slow; its `size` changes when some are added."""
+    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+
+
 def _cut_end(message: dict, tokenizer: PreTrainedTokenizerBase, last: int) -> None:
     """
     Take the token that ends the turn out of its text. TRL's parser knows the tokenizer's EOS, and there are others.
     """
-    end = tokenizer.added_tokens_decoder.get(last)
-    if end is not None and end.special and isinstance(message.get("content"), str):
-        message["content"] = message["content"].removesuffix(end.content)
+    end = _special_tokens(tokenizer, len(tokenizer)).get(last)
+    if end is not None and isinstance(message.get("content"), str):
+        message["content"] = message["content"].removesuffix(end)
 
 
 def _structured_call(call: dict) -> ToolCall:

@@ -1,9 +1,9 @@
 """The waves of a rollout: from prompts to full groups of trajectories (ARPO, section 3.1 and Algorithm 1,
 https://huggingface.co/papers/2507.19849).
 
-One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, run the
-tools, append their results. The eager schedule does not wait for the slowest tool: its next wave holds the
-trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
+One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, parse the
+segments and start the calls of each as soon as it is parsed, append their results. The eager schedule does not wait
+for the slowest tool: its next wave holds the trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
 tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that
 tests drive it with scripts.
 
@@ -95,8 +95,8 @@ class RolloutHooks:
             a tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
-        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"`, `"tools"` (calls
-            started, results appended) or `"wait"` (for tools).
+        timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"` (calls started
+            too), `"tools"` (results appended) or `"wait"` (for tools).
     """
 
     sample: Callable[[list[list[int]], list[int]], list[Sample]]
@@ -111,12 +111,12 @@ class RolloutHooks:
 
 @dataclass
 class _Step:
-    """A trajectory's segment of the present wave, read but not yet appended."""
+    """A trajectory's segment of the present wave, not yet appended; `turn` is what it says, once that is parsed."""
 
     trajectory: Trajectory
     sample: Sample
     segment: Segment
-    turn: Turn
+    turn: Turn = field(default_factory=lambda: Turn(None, []))
     futures: list[Future] = field(default_factory=list)
 
 
@@ -163,19 +163,15 @@ def run_waves(
         with hooks.timed("sample"):
             samples = hooks.sample(contexts, budgets)
 
+        # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
+        steps = [_cut(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
         steps_of: dict[int, list[_Step]] = {id(group): [] for group in groups}
-        with hooks.timed("parse"):
-            for trajectory, context, sample in zip(waiting, contexts, samples, strict=True):
-                left = max(limits.completion - len(trajectory.completion_ids), 0)
-                sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
-                turn = protocol.parse(sample.ids, context, hooks.tools_of(trajectory))
-                step = _Step(trajectory, sample, _read(trajectory, sample, branching), turn)
-                steps_of[id(group_of[trajectory.row])].append(step)
-        steps = [step for group in groups for step in steps_of[id(group)]]
-
+        for step in steps:
+            steps_of[id(group_of[step.trajectory.row])].append(step)
         forks = [fork for group in groups for fork in _decide(group, steps_of[id(group)], branching.rule, hooks, rng)]
-        with hooks.timed("tools"):
-            for step in steps:
+        with hooks.timed("parse"):
+            for step, context in zip(steps, contexts, strict=True):
+                step.turn = protocol.parse(step.sample.ids, context, hooks.tools_of(step.trajectory))
                 _append(step)
                 step.futures = _call(step, limits, hooks)
         wave = Wave(
@@ -209,6 +205,13 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _cut(trajectory: Trajectory, sample: Sample, branching: Branching, limits: Limits) -> _Step:
+    """A trajectory's new segment, cut to the tokens that the row has left, with its entropy."""
+    left = max(limits.completion - len(trajectory.completion_ids), 0)
+    sample = Sample(sample.ids[:left], sample.entropies[:left], sample.logprobs and sample.logprobs[:left])
+    return _Step(trajectory, sample, _read(trajectory, sample, branching))
 
 
 def _needed_later(
