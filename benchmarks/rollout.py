@@ -87,23 +87,26 @@ class ScriptedModel(Qwen3ForCausalLM):
         return super().generate(input_ids, logits_processor=processors, **kwargs)
 
 
-def build_model(tokenizer, hidden: int) -> ScriptedModel:
+def three_layers(hidden: int) -> Qwen3Config:
+    return Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        max_position_embeddings=4096,
+        vocab_size=0,
+    )
+
+
+def build_model(tokenizer, config: Qwen3Config) -> ScriptedModel:
+    """A scripted model of that shape with the tokenizer's vocabulary."""
     torch.manual_seed(0)
     ScriptedModel.tokenizer = tokenizer
-    return ScriptedModel(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=3 * hidden,
-            num_hidden_layers=3,
-            num_attention_heads=hidden // 64,
-            num_key_value_heads=hidden // 128,
-            head_dim=64,
-            max_position_embeddings=4096,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return ScriptedModel(config)
 
 
 class Waiting:
@@ -131,7 +134,7 @@ class Waiting:
         return wait
 
 
-def roll_out(trainer_class, args_class, hidden: int, tool: Waiting, prompts: int, **settings):
+def roll_out(trainer_class, args_class, config: Qwen3Config, tool: Waiting, prompts: int, **settings):
     """Return the seconds of one rollout of groups of 16, and the trainer."""
     tokenizer = tiny.build_tokenizer()
     function = tool.tool()
@@ -139,19 +142,17 @@ def roll_out(trainer_class, args_class, hidden: int, tool: Waiting, prompts: int
     rows = 16 * prompts
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_class(
-            model=build_model(tokenizer, hidden),
+            model=build_model(tokenizer, config),
             args=args_class(
                 folder,
                 num_generations=16,
                 per_device_train_batch_size=rows,
                 max_completion_length=2000,
                 max_tool_calling_iterations=ROUNDS,
-                use_cpu=True,
-                bf16=False,
+                **{"use_cpu": True, "bf16": False} | settings,
                 gradient_checkpointing=False,
                 report_to="none",
                 disable_tqdm=True,
-                **settings,
             ),
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
             train_dataset=Dataset.from_list([{"prompt": question} for question in questions]),
@@ -190,7 +191,9 @@ def against_trl(hidden: int, prompts: int, repeats: int) -> list[dict]:
         for _ in range(repeats):
             for side, (trainer_class, args_class, settings) in SIDES.items():
                 tool = Waiting(lambda seconds=seconds: seconds)
-                taken[side].append(roll_out(trainer_class, args_class, hidden, tool, prompts, **settings)[0])
+                taken[side].append(
+                    roll_out(trainer_class, args_class, three_layers(hidden), tool, prompts, **settings)[0]
+                )
                 calls[side] = tool.calls
         trl, waves, eager = (statistics.median(taken[side]) for side in SIDES)
         table.append({"tool_s": seconds, "trl_s": trl, "waves_s": waves, "eager_s": eager, "calls": calls})
@@ -237,7 +240,7 @@ def seconds_of_segments(generate, results: range) -> float:
 
 def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
     tokenizer = tiny.build_tokenizer()
-    model = build_model(tokenizer, hidden).eval()
+    model = build_model(tokenizer, three_layers(hidden)).eval()
     config = GenerationConfig(do_sample=True, max_new_tokens=32, pad_token_id=0, top_k=0)
     stock = functools.partial(Qwen3ForCausalLM.generate, model)
 
@@ -298,13 +301,15 @@ def against_critical_path(hidden: int, repeats: int) -> list[dict]:
     print(f"{'schedule':>10}{'rollout, s':>12}{'critical path, s':>18}{'ratio':>8}")
     table = []
     alike = {"num_initial_generations": 16}  # nothing forks: a fork waits for the row that it leaves
-    without_tools = roll_out(ARPOTrainer, ARPOConfig, hidden, Waiting(lambda: 0.0), 1, **alike)[0]
+    without_tools = roll_out(ARPOTrainer, ARPOConfig, three_layers(hidden), Waiting(lambda: 0.0), 1, **alike)[0]
     for schedule in ("waves", "eager"):
         runs = []
         for repeat in range(repeats):
             rng = random.Random(repeat)
             tool = Waiting(lambda rng=rng: rng.uniform(0.1, 5))
-            seconds, trainer = roll_out(ARPOTrainer, ARPOConfig, hidden, tool, 1, rollout_schedule=schedule, **alike)
+            seconds, trainer = roll_out(
+                ARPOTrainer, ARPOConfig, three_layers(hidden), tool, 1, rollout_schedule=schedule, **alike
+            )
             rows = trainer._groups[0].trajectories
             path = without_tools + max(sum(own.call.seconds for own in row.calls) for row in rows)
             runs.append((seconds / path, seconds, path))

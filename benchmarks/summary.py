@@ -21,6 +21,13 @@ def lines(folder: Path) -> list[tuple[str, float, float]]:
     ways = rollout.get("ways_to_generate", {})
     for way in list(ways)[1:]:
         found.append((f"segments, generate → {way}", ways["generate"], ways[way]))
+    schedules = read(folder / "schedules.json")
+    for row in schedules.get("engine", []):
+        waves, continuous = row["waves"]["seconds"], row["continuous"]["seconds"]
+        found.append((f"64 rows on vLLM, script {row['seed']}, waves → continuous", waves, continuous))
+    if "simulated" in schedules:
+        sides = (schedules["simulated"][side]["seconds"] for side in ("waves", "continuous"))
+        found.append(("processes of 256 rows, computed clock, waves → continuous", *sides))
     for case in read(folder / "prefix_sharing.json").get("cases", []):
         times = {(run["side"], run["micro_batch"]): run["seconds"] for run in case["runs"]}
         for (side, size), seconds in times.items():

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import multimodal  # noqa: E402
+import packed_families  # noqa: E402
 import test_models  # noqa: E402
 
 from arpo_trl.rollout.engines.prefix_cache import cache_obstacle  # noqa: E402
@@ -21,6 +22,7 @@ from arpo_trl.scoring.shared_prefix import unsupported_reason  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by docs/make_models.py -->\n", "<!-- end -->"
+PACKED = "<!-- packed families, made by docs/make_models.py -->\n"
 HEAD = "| family | model | tested with forks | rollouts keep what they have read | scoring shares prefixes |\n"
 
 
@@ -58,9 +60,40 @@ def table() -> str:
     return HEAD + "|---|---|---|---|---|\n" + "".join(map(row, [*multimodal.MODELS, *multimodal.TEXT_MODELS]))
 
 
+def mixture(family: str) -> str:
+    """How the tokens of a family mix, in words."""
+    config = packed_families.FAMILIES[family].get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    mamba = hasattr(config, "mamba_n_heads") or hasattr(config, "mamba_num_heads")
+    words = {
+        "full attention": kinds & {"full_attention", "hybrid"},
+        "sliding windows": "sliding_attention" in kinds,
+        "attention sinks": family == "gpt_oss",
+        "soft-capped scores": getattr(config, "attn_logit_softcapping", None),
+        "Mamba2": mamba,
+        "gated delta net": hasattr(config, "linear_num_value_heads"),
+        "short convolutions": "conv" in kinds,
+    }
+    return ", ".join(word for word, holds in words.items() if holds)
+
+
+def packed_table() -> str:
+    """What `tests/test_prefix_families.py` holds to row by row: families by how their tokens mix."""
+    families: dict[str, list[str]] = {}
+    for family in sorted(packed_families.FAMILIES):
+        balanced = "*" if family in packed_families.LOAD_BALANCED else ""
+        families.setdefault(mixture(family), []).append(f"`{family}`{balanced}")
+    lines = [f"| {mixed} | {', '.join(names)} |\n" for mixed, names in sorted(families.items())]
+    return "| layers | model types |\n|---|---|\n" + "".join(lines)
+
+
 def page() -> str:
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2]
+    text = PAGE.read_text("utf-8")
+    for begin, made in ((BEGIN, table()), (PACKED, packed_table())):
+        before, _, rest = text.partition(begin)
+        text = before + begin + "\n" + made + "\n" + END + rest.partition(END)[2]
+    return text
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ python examples/arpo.py \
 
 With LoRA, add `--use_peft --lora_r 32 --lora_alpha 16`; with vLLM, `--use_vllm`; to the Hub, `--push_to_hub`. From a
 file: `python examples/arpo.py --config recipe.yaml`. On several devices: `accelerate launch examples/arpo.py …`.
+Without an accelerator it trains on the CPU in float32; `docs/troubleshooting.md` says what makes that faster.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import ToolArguments, build_rewards, build_tools, load_questions
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from common import ToolArguments, build_rewards, build_tools, load_questions, make_parser
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.protocols import protocol_class
@@ -74,4 +75,4 @@ def main(script_args: ARPOScriptArguments, training_args: ARPOConfig, model_args
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ARPOScriptArguments, ARPOConfig, ModelConfig)).parse_args_and_config())
+    main(*make_parser(ARPOScriptArguments, ARPOConfig, ModelConfig).parse_args_and_config())

@@ -5,16 +5,38 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
 from arpo_trl.data import load_rl
 from arpo_trl.data.files import read_rows, to_dataset
 from arpo_trl.evaluation import Agent
+
+
+def cpu_settings() -> dict[str, bool]:
+    """Training arguments without which a machine that has no accelerator cannot train; none where there is one."""
+    if torch.accelerator.is_available():
+        return {}
+    return {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+
+
+def make_parser(*arguments: type) -> TrlParser:
+    """The parser of a training script. What a machine without an accelerator needs is the default there."""
+    parser = TrlParser(arguments)
+    parser.set_defaults(**cpu_settings())
+    return parser
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this machine's CPU computes in bfloat16, rather than through float32."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
 @dataclass
@@ -101,20 +123,31 @@ class SamplingArguments(ToolArguments):
     chat_template_kwargs: str | None = field(
         default=None, metadata={"help": "JSON for the chat template, e.g. '{\"enable_thinking\": false}'."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Completions sampled together."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Completions sampled together: by default 32, and all with vLLM."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Data type of the weights."})
     seed: int = field(default=0)
     use_vllm: bool = field(default=False, metadata={"help": "Sample with vLLM, in this process."})
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Sample with a vLLM server that has loaded the model, e.g. 'http://127.0.0.1:8000'."},
+    )
     vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model."})
     vllm_gpu_memory_utilization: float = field(default=0.9)
     vllm_max_model_length: int | None = field(default=None, metadata={"help": "Context; by default the model's."})
 
 
+def process_state() -> PartialState:
+    """The processes that were launched; they wait for the slowest, however long that takes."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(weeks=4))
+
+
 def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
     """The agent that `args` describes; seeds torch."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + process_state().process_index)
     return Agent(
-        _load_vllm(args) if args.use_vllm else _load_transformers(args),
+        args.vllm_server_base_url or (_load_vllm(args) if args.use_vllm else _load_transformers(args)),
         AutoTokenizer.from_pretrained(args.model_name_or_path, padding_side="left"),
         build_tools(args),
         tool_protocol=tool_protocol,
@@ -132,11 +165,16 @@ def load_agent(args: SamplingArguments, tool_protocol: str) -> Agent:
 
 
 def _load_transformers(args: SamplingArguments) -> Any:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    return model.to(process_state().device).eval()
 
 
 def _load_vllm(args: SamplingArguments) -> Any:
+    if process_state().num_processes > 1:
+        raise ValueError(
+            "`--use_vllm` makes an engine of its own for all GPUs: start one process, or give the address of a "
+            "server as `--vllm_server_base_url`."
+        )
     try:
         from vllm import LLM
     except ImportError as error:

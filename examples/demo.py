@@ -32,6 +32,18 @@ from arpo_trl.tools.python import PythonSandbox
 from arpo_trl.tools.search import BM25Search
 
 CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
+SETTINGS = {
+    "num_generations": 16,
+    "num_initial_generations": 8,
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 4,
+    "max_completion_length": 160,
+    "max_tool_calling_iterations": 4,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 2,
+    "tool_protocol": "tags",
+}
 
 
 def main(seed: int, output_dir: Path, steps: int) -> dict:
@@ -81,10 +93,12 @@ def python_sandbox() -> PythonSandbox:
         return PythonSandbox(sandbox="rlimits", timeout=5, preload=())
 
 
-def cold_start(world: World, tokenizer, seed: int, output_dir: Path, steps: int = 1300) -> None:
+def cold_start(
+    world: World, tokenizer, seed: int, output_dir: Path, steps: int = 1300, model=None, place: dict = CPU
+) -> None:
     args = SFTConfig(
         str(output_dir),
-        **CPU,
+        **place,
         per_device_train_batch_size=32,
         max_steps=steps,
         learning_rate=5e-3,
@@ -96,13 +110,15 @@ def cold_start(world: World, tokenizer, seed: int, output_dir: Path, steps: int 
         logging_steps=100,
         seed=seed,
     )
-    trainer = cold_start_trainer(build_model(tokenizer), tokenizer, args, Dataset.from_list(world.demonstrations()))
+    trainer = cold_start_trainer(
+        model or build_model(tokenizer), tokenizer, args, Dataset.from_list(world.demonstrations())
+    )
     trainer.train()
     trainer.save_model(str(output_dir))
 
 
 def train(
-    start: Path, tokenizer, tools, world: World, seed: int, steps: int, output_dir: Path
+    start: Path, tokenizer, tools, world: World, seed: int, steps: int, output_dir: Path, changes: dict = CPU
 ) -> tuple[Path, list[dict]]:
     log: list[dict] = []
 
@@ -115,18 +131,8 @@ def train(
         model=AutoModelForCausalLM.from_pretrained(start),
         args=ARPOConfig(
             str(output_dir),
-            **CPU,
-            num_generations=16,
-            num_initial_generations=8,
-            per_device_train_batch_size=32,
-            gradient_accumulation_steps=4,
-            max_completion_length=160,
-            max_tool_calling_iterations=4,
+            **SETTINGS | changes,
             max_steps=steps,
-            learning_rate=3e-4,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=2,
-            tool_protocol="tags",
             log_rollouts=True,
             logging_steps=1,
             seed=seed,
@@ -143,11 +149,11 @@ def train(
     return final, log
 
 
-def ask(path: Path, tokenizer, tools, world: World) -> dict[str, float]:
+def ask(path: Path, tokenizer, tools, world: World, questions: int | None = None, device="cpu") -> dict[str, float]:
     """Accuracy and more on the held-out questions, sampled as in training."""
     set_seed(0)
     agent = Agent(
-        AutoModelForCausalLM.from_pretrained(path).eval(),
+        AutoModelForCausalLM.from_pretrained(path).eval().to(device),
         tokenizer,
         tools,
         tool_protocol="tags",
@@ -161,7 +167,7 @@ def ask(path: Path, tokenizer, tools, world: World) -> dict[str, float]:
         formats.extend(tags_format_reward(**columns))
         return exact_match_reward(**columns)
 
-    records = evaluate(agent, world.rows("held_out"), score, num_generations=2)
+    records = evaluate(agent, world.rows("held_out")[:questions], score, num_generations=2)
     agent.close()
     return {**summarize(records), "format": sum(formats) / len(formats)}
 

@@ -276,7 +276,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int = 128, layers: int = 2) -> Qwen3ForCausalLM:
     """A new Qwen3-shaped model of about half a million parameters; seed torch before.
 
     Two layers are enough to copy: one head finds where a name stood before, the next reads what followed it. Weights
@@ -284,12 +284,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerFast`]): Tokenizer that it will read.
+        hidden (`int`, *optional*, defaults to 128): Hidden size.
+        layers (`int`, *optional*, defaults to 2): Number of layers.
     """
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,

@@ -18,7 +18,8 @@ your own, with a column `prompt` and an `answer`: `--dataset_name questions.json
 Writes to `--output_dir`: `records/<name>.jsonl` (a line a completion, as soon as its question is done: started again,
 the script goes on where it stopped), `results.json`, `results.md` and, where matplotlib is installed, `results.png`.
 
-Does NOT sample in several processes: start one for each part of the benchmarks, with an `--output_dir` each.
+Several processes share the questions (`accelerate launch examples/evaluate.py …`), each with the model on its own GPU.
+With `--use_vllm` or `--vllm_server_base_url` one process is enough: vLLM gets all questions at once.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import SamplingArguments, build_rewards, load_agent, load_questions
+from common import SamplingArguments, build_rewards, load_agent, load_questions, process_state
 from transformers import AutoTokenizer
 from trl import TrlParser
 
@@ -42,7 +43,7 @@ from arpo_trl.rewards import make_judge_reward
 # What may change when a run is started again: where things are, how much is asked, how fast it goes
 _FREE = {
     *("output_dir", "benchmarks", "data_dir", "dataset_name", "max_questions", "pass_at", "batch_size"),
-    *("judge_base_url", "vllm_tensor_parallel_size", "vllm_gpu_memory_utilization"),
+    *("judge_base_url", "vllm_server_base_url", "vllm_tensor_parallel_size", "vllm_gpu_memory_utilization"),
 }
 
 
@@ -102,6 +103,7 @@ class Task(NamedTuple):
 
 
 def main(args: EvaluationArguments) -> dict[str, dict]:
+    state = process_state()
     if args.tool_protocol is None:
         args.tool_protocol = protocol_of(args.model_name_or_path)
     output_dir = Path(args.output_dir)
@@ -110,18 +112,22 @@ def main(args: EvaluationArguments) -> dict[str, dict]:
     output_dir.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(args)  # before the model: a missing file shows at once
     agent = load_agent(args, settings["tool_protocol"])
-    agent.tokenizer.save_pretrained(output_dir)  # with which the viewer decodes
-    (output_dir / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    state.wait_for_everyone()  # all have looked at the settings of the folder
+    if state.is_main_process:
+        agent.tokenizer.save_pretrained(output_dir)  # with which the viewer decodes
+        (output_dir / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     results_path = output_dir / "results.json"
     results = json.loads(results_path.read_text(encoding="utf-8"))["benchmarks"] if results_path.exists() else {}
     for name, task in tasks.items():
         path = output_dir / "records" / f"{name}.jsonl"
-        records = evaluate(agent, task.rows, task.score, args.num_generations, path, task.correct, task.title)
+        records = evaluate(agent, task.rows, task.score, args.num_generations, path, task.correct, task.title, state)
         ks = args.pass_at or range(1, args.num_generations + 1)
         results[name] = {"title": task.title, "metric": task.score.__name__, **summarize(records, ks)}
-        write_results(results, args.model_name_or_path, output_dir)
+        if state.is_main_process:
+            write_results(results, args.model_name_or_path, output_dir)
     agent.close()
-    print((output_dir / "results.md").read_text(encoding="utf-8"))
+    if state.is_main_process:
+        print((output_dir / "results.md").read_text(encoding="utf-8"))
     return results
 
 

@@ -35,14 +35,14 @@ Does NOT make traces, and does NOT check that they end in the right answer.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, load_dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from common import make_parser
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import (
     ModelConfig,
     ScriptArguments,
     SFTConfig,
     SFTTrainer,
-    TrlParser,
     get_peft_config,
     get_quantization_config,
 )
@@ -100,9 +100,9 @@ def load_traces(path: str, split: str = "train", config: str | None = None, prot
 
 def cold_start_trainer(
     model: str | PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     args: SFTConfig,
-    traces: Dataset,
+    traces: Dataset | IterableDataset,
     eval_traces: Dataset | None = None,
     protocol: str = "tags",
     **kwargs,
@@ -112,9 +112,10 @@ def cold_start_trainer(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): Model, or where it is.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Its tokenizer, with a chat template.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its tokenizer, with
+            a chat template; of a multimodal checkpoint its processor.
         args ([`~trl.SFTConfig`]): Training arguments; the one that chooses where loss falls is set here.
-        traces (`Dataset`): Data set with a column `messages`, and possibly `tools`.
+        traces (`Dataset` or `IterableDataset`): Data set with a column `messages`, and possibly `tools`.
         eval_traces (`Dataset`, *optional*): As `traces`.
         protocol (`str`, *optional*, defaults to `"tags"`): `"tags"` or `"chat_template"`.
         **kwargs: Passed to [`~trl.SFTTrainer`].
@@ -124,9 +125,9 @@ def cold_start_trainer(
         template; for tags it gets tokens and mask from here. The tokenizer that it saves says which protocol the model
         speaks.
     """
-    mark_checkpoint(tokenizer, protocol)
+    mark_checkpoint(tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer, protocol)
     if protocol == "chat_template":
-        if "tools" in traces.column_names:
+        if "tools" in (traces.column_names or ()):
             check_chat_template(tokenizer, fine_tuning=True)
         args.assistant_only_loss = True
     else:
@@ -184,4 +185,4 @@ def main(script_args: ColdStartArguments, training_args: SFTConfig, model_args: 
 
 
 if __name__ == "__main__":
-    main(*TrlParser((ColdStartArguments, SFTConfig, ModelConfig)).parse_args_and_config()).end()
+    main(*make_parser(ColdStartArguments, SFTConfig, ModelConfig).parse_args_and_config()).end()

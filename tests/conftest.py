@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+import packed_rows  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
@@ -26,3 +27,9 @@ def agent_dirs(tokenizer, tmp_path_factory):
         tokenizer.save_pretrained(folder)
         folders[protocol] = str(folder)
     return folders
+
+
+@pytest.fixture
+def always_share():
+    with packed_rows.sharing_always():
+        yield

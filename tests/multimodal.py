@@ -4,11 +4,19 @@ Models and processors are those of `trl_suite.py`. No test here has a video, so 
 alone needs torchvision.
 """
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 import trl_suite
+from datasets import Dataset
+from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
+
+from arpo_trl import ARPOConfig, ARPOTrainer
 
 MODELS = {
     "Qwen3-VL": "Qwen3VLForConditionalGeneration",
@@ -19,6 +27,16 @@ MODELS = {
     "Gemma 4": "Gemma4ForConditionalGeneration",
 }
 """Name of the family → of the model in `trl_suite.vision_models`."""
+
+IMAGE_MODELS = {
+    "Qwen2.5-VL": "Qwen2_5_VLForConditionalGeneration",
+    "Gemma 3": "Gemma3ForConditionalGeneration",
+    "LLaVA": "LlavaForConditionalGeneration",
+    "LLaVA-Next": "LlavaNextForConditionalGeneration",
+    "Idefics3": "Idefics3ForConditionalGeneration",
+    "LFM2-VL": "Lfm2VlForConditionalGeneration",
+}
+"""More of them, which `test_images.py` runs with the tags protocol."""
 
 TEXT_MODELS = {
     "Qwen2.5": "Qwen2ForCausalLM-2.5",
@@ -34,6 +52,11 @@ TEXT_MODELS = {
 """Name of the family → of the model in `trl_suite.text_models`."""
 
 
+PROMPT = [{"role": "user", "content": "What is the weather?"}]
+ROWS = [{"prompt": PROMPT}] * 4
+PICTURE = Image.new("RGB", (64, 64), "red")
+
+
 def weather(city: str) -> str:
     """
     Weather.
@@ -42,6 +65,20 @@ def weather(city: str) -> str:
         city: Where.
     """
     return f"sun in {city}"
+
+
+def photo(city: str) -> list:
+    """
+    Weather.
+
+    Args:
+        city: Where.
+    """
+    shown = Image.new("RGB", (64 + 32 * (ord(city[0]) % 2), 64), (25 * (ord(city[0]) - 96) % 256, 90, 0))
+    return [{"type": "image", "image": shown}, {"type": "text", "text": f"sun in {city}"}]
+
+
+photo.__name__ = "weather"  # the name that the model calls
 
 
 def build_text(family: str):
@@ -55,10 +92,23 @@ def build(family: str):
     if not trl_suite.has_torchvision():
         ProcessorMixin.check_argument_for_proper_class = lambda *args: None
     torch.manual_seed(0)
-    model, processor = trl_suite.vision_models()[MODELS[family]]()
+    model, processor = trl_suite.vision_models()[{**MODELS, **IMAGE_MODELS}[family]]()
     if not trl_suite.has_torchvision():
         processor.save_pretrained = processor.tokenizer.save_pretrained  # what lacks a part cannot be saved
+        processor.apply_chat_template = as_tensors(processor.apply_chat_template)
     return model, processor
+
+
+def as_tensors(render):
+    """`apply_chat_template` with pixels as tensors, which TRL expects; without torchvision they are NumPy's."""
+
+    def rendered(*args, **kwargs):
+        output = render(*args, **kwargs)
+        if isinstance(output, Mapping):
+            output.update({name: torch.from_numpy(x) for name, x in output.items() if isinstance(x, np.ndarray)})
+        return output
+
+    return rendered
 
 
 def thought_text(processor) -> str:
@@ -126,10 +176,10 @@ def scripted(model, write: Callable[[list[int]], list]):
     return model
 
 
-def asks_then_answers(model, processor, tags: bool = False):
+def asks_then_answers(model, processor, tags: bool = False, questions: int = 1):
     """
     A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters
-    of its choice, so that it is unsure where the result ends.
+    of its choice, so that it is unsure where the result ends. It asks `questions` times.
     """
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
@@ -145,7 +195,60 @@ def asks_then_answers(model, processor, tags: bool = False):
     told = ids("sun in ")
 
     def write(context: list[int]) -> list:
-        knows = any(context[place : place + len(told)] == told for place in range(len(context)))
-        return answering if knows else asking
+        known = sum(context[place : place + len(told)] == told for place in range(len(context)))
+        return asking if known < questions else answering
 
     return scripted(model, write)
+
+
+def reward(completions, **kwargs):
+    """Varies within a group, whatever a protocol makes of a completion."""
+    texts = [re.sub(" at 0x[0-9A-F]+", "", str(completion), flags=re.I) for completion in completions]
+    return [float(sum(map(ord, text)) % 7) for text in texts]
+
+
+def trainer_of(
+    family,
+    folder,
+    rows=ROWS,
+    trainer=ARPOTrainer,
+    config=ARPOConfig,
+    tools=(weather,),
+    lora=None,
+    questions=1,
+    environment_factory=None,
+    **own,
+):
+    """A trainer whose model asks for the weather and answers. Its rollouts fork twice, unless `own` says otherwise."""
+    model, processor = (build_text if family in TEXT_MODELS else build)(family)
+    asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags", questions=questions)
+    settings = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 220,
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    if config is ARPOConfig:
+        settings |= {"num_initial_generations": 2, "branch_rule": "threshold", "branch_threshold": 1e-4}
+        settings |= {"log_rollouts": True}
+    return trainer(
+        model,
+        reward,
+        config(str(folder), **{**settings, **own}),
+        Dataset.from_list(rows),
+        processing_class=processor,
+        tools=list(tools),
+        environment_factory=environment_factory,
+        peft_config=lora,
+    )
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()]

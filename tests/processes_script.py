@@ -141,6 +141,29 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
         return scripted(
             folder, [plan("A<s>q</s><s>q</s>c")], tool=s, rollout_schedule="eager", max_steps=2, **settings
         )
+    if name == "contrast":  # a group each: all rows as long as each other here, and not there
+        plans = [
+            [plan("A<s>q</s>?c", (9, "xyzw"))],
+            [plan("B<s>q</s>?c", (9, "xy")), plan("C<s>q</s>?ccc", (9, "xy"))],
+        ]
+        settings = {"num_generations": 6, "num_initial_generations": 2, "per_device_train_batch_size": 6}
+        settings |= {"branch_rule": "contrast", "fork_sampling": "distinct", "dynamic_sampling": True}
+        return scripted(folder, plans[rank], **settings)
+    if name == "continuous":  # a group each; here many segments, there tools that take their time
+        plans = [[plan("A<s>q</s><s>q</s><s>q</s>c")], [plan("B<s>q</s>?c", (9, "xyzw"))]]
+
+        def s(query: str) -> str:
+            """
+            Search.
+
+            Args:
+                query: What to look for.
+            """
+            time.sleep(0.3 * rank)
+            return "found"
+
+        settings = {"num_generations": 4, "num_initial_generations": 2, "per_device_train_batch_size": 4}
+        return scripted(folder, plans[rank], tool=s, rollout_schedule="continuous", max_steps=2, **settings)
     if name == "agent-whole":
         return agent(folder, checkpoint, max_steps=2, learning_rate=1e-3)
     if name == "agent-split":

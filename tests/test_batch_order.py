@@ -246,6 +246,7 @@ def test_rows_may_change_micro_batch(log):
     assert not rows_may_change_micro_batch("bnpo", 1.0, False)
     assert not rows_may_change_micro_batch("dapo", 0.8, False)
     assert not rows_may_change_micro_batch("dapo", 1.0, True)
+    assert not rows_may_change_micro_batch("dapo", 1.0, False, aux_loss=True)
 
 
 def mixture(tokenizer, **settings):
@@ -270,13 +271,14 @@ def mixture(tokenizer, **settings):
     )
 
 
-def eager(tokenizer):
+def stretched(tokenizer):
+    """A model whose rotary embedding depends on the length of the batch."""
     model = tiny.build_model(tokenizer)
-    model.set_attn_implementation("eager")
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     return model
 
 
-@pytest.mark.parametrize("build, reason", [(eager, "attention 'eager'"), (mixture, "load-balancing loss")])
+@pytest.mark.parametrize("build, reason", [(stretched, "rotary embedding"), (mixture, "load-balancing loss averages")])
 def test_rows_stay_where_they_are_if_prefixes_are_not_shared(tokenizer, tmp_path, log, build, reason):
     shared, alone = (
         train(tokenizer, tmp_path / str(sharing), model=build(tokenizer), prefix_sharing=sharing)
@@ -305,19 +307,26 @@ def packed(monkeypatch):
 @pytest.mark.parametrize("router_logits", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_mixtures_of_experts(tokenizer, tmp_path, log, packed, router_logits, beta):
-    # Prompts of one length: with router logits and padding, the model's own `generate` fails
-    settings = {"num_iterations": 2, "beta": beta, "max_steps": 2, "prompts": PROMPTS[:1] * 4}
-    trainer = train(
-        tokenizer, tmp_path / "balanced", model=mixture(tokenizer, output_router_logits=router_logits), **settings
+    # Every log-probability is packed, with the load-balancing loss and without: old, the reference's, new
+    settings = {"num_iterations": 2, "beta": beta, "max_steps": 2, "optim": "sgd"}
+    kinds = {"balanced": {}, "alone": {"prefix_sharing": False}, "free": {"router_aux_loss_coef": 0.0}}
+    balanced, alone, free = (
+        train(
+            tokenizer,
+            tmp_path / name,
+            model=mixture(tokenizer, output_router_logits=router_logits),
+            **settings,
+            **kind,
+        )
+        for name, kind in kinds.items()
     )
-    assert packed == [] and trainer.state.log_history[0]["aux_loss"] > 0
-    (line,) = log()
-    assert "router_aux_loss_coef=0" in line
-    # Without the load-balancing loss, every log-probability is packed: old, the reference's, new
-    model = mixture(tokenizer, output_router_logits=router_logits)
-    trainer = train(tokenizer, tmp_path / "free", model=model, router_aux_loss_coef=0.0, **settings)
-    assert packed == [4] * (4 + 4 * bool(beta) + 8)
-    assert "aux_loss" not in trainer.state.log_history[0]
+    assert packed == [4] * 2 * (4 + 4 * bool(beta) + 8)
+    for ours, row_by_row in zip(balanced.state.log_history[:2], alone.state.log_history[:2], strict=True):
+        assert ours["arpo/packed_token_fraction"] == 1
+        for name in ("aux_loss", "loss", "grad_norm"):
+            assert ours[name] == pytest.approx(row_by_row[name], rel=1e-4, abs=1e-6)
+    assert "aux_loss" not in free.state.log_history[0]
+    assert not [line for line in log() if "one by one" in line]
 
 
 class Compared(ARPOTrainer):

@@ -1,12 +1,18 @@
 """Misuse is refused at construction, with one sentence that names the argument, the value and the remedy."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 from datasets import Dataset
 from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.checks import check_timeouts, resolved_schedule
+from arpo_trl.execution.options import tool
 from arpo_trl.model_card import complete_card
+from arpo_trl.rollout.engines import shared_engine
+from arpo_trl.rollout.rules import branch_rule
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -42,7 +48,10 @@ def test_defaults_are_those_of_the_paper(tmp_path):
         ({"branch_rule": "greedy"}, ["`branch_rule` is 'greedy'", "'bernoulli', 'threshold', 'random'"]),
         ({"advantage_attribution": "both"}, ["`advantage_attribution` is 'both'", "'soft', 'hard'"]),
         ({"tool_protocol": "xml"}, ["`tool_protocol` is 'xml'"]),
-        ({"rollout_schedule": "lazy"}, ["`rollout_schedule` is 'lazy'", "'waves', 'eager'"]),
+        ({"rollout_schedule": "lazy"}, ["`rollout_schedule` is 'lazy'", "'waves', 'eager', 'continuous'"]),
+        ({"rollout_deadline": 0}, ["`rollout_deadline` is 0", "seconds above 0"]),
+        ({"rollout_finished_fraction": 0}, ["`rollout_finished_fraction` is 0"]),
+        ({"rollout_finished_fraction": 90}, ["`rollout_finished_fraction` is 90", "no more than 1"]),
         ({"tool_timeout": 0}, ["`tool_timeout` is 0"]),
         ({"max_tool_concurrency": 0}, ["`max_tool_concurrency` is 0"]),
     ],
@@ -90,10 +99,11 @@ def build(tmp_path, tokenizer, config=None, tools=(tiny.add,), **kwargs):
             {"tools": (), "environment_factory": Board},
             ["`environment_factory`", "tool_protocol"],
         ),
+        ({"rollout_deadline": 60}, {}, ["`rollout_deadline` is 60", "'waves'", "`rollout_schedule='continuous'`"]),
         (
-            {"branch_rule": "expansion"},
-            {"tools": (), "environment_factory": Board},
-            ["`branch_rule='expansion'`", "`environment_factory`", "num_initial_generations=16"],
+            {"rollout_finished_fraction": 0.9, "rollout_schedule": "eager"},
+            {},
+            ["`rollout_finished_fraction` is 0.9", "'eager'", "`rollout_schedule='continuous'`"],
         ),
     ],
 )
@@ -112,6 +122,86 @@ def test_a_part_of_a_group_without_room_for_a_fork_is_refused(tmp_path, tokenize
     )
     with pytest.raises(ValueError, match="1 row\\(s\\) of a group of 4 and no room for a fork"):
         ARPOTrainer(tiny.build_model(tokenizer), args=args, tools=[tiny.add])
+
+
+class TwoProcesses(ARPOConfig):
+    world_size = property(lambda self: 2)
+
+
+@pytest.mark.parametrize(
+    "settings, options, words",
+    [
+        (
+            {"tool_timeout": 1800},
+            {},
+            ["`tool_timeout` of the tool `add`, for 1 attempt(s), is 1800 s", "`ddp_timeout` (1800 s)"],
+        ),
+        ({"tool_timeout": None}, {}, ["`tool_timeout` of the tool `add`, for 1 attempt(s), is inf s"]),
+        ({"ddp_timeout": 100}, {}, ["is 120 s", "`ddp_timeout` (100 s)"]),
+        ({}, {"timeout": float("inf")}, ["The time-out of the tool `add`, for 1 attempt(s), is inf s"]),
+        ({}, {"timeout": 600, "retries": 2}, ["The time-out of the tool `add`, for 3 attempt(s), is 1800 s"]),
+        (
+            {"rollout_schedule": "continuous", "rollout_deadline": 2000},
+            {},
+            ["`rollout_deadline` is 2000 s", "`ddp_timeout` (1800 s)"],
+        ),
+    ],
+)
+def test_processes_wait_for_each_other_longer_than_a_tool_may_take(tmp_path, settings, options, words):
+    add = tool(tiny.add, **options)
+    with pytest.raises(ValueError) as caught:
+        check_timeouts(TwoProcesses(str(tmp_path), **CPU, **settings), [add])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    check_timeouts(ARPOConfig(str(tmp_path), **CPU, **settings), [add])  # alone it waits for nobody
+
+
+def test_a_tool_below_the_time_out_of_processes(tmp_path):
+    check_timeouts(TwoProcesses(str(tmp_path), **CPU, tool_timeout=None), [tool(tiny.add, timeout=1799)])
+
+
+@pytest.mark.parametrize(
+    "settings, processes, fsdp, zero, shared",
+    [
+        ({}, 1, True, None, None),
+        ({}, 2, False, None, None),
+        ({}, 2, False, 2, None),
+        ({}, 2, False, 3, "generation with transformers under ZeRO-3"),
+        ({}, 2, True, None, "generation with transformers under FSDP"),
+        ({"use_vllm": True}, 2, True, 3, None),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2}, 2, False, None, "`vllm_tensor_parallel_size=2`"),
+        ({"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_mode": "server"}, 2, True, 3, None),
+    ],
+)
+def test_which_engine_has_which_schedule(tmp_path, settings, processes, fsdp, zero, shared):
+    args = ARPOConfig(str(tmp_path), **CPU, **settings)
+    plugin = zero and SimpleNamespace(zero_stage=zero)
+    trainer = SimpleNamespace(
+        args=args,
+        use_vllm=args.use_vllm,
+        vllm_mode=args.vllm_mode,
+        is_fsdp_enabled=fsdp,
+        accelerator=SimpleNamespace(num_processes=processes, state=SimpleNamespace(deepspeed_plugin=plugin)),
+    )
+    assert shared_engine(trainer) == shared
+    rule = branch_rule(args.branch_rule, args)
+    assert resolved_schedule(args, rule, shared) == ("continuous" if args.use_vllm and shared is None else "waves")
+    args.rollout_schedule = "continuous"
+    if shared is None:
+        assert resolved_schedule(args, rule, shared) == "continuous"
+    else:
+        with pytest.raises(ValueError) as caught:
+            resolved_schedule(args, rule, shared)
+        assert all(word in str(caught.value) for word in ("`rollout_schedule='continuous'`", shared, "'eager'"))
+
+
+@pytest.mark.parametrize("settings", [{"branch_rule": "contrast"}, {"fork_sampling": "distinct"}])
+def test_what_is_decided_for_all_rows_of_a_wave_needs_waves(tmp_path, settings):
+    args = ARPOConfig(str(tmp_path), **CPU, use_vllm=True, **settings)
+    rule = branch_rule(args.branch_rule, args)
+    assert resolved_schedule(args, rule, None) == "waves"
+    args.rollout_schedule = "continuous"
+    with pytest.raises(ValueError, match="`rollout_schedule='continuous'`.*set 'waves' or 'eager'"):
+        resolved_schedule(args, rule, None)
 
 
 def test_a_grpo_config_is_refused(tmp_path, tokenizer):

@@ -7,8 +7,8 @@ import runpy
 import pytest
 import trl
 from trl import GRPOTrainer
-from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration
+from trl.generation.vllm_client import VLLMClient, parse_logprobs
+from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 from trl.trainer import grpo_trainer
 
 import arpo_trl
@@ -59,6 +59,13 @@ SAID = {
         '"num_items_in_batch": num_items_in_batch',
         'output["tool_mask"] = tool_mask',
         "for column in sorted(set(gather_object(list(self._pending_extra_logs)))):",
+        # images: TRL's tensors, of the images that `_generate` returns, in the order of the rows
+        "if self.tools and any(imgs for imgs in tool_images) and self._is_vlm:",
+        'if images is not None and self.log_multimodal: self._logs["images"].extend(gather_object(images))',
+        'self.processing_class.image_processor(images=flat_images, return_tensors="pt")',
+        "num_images = [len(img_list) if img_list else 0 for img_list in images] if images is not None else None",
+        "num_images=num_images, num_tiles=num_tiles, **forward_kwargs,",
+        'output["num_images"] = num_images',
     ],
     "log": [
         'self._logs["prompt"]',
@@ -155,6 +162,7 @@ def test_how_generate_merges_its_configs():
         '"max_tokens": max_completion_length',
         '"logprobs": self.logprobs',
         '"generation_kwargs": self.generation_kwargs',
+        'row["multi_modal_data"] = {"image": img_list if len(img_list) > 1 else img_list[0]}',
         "generation_kwargs.update(self.generation_kwargs)",
         "accelerator.process_index * len(prompts)",
         "return prompt_ids, completion_ids, logprobs, logprob_token_ids",
@@ -165,9 +173,44 @@ def test_how_vllm_is_called(line):
     assert line in source, f"VLLMGeneration.generate of TRL {trl.__version__} no longer says {line!r}"
 
 
+def test_how_single_segments_ask_vllm():
+    """Our requests for single segments say what TRL's for batches say."""
+    asked = inspect.getsource(VLLMGeneration.generate)
+    for name in ("repetition_penalty", "temperature", "top_p", "top_k"):
+        assert f'"{name}": {name},' in asked and f"{name} = self.{name}" in asked
+    for line in (
+        '"min_p": 0.0 if min_p is None else min_p',
+        "StructuredOutputsParams(regex=self.structured_outputs_regex)",
+        'if self.mode == "colocate" and self.enable_sleep_mode and self._llm_weights_sleeping:',
+        'self.llm.wake_up(tags=["kv_cache"])',
+        "self.llm.sleep(level=2)",
+        "self._llm_weights_sleeping = True",
+    ):
+        assert line in asked, f"VLLMGeneration.generate of TRL {trl.__version__} no longer says {line!r}"
+    sent = inspect.getsource(VLLMClient.generate)
+    for line in (
+        '"model": self.model,',
+        '"prompt": prompts,',
+        '"return_token_ids": True,',
+        '"return_tokens_as_token_ids": True,',
+        '"structured_outputs"] = {"regex": structured_outputs_regex}',
+        'f"{self.base_url}/v1/completions"',
+        'choice["token_ids"]',
+        'parse_logprobs([choice["logprobs"] for choice in choices])',
+    ):
+        assert line in sent, f"VLLMClient.generate of TRL {trl.__version__} no longer says {line!r}"
+    assert list(inspect.signature(parse_logprobs).parameters) == ["choices_logprobs"]
+    assert list(inspect.signature(extract_logprobs).parameters) == ["all_outputs"]
+
+
 def test_names_of_the_vllm_client():
     assert {"self.session", "self.base_url"} <= set(inspect.getsource(VLLMClient.__init__).split())
     assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
+    assert {"max_tokens", "logprobs"} <= set(inspect.signature(VLLMClient.generate).parameters)
+    # What decides whether a segment may come in parts
+    init = inspect.getsource(VLLMGeneration.__init__)
+    for name in ("structured_outputs_regex", "enable_sleep_mode", "generation_kwargs"):
+        assert f"self.{name} = " in init, name
 
 
 def test_constructor_arguments_are_the_same():

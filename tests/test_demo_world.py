@@ -1,15 +1,25 @@
+import random
 import re
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from branching import branching
+from test_merging import distinct_and_executed
 
 from arpo_trl.data import tags_sft_features
-from arpo_trl.execution.executor import ToolCall
+from arpo_trl.execution.executor import ToolCall, ToolExecutor
 from arpo_trl.protocols import TagsProtocol
 from arpo_trl.rewards.format import tags_format_error
+from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.environments import RowTools
+from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
+from arpo_trl.rollout.record import rollout_records
+from arpo_trl.rollout.tree import group_parts
+from arpo_trl.tools import tool
 from arpo_trl.tools.search import BM25Search
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -174,3 +184,74 @@ def test_rows_are_short_and_model_is_small(world, tokenizer):
     assert model.num_parameters() < 3_000_000
     ids = torch.tensor([tokenizer.encode(demo_world.PHRASES[0])])
     assert model(ids).logits.shape == (1, ids.shape[1], len(tokenizer))
+
+
+class Demonstrator:
+    """Writes the segments of demonstrations, mistakes included, as a model does that the cold start has taught."""
+
+    def __init__(self, world, tokenizer, seed):
+        self.world, self.tokenizer, self.rng = world, tokenizer, random.Random(seed)
+        self.questions = {question.text: question for question in world.questions("rl")}
+
+    def sample(self, contexts, budgets):
+        samples = []
+        for context in contexts:
+            text, _, written = self.tokenizer.decode(context).partition("\n")
+            question = self.questions[text]
+            traces = [self.world.trace(question, mistake, guess=7) for mistake in (None, *MISTAKES)]
+            going_on = [trace for trace in traces if trace.startswith(written)]
+            rest = self.rng.choice(going_on)[len(written) :]
+            segment = re.match(r".*?(</search>|</python>|$)", rest, re.DOTALL)[0]
+            ids = self.tokenizer.encode(segment)
+            samples.append(
+                Sample(
+                    ids + [self.tokenizer.eos_token_id] * segment.endswith("</answer>"),
+                    [self.rng.random() for _ in ids],
+                )
+            )
+        return samples
+
+
+@pytest.mark.parametrize("initial", [16, 8], ids=["GRPO", "ARPO"])
+@pytest.mark.parametrize("rule", ["bernoulli", "expansion"])
+def test_executed_calls_are_the_distinct_calls_of_each_group(world, tokenizer, search, initial, rule):
+    def python(code: str) -> str:
+        """Run code."""
+        return str(eval(code.removeprefix("print(").removesuffix(")")))
+
+    tools = [search, tool(python, deterministic=True)]
+    by_name = {function.__name__: function for function in tools}
+    questions, size = world.questions("rl")[:6], 16
+    groups = group_parts(0, len(questions) * size, size, initial)
+    trainer = SimpleNamespace(
+        environment_factories=None,
+        environments=None,
+        tools=tools,
+        _sync_tool_dicts=[by_name] * len(questions) * size,
+        _async_tool_dicts=[{}] * len(questions) * size,
+    )
+    with ToolExecutor() as executor:
+        row_tools = RowTools(trainer, executor, forks=True)
+        row_tools.begin(groups)
+        rows = run_waves(
+            groups,
+            [tokenizer.encode(question.text + "\n") for question in questions for _ in range(size)],
+            TagsProtocol(tokenizer, list(by_name)),
+            RolloutHooks(
+                sample=Demonstrator(world, tokenizer, seed=1).sample,
+                tools_of=row_tools.of,
+                submit=row_tools.submit,
+                on_wave=lambda wave: row_tools.next_wave(),
+            ),
+            branching(len(tokenizer), rule),
+            Limits(completion=160, context=1000, tool_turns=4),
+            random.Random(0),
+            tokenizer.eos_token_id.__eq__,
+        )
+    rewards = {"right": [None] * len(rows)}
+    written = rollout_records(0, groups, rewards, [0.0] * len(rows), None)
+    counts = list(distinct_and_executed(written))
+    assert len(counts) == len(questions) and all(executed == distinct > 1 for distinct, executed in counts)
+    calls = [call for row in written for call in row["tool_calls"]]
+    assert all(call["error"] is None and not call["refused"] for call in calls)
+    assert len(calls) > 5 * sum(executed for _, executed in counts)

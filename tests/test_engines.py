@@ -15,7 +15,7 @@ from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.replaced import generate_with
 from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
-from arpo_trl.rollout.engines.vllm import top_k_samples, vllm_settings
+from arpo_trl.rollout.engines.vllm import Asked, check_read, server_by_row, top_k_samples, vllm_settings
 from arpo_trl.rollout.entropy import top_k_entropy
 
 
@@ -116,7 +116,7 @@ class StandInServer:
         self.requests, self.session, self.metrics = [], self, metrics
 
     def generate(self, prompts, max_tokens, **kwargs):
-        self.requests.append((len(prompts), max_tokens))
+        self.requests.append((len(prompts), max_tokens, kwargs.get("logprobs")))
         told = None if max_tokens == 1 else [[[-0.5]] * max_tokens] * len(prompts)
         ids = [prompt[:1] * max_tokens for prompt in prompts]
         return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": told, "logprob_token_ids": told}
@@ -126,18 +126,19 @@ class StandInServer:
         return SimpleNamespace(ok=bool(self.metrics), text=self.metrics)
 
 
-def test_a_server_is_asked_once_for_each_limit_and_answers_in_order():
+def test_a_server_is_asked_once_for_rows_that_ask_the_same_and_answers_in_order():
     client = StandInServer()
-    engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
-    with vllm_settings(engine, 20, {"stop": ["x"]}, [3, 1, 3, 2], cache := Counter()):
-        assert engine.logprobs == 20 and engine.generation_kwargs == {"stop": ["x"]}
-        answer = client.generate(prompts=[[10], [11], [12], [13]], max_tokens=99, n=1)
-    assert sorted(client.requests) == [(1, 1), (1, 2), (2, 3)]
-    assert answer["completion_ids"] == [[10] * 3, [11], [12] * 3, [13] * 2]
-    assert answer["logprobs"] == [[[-0.5]] * 3, None, [[-0.5]] * 3, [[-0.5]] * 2]
-    assert engine.logprobs == 0 and engine.generation_kwargs == {}
+    engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=7, generation_kwargs={})
+    asked = [Asked(3, 20), Asked(1, 20), Asked(3, 20), Asked(2, 20), Asked(2, 0)]
+    with vllm_settings(engine, {"stop": ["x"]}, asked, cache := Counter()):
+        assert engine.logprobs == 0 and engine.generation_kwargs == {"stop": ["x"]}
+        answer = client.generate(prompts=[[10], [11], [12], [13], [14]], max_tokens=99, n=1)
+    assert sorted(client.requests) == [(1, 1, 20), (1, 2, 0), (1, 2, 20), (2, 3, 20)]
+    assert answer["completion_ids"] == [[10] * 3, [11], [12] * 3, [13] * 2, [14] * 2]
+    assert answer["logprobs"] == [[[-0.5]] * 3, None, [[-0.5]] * 3, [[-0.5]] * 2, [[-0.5]] * 2]
+    assert engine.logprobs == 7 and engine.generation_kwargs == {}
     client.generate(prompts=[[10]], max_tokens=99)
-    assert client.requests[-1] == (1, 99), "the client is left as it was"
+    assert client.requests[-1] == (1, 99, None), "the client is left as it was"
     assert not cache, "a server without metrics tells nothing of its cache"
 
 
@@ -146,9 +147,34 @@ def test_the_servers_prefix_cache_is_read_from_its_counters():
     lines += 'vllm:external_prefix_cache_hits_total{{engine="0"}} 7.0\nvllm:prefix_cache_hits_total{{engine="1"}} 8.0'
     client = StandInServer(lines.format("100.0", "20.0"))
     engine = SimpleNamespace(mode="server", vllm_client=client, logprobs=0, generation_kwargs={})
-    with vllm_settings(engine, 20, {}, [], cache := Counter()):
+    with vllm_settings(engine, {}, [], cache := Counter()):
         client.metrics = lines.format("1.6e2", "50.0")
     assert cache == {"prefix_cache_queries": 60, "prefix_cache_hits": 30}
+
+
+def test_each_request_to_a_server_has_the_images_of_its_rows():
+    asked = []
+
+    class Client:
+        session = base_url = None
+
+        def generate(self, prompts, max_tokens, logprobs, features=None):
+            asked.append((prompts, max_tokens, features))
+            return {"completion_ids": [[9]] * len(prompts)}
+
+    client = Client()
+    with generate_with(client, server_by_row(client.generate, [Asked(5, 0), Asked(3, 0), Asked(5, 0)])):
+        client.generate(prompts=["a", "b", "c"], features=["A", None, "C"], max_tokens=99, logprobs=0)
+        client.generate(prompts=["a", "b", "c"], features=None, max_tokens=99, logprobs=0)
+    assert sorted(asked[:2], key=lambda each: -len(each[0])) == [(["a", "c"], 5, ["A", "C"]), (["b"], 3, [None])]
+    assert all(features is None for _, _, features in asked[2:])
+
+
+def test_an_engine_that_reads_an_image_as_other_tokens_is_refused():
+    check_read([[1, 2], [3]], [[1, 2], [4]], [["image"], []])
+    check_read([[3]], [[4]], ())
+    with pytest.raises(ValueError, match="as 3 tokens, and the processor has written 2.* `use_vllm=False`"):
+        check_read([[1, 2, 2]], [[1, 2]], [["image"]])
 
 
 class Engine:

@@ -645,11 +645,11 @@ def test_a_judge_that_dies_costs_no_completion(script, agent_dirs, tmp_path):
 
     real_rollout, asked = script.load_agent.__globals__["Agent"].rollout, []
 
-    def rollout(agent, prompts):
+    def rollout(agent, prompts, on_end):
         nonlocal tokenizer
         tokenizer = agent.tokenizer
         asked.append(len(prompts))
-        return boxed(real_rollout(agent, prompts))
+        return real_rollout(agent, prompts, lambda ended: on_end(boxed(ended)))
 
     tokenizer = None
     with pytest.MonkeyPatch.context() as patch:

@@ -109,3 +109,32 @@ def test_the_rl_script_reads_the_published_columns(tmp_path):
 
     rows = load_questions(str(data), "train", protocol="tags")
     assert len(rows) == 180 and {"prompt", "answer"} <= set(rows.column_names)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_training_scripts_choose_the_cpu_where_there_is_nothing_else(accelerator, monkeypatch, tmp_path):
+    import torch
+
+    sys.path.insert(0, str(EXAMPLES))
+    from arpo import ARPOScriptArguments
+    from common import make_parser
+    from sft_cold_start import ColdStartArguments
+    from trl import ModelConfig, SFTConfig
+
+    from arpo_trl import ARPOConfig
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    for arguments in ((ARPOScriptArguments, ARPOConfig, ModelConfig), (ColdStartArguments, SFTConfig, ModelConfig)):
+        flags = ["--output_dir", str(tmp_path), "--dataset_name", "questions.jsonl"]
+        told = [make_parser(*arguments).get_default(name) for name in ("use_cpu", "bf16", "gradient_checkpointing")]
+        if not accelerator:
+            assert told == [True, False, False]
+            training_args = make_parser(*arguments).parse_args_and_config(flags)[1]
+            assert training_args.device.type == "cpu"
+            chosen = make_parser(*arguments).parse_args_and_config([*flags, "--bf16", "true"])[1]
+            assert chosen.bf16 and chosen.use_cpu, "what is said on the command line holds"
+            (tmp_path / "recipe.yaml").write_text("gradient_checkpointing: true")
+            recipe = make_parser(*arguments).parse_args_and_config([*flags, "--config", str(tmp_path / "recipe.yaml")])
+            assert recipe[1].gradient_checkpointing, "and so does what a file says"
+        else:
+            assert told == [False, None, True]

@@ -1,71 +1,24 @@
-"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols; and where images are
-refused, told, or left to TRL.
+"""The families of models, text on multimodal checkpoints first: tools, forks, both protocols. Images are in
+`test_images.py`.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
 
 import multimodal
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from multimodal import weather
-from PIL import Image
+from multimodal import PROMPT, ROWS, records, reward, trainer_of, weather
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.checks import may_return_images
 from arpo_trl.evaluation import Agent
 from arpo_trl.protocols import check_chat_template, checkpoint_protocol
 from arpo_trl.protocols.suffix import suffix_renderer
 
-PROMPT = [{"role": "user", "content": "What is the weather?"}]
-ROWS = [{"prompt": PROMPT}] * 4
 TAGS = ("Qwen3-VL", "Qwen3.5", "Gemma 4")  # one of each architecture
 LORA = TAGS
 EQUAL = ("Qwen3-VL", "Qwen3.5, no thinking", "Gemma 4")
-
-
-def reward(completions, **kwargs):
-    """Varies within a group, whatever a protocol makes of a completion."""
-    return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
-
-
-def trainer_of(family, folder, rows=ROWS, trainer=ARPOTrainer, config=ARPOConfig, tools=(weather,), lora=None, **own):
-    model, processor = (multimodal.build if family in multimodal.MODELS else multimodal.build_text)(family)
-    multimodal.asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags")
-    settings = {
-        "num_generations": 4,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 220,
-        "max_steps": 1,
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    if config is ARPOConfig:
-        settings |= {"num_initial_generations": 2, "branch_rule": "threshold", "branch_threshold": 1e-4}
-        settings |= {"log_rollouts": True}
-    return trainer(
-        model,
-        reward,
-        config(str(folder), **{**settings, **own}),
-        Dataset.from_list(rows),
-        processing_class=processor,
-        tools=list(tools),
-        peft_config=lora,
-    )
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()]
 
 
 def trained(family, folder, **own):
@@ -127,7 +80,6 @@ def test_grpo_is_the_special_case(family, tmp_path):
     arpo.train()
     grpo = trainer_of(family, tmp_path / "grpo", trainer=GRPOTrainer, config=GRPOConfig, max_steps=2)
     grpo.train()
-    assert not arpo._delegates, "the rollout is our own, not TRL's"
     for stock, own in zip(grpo.state.log_history, arpo.state.log_history, strict=True):
         same = {name for name in stock if not re.search("time|per_second", name)}
         assert {name: own[name] for name in same} == {name: stock[name] for name in same}
@@ -172,80 +124,6 @@ def test_a_result_may_hold_what_stands_for_an_image(tmp_path):
     image = trainer_of("Qwen3-VL", tmp_path)._tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for row in records(tmp_path):
         assert image not in row["completion_ids"] and row["tool_calls"][0]["error"] is None
-
-
-# Images
-
-PICTURE = Image.new("RGB", (64, 64), "red")
-WITH_PICTURES = [{"prompt": PROMPT, "image": PICTURE}] * 4
-IN_PROMPT = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What is the weather?"}]
-
-
-def test_data_with_images_is_refused_where_rollouts_branch(tmp_path):
-    with pytest.raises(ValueError) as caught:
-        trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES)
-    assert "`train_dataset` has a column 'image'" in str(caught.value)
-    assert "set `num_initial_generations=4` and `tool_protocol='chat_template'`" in str(caught.value)
-    with pytest.raises(ValueError, match="`train_dataset` has a column 'images'"):
-        pictures = [{"prompt": PROMPT, "images": [PICTURE]}] * 4
-        trainer_of("Qwen3-VL", tmp_path, rows=pictures, num_initial_generations=4, tool_protocol="tags")
-
-
-def test_an_image_in_a_prompt_itself_is_refused_when_it_is_met(tmp_path):
-    trainer = trainer_of("Qwen3-VL", tmp_path)
-    with pytest.raises(ValueError, match="A prompt holds an image, but rollouts with tools that branch"):
-        trainer._tokenize_prompts([[{"role": "user", "content": IN_PROMPT}]])
-    trainer.model.eval()  # an evaluation never branches
-    trainer._tokenize_prompts([[{"role": "user", "content": IN_PROMPT}]])
-    assert trainer._delegates
-    trainer._tokenize_prompts([PROMPT])
-    assert not trainer._delegates
-
-
-def test_where_nothing_branches_images_are_left_to_trl(tmp_path):
-    trainer = trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, num_initial_generations=4)
-    render = trainer.processing_class.apply_chat_template
-
-    def rendered(*args, **kwargs):
-        """With pixels as tensors, which TRL expects; without torchvision they are NumPy's."""
-        output = render(*args, **kwargs)
-        if isinstance(output, Mapping):
-            output.update({name: torch.from_numpy(x) for name, x in output.items() if isinstance(x, np.ndarray)})
-        return output
-
-    trainer.processing_class.apply_chat_template = rendered
-    trainer.train()
-    assert trainer._delegates
-    assert [[call["name"] for call in row["tool_calls"]] for row in records(tmp_path)] == [["weather"]] * 4
-
-
-def test_where_rollouts_branch_the_model_reads_that_a_tool_returned_an_image(tmp_path):
-    def weather(city: str) -> list:
-        """
-        Weather.
-
-        Args:
-            city: Where.
-        """
-        return [{"type": "image", "image": PICTURE}, {"type": "text", "text": f"sun in {city}"}]
-
-    trainer = trainer_of("Qwen3-VL", tmp_path, tools=[weather])
-    trainer.train()
-    text = trainer._tokenizer.decode(records(tmp_path)[0]["completion_ids"])
-    assert "{'error': 'The tool returned an image, and you read text only.'}\nsun in " in text
-
-
-@pytest.mark.parametrize(
-    "returns, may",
-    [(str, False), (int, False), (dict, False), (dict[str, int], False), (list, True), (str | list, True)]
-    + [("Unknown", True), (object, True), (None, True)],
-)
-def test_a_type_hint_says_that_a_tool_returns_text(returns, may):
-    def tool(): ...
-
-    if returns is not None:
-        tool.__annotations__["return"] = returns
-    assert may_return_images(tool) is may
 
 
 # Outside of training

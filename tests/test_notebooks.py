@@ -8,13 +8,19 @@ import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from hub_standin import HubStandIn
 from huggingface_hub import ModelCard
 from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from vision_world import build_model, build_processor  # noqa: E402
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
@@ -59,8 +65,18 @@ def small(agent_dirs):
     return {"MODEL": agent_dirs["chat_template"], "STEPS": 2, "MAX_TOKENS": 120}
 
 
-def test_there_are_five():
-    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05"]
+@pytest.fixture
+def vision_dir(tmp_path):
+    """A small vision-language model with random weights, and its processor."""
+    processor = build_processor()
+    torch.manual_seed(0)
+    build_model(processor).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_there_are_six():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,3 +169,13 @@ def test_push_shows_the_card_and_loads_the_model_again(small, tmp_path):
     assert "image/png" in output_of(notebook, "hf_hub_download(")
     assert any(asked.startswith("GET /tester/agent/resolve/") and "model.safetensors" in asked for asked in hub.asked)
     assert "<tool_call>" in texts(notebook, "from_pretrained(REPO)")
+
+
+def test_a_tool_that_returns_images(vision_dir, tmp_path):
+    notebook = run("06_vision", tmp_path, MODEL=vision_dir, STEPS=1, MAX_TOKENS=60)
+    assert "image/png" in output_of(notebook, "Image.new")
+    assert "image/png" in output_of(notebook, "magnifier.zoom(")
+    assert "tools/call_frequency" in texts(notebook, "log_history")
+    page = output_of(notebook, "show(")
+    assert "<iframe" in page and "rollouts of outputs/vision" in page
+    assert list((tmp_path / "outputs/vision/rollouts").rglob("*.png"))

@@ -71,7 +71,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(agent_dirs, tmp_path_factory):
-    names = "split,uneven,hang,eager,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
+    names = "split,uneven,hang,eager,continuous,contrast,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
     return launch("multi_gpu.yaml", names, tmp_path_factory.mktemp("ddp"), agent_dirs["chat_template"])
 
 
@@ -125,6 +125,24 @@ def test_a_tool_that_hangs_on_one_process(runs):
     assert all(log["tools/s/seconds_max"] >= 1 for log in run.logs), "the maximum is over both"
 
 
+def test_the_continuous_schedule_on_two_processes(runs):
+    run = runs["continuous"]
+    for step in (0, 1):
+        for rank, calls in ((0, 3), (1, 1)):
+            records = run.records(rank, step)
+            assert [record["row"] for record in records] == [0, 1, 2, 3]
+            assert all([call["result"] for call in record["tool_calls"]] == ["found"] * calls for record in records)
+        assert any(record["kind"] == "fork" for record in run.records(1, step))
+    # No process samples because another one does: the rows of its own are all that its batches hold
+    for rank, segments in ((0, 2 * 4 * 4), (1, None)):
+        records = [record for step in (0, 1) for record in run.records(rank, step)]
+        own = sum(
+            segment["start"] >= (record["fork_token"] or 0) for record in records for segment in record["segments"]
+        )
+        assert sum(run.facts[rank]["batches"]) == own and own == (segments or own)
+    assert torch.equal(*run.weights)
+
+
 def test_the_eager_schedule_on_two_processes(runs):
     run = runs["eager"]
     for step in (0, 1):
@@ -134,6 +152,18 @@ def test_the_eager_schedule_on_two_processes(runs):
             assert all([call["result"] for call in record["tool_calls"]] == ["found"] * 2 for record in records)
     # A row that waits for its tool does not hold up the other process, which takes part in every wave all the same
     assert len(run.facts[0]["batches"]) == len(run.facts[1]["batches"])
+    assert torch.equal(*run.weights)
+
+
+def test_rewards_in_the_midst_of_a_rollout_and_forks_that_differ(runs):
+    """A group with one reward here, one that is filled there: both score together, and sample forks anew together."""
+    run = runs["contrast"]
+    assert [record["kind"] for record in run.records(0)] == ["initial"] * 2
+    there = run.records(1)
+    assert len(there) == 6 and {record["kind"] for record in there} > {"initial"}
+    assert sum(record["advantage"] for record in there) == pytest.approx(0.0, abs=1e-3)
+    assert len({record["rewards"]["length"] for record in there}) == 2
+    assert run.logs[0]["arpo/idle"] == 2.0, "four of the rows of two groups"
     assert torch.equal(*run.weights)
 
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arpo_trl.advantages import hard_advantages
+from arpo_trl.config import ROLLOUT_SCHEDULES
 from arpo_trl.execution.executor import ToolCall
 from arpo_trl.protocols import Turn
-from arpo_trl.rollout.engines import Sample
+from arpo_trl.rollout.continuous import Cut, run_continuous
+from arpo_trl.rollout.engines import BatchStream, Sample
 from arpo_trl.rollout.loop import Limits, RolloutHooks, run_waves
 from arpo_trl.rollout.record import call_records, rollout_records
 from arpo_trl.rollout.rules import BRANCH_RULES
@@ -34,6 +36,9 @@ class RandomProtocol:
     def result_ids(self, calls, written=()):
         return [0] * int(calls[0].result)
 
+    def images(self, calls):
+        return []
+
     def results_turn(self, calls, written=()):
         return [self.result_ids(calls)]
 
@@ -41,7 +46,7 @@ class RandomProtocol:
         return turns
 
 
-def random_rollout(seed, groups, size, initial, branching, limits, offset=0, rows=None, eager=False):
+def random_rollout(seed, groups, size, initial, branching, limits, offset=0, rows=None, schedule="waves", cut=None):
     rng = random.Random(seed)
     executed = []
 
@@ -59,7 +64,8 @@ def random_rollout(seed, groups, size, initial, branching, limits, offset=0, row
         for call in calls:
             executed.append(call)
             call.result, future = str(rng.randint(1, 6)), Future()
-            if eager:
+            future.set_running_or_notify_cancel()
+            if schedule != "waves":
                 threading.Timer(rng.random() / 1000, future.set_result, [call]).start()
             else:
                 future.set_result(call)
@@ -69,9 +75,11 @@ def random_rollout(seed, groups, size, initial, branching, limits, offset=0, row
     parts = group_parts(offset, rows or groups * size, size, initial)
     prompts = [[100 + (offset + row) // size] for row in range(rows or groups * size)]
     hooks = RolloutHooks(sample=sample, tools_of=lambda trajectory: {}, submit=submit)
-    trajectories = run_waves(
-        parts, prompts, RandomProtocol(), hooks, branching, limits, random.Random(seed + 1), END.__eq__, eager
-    )
+    settings_ = (parts, prompts, RandomProtocol(), hooks, branching, limits, random.Random(seed + 1), END.__eq__)
+    if schedule == "continuous":
+        trajectories = run_continuous(*settings_, BatchStream(sample), cut)
+    else:
+        trajectories = run_waves(*settings_, eager=schedule == "eager")
     return parts, trajectories, executed
 
 
@@ -88,7 +96,8 @@ def cases(draw):
             branch_factor=draw(st.integers(1, 3)),
             entropy_window=draw(st.integers(1, 5)),
             branch_probability=draw(st.sampled_from([0.0, 0.5, 1.0])),
-            name=draw(st.sampled_from(sorted(BRANCH_RULES))),
+            # The rule that asks for rewards has a test of its own
+            name=draw(st.sampled_from(sorted(name for name in BRANCH_RULES if not BRANCH_RULES[name].needs_rewards))),
             expansion_rounds=draw(st.integers(1, 3)),
         ),
         limits=Limits(
@@ -97,11 +106,11 @@ def cases(draw):
     )
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("schedule", ROLLOUT_SCHEDULES)
 @settings(max_examples=200, deadline=None)
 @given(case=cases())
-def test_invariants_of_a_rollout(eager, case):
-    groups, trajectories, executed = random_rollout(**case, eager=eager)
+def test_invariants_of_a_rollout(schedule, case):
+    groups, trajectories, executed = random_rollout(**case, schedule=schedule)
     size, limits = case["size"], case["limits"]
     assert [trajectory.row for trajectory in trajectories] == list(range(case["groups"] * size)), "M rows, in order"
     for group in groups:
@@ -137,6 +146,26 @@ def test_invariants_of_a_rollout(eager, case):
         resampled = next(segment for segment in trajectory.segments if segment.start == fork)
         assert resampled.forks is None and resampled.branch_probability is None and resampled.entropy_gap is not None
     assert own_calls == len(executed) and len({id(call) for call in executed}) == len(executed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.sampled_from([0.01, 0.3, 0.7, 0.95]))
+def test_a_rollout_that_is_cut_has_whole_groups(case, fraction):
+    groups, trajectories, executed = random_rollout(
+        **case, schedule="continuous", cut=Cut(fraction=fraction, token=END)
+    )
+    assert [trajectory.row for trajectory in trajectories] == list(range(case["groups"] * case["size"]))
+    for trajectory in trajectories:
+        assert trajectory.completion_ids, "no row without a token"
+        assert len(trajectory.completion_ids) == len(trajectory.tool_mask) == len(trajectory.logprobs)
+        assert len(trajectory.completion_ids) <= case["limits"].completion
+        sampled = [i for segment in trajectory.segments for i in range(segment.start, segment.end)]
+        assert sum(trajectory.tool_mask) == len(sampled) and all(trajectory.tool_mask[i] for i in sampled)
+        whole = trajectory.completion_ids[-1] == END and trajectory.tool_mask[-1] == 1
+        assert trajectory.truncated == (not whole)
+    own = [own.call for trajectory in trajectories for own in trajectory.calls if not own.shared]
+    assert {id(call) for call in own} <= {id(call) for call in executed}
+    assert rollout_records(0, groups, {}, [0.0] * len(trajectories), None)
 
 
 @settings(max_examples=100, deadline=None)

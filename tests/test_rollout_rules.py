@@ -244,7 +244,7 @@ def test_records_are_complete(tmp_path):
         "example",
     }
     assert set(records[0]["segments"][0]) == {
-        *("start", "end", "entropy", "entropy_gap", "branch_probability", "forks"),
+        *("start", "end", "entropy", "entropy_gap", "branch_probability", "forks", "logprob"),
     }
     assert set(records[0]["tool_calls"][0]) == {
         *("name", "arguments", "result", "error", "seconds", "shared", "merged", "cached", "refused"),

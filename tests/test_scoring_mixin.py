@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+import multimodal
 import pytest
 import tiny
 import torch
@@ -105,29 +106,42 @@ def test_sharing_that_is_switched_off_is_trls_to_the_bit(tokenizer, tmp_path):
     assert own == {"arpo/seconds/loss"}
 
 
-def eager(tokenizer):
+def stretched(tokenizer):
+    """A model whose rotary embedding depends on the length of the batch."""
     model = tiny.build_model(tokenizer)
-    model.set_attn_implementation("eager")
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     return model
 
 
 def test_the_reason_of_a_fall_back_is_told_in_the_log_and_in_the_metrics(tokenizer, tmp_path, caplog):
     prefix_sharing._log_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger=prefix_sharing.__name__):
-        trainer = train(Trainer, tokenizer, tmp_path, model=eager(tokenizer))
+        trainer = train(Trainer, tokenizer, tmp_path, model=stretched(tokenizer))
     told = [record.getMessage() for record in caplog.records if record.name == prefix_sharing.__name__]
-    assert len(told) == 1 and "attention 'eager'" in told[0]
+    assert len(told) == 1 and "rotary embedding" in told[0]
     for log in trainer.state.log_history[:2]:
-        assert log["arpo/not_packed/attention"] == 1 and log["arpo/packed_token_fraction"] == 0
+        assert log["arpo/not_packed/rotary_embedding"] == 1 and log["arpo/packed_token_fraction"] == 0
         assert log["arpo/computed_token_fraction"] == 1
+
+
+@pytest.mark.parametrize("family", ["Qwen3.5, no thinking", "Gemma 4"])
+def test_rows_of_text_of_a_multimodal_checkpoint(tmp_path, family):
+    model, processor = multimodal.build(family)
+    ours, stock = (
+        train(cls, processor, tmp_path / cls.__name__, model=model, max_steps=1) for cls in (Trainer, GRPOTrainer)
+    )
+    log = ours.state.log_history[0]
+    assert log["arpo/packed_token_fraction"] == 1 and log["arpo/computed_token_fraction"] < 0.5
+    assert log["loss"] == pytest.approx(stock.state.log_history[0]["loss"], rel=1e-3, abs=1e-6)
+    assert torch.allclose(weights(ours), weights(stock), atol=1e-5)
 
 
 def test_fractions_add_up_where_some_micro_batches_are_packed(tokenizer, tmp_path, monkeypatch):
     calls = iter(range(1000))
     judged = prefix_sharing.pack
 
-    def pack(rows, prompt_lengths, cost):  # every other micro-batch is said to cost too much
-        tree = judged(rows, prompt_lengths, cost)
+    def pack(*args, **kwargs):  # every other micro-batch is said to cost too much
+        tree = judged(*args, **kwargs)
         tree.cost *= 1 if next(calls) % 2 else float("inf")
         return tree
 

@@ -1,4 +1,4 @@
-"""Vision-language models: images in the prompt, and tools that answer with images, which TRL's own loop handles."""
+"""Vision-language models with a `generate` of their own, which calls no logits processor, and without tools."""
 
 import json
 
@@ -94,12 +94,9 @@ def test_a_tool_may_answer_with_an_image(tmp_path, monkeypatch):
         ["assistant"],
     ]
     ((call,), none) = seen["tool_calls"]
-    assert (call["name"], call["arguments"], call["result"], call["shared"]) == (
-        "screenshot",
-        {},
-        "<image>Here it is.",
-        False,
-    )
+    assert (call["name"], call["arguments"], call["error"], call["shared"]) == ("screenshot", {}, None, False)
+    assert [block["type"] for block in call["result"]] == ["image", "text"]
+    assert call["result"][0]["image"].size == (64, 64)
     assert none == [] and "Red." in seen["model_text"][0] and "Here it is." not in seen["model_text"][0]
     lines = (tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()
     first, second = map(json.loads, lines)

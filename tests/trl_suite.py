@@ -325,6 +325,44 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         )
         return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
 
+    def idefics3() -> tuple[Any, Any]:
+        marks = ["<fake_token_around_image>", "<global-img>", "<image>"]
+        tokens = plain_tokenizer("idefics3", "<end_of_utterance>", *marks, image_token="<image>")
+        config = tf.Idefics3Config(
+            text_config={**text, "model_type": "llama", "vocab_size": len(tokens), **ids_of(tokens)},
+            vision_config={**text, "image_size": 28, "patch_size": 7},
+            scale_factor=2,
+            image_token_id=tokens.convert_tokens_to_ids("<image>"),
+        )
+        images = tf.Idefics3ImageProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28})
+        processor = tf.Idefics3Processor(images, tokens, image_seq_len=4, chat_template=tokens.chat_template)
+        return tf.Idefics3ForConditionalGeneration(config), processor
+
+    def lfm2_vl() -> tuple[Any, Any]:
+        marks = ["<|im_start|>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<image>"]
+        marks += ["<|tool_call_start|>", "<|tool_call_end|>"]
+        tokens = plain_tokenizer(
+            "lfm2_2_5_vl", "<|im_end|>", *(m for m in marks if m != "<|im_end|>"), image_token="<image>"
+        )
+        config = tf.Lfm2VlConfig(
+            text_config={
+                **text,
+                "vocab_size": len(tokens),
+                "layer_types": ["conv", "full_attention"],
+                "block_auto_adjust_ff_dim": False,
+                **ids_of(tokens),
+            },
+            vision_config={**text, "model_type": "siglip2_vision_model", "patch_size": 8, "num_patches": 64},
+            image_token_id=tokens.convert_tokens_to_ids("<image>"),
+            projector_hidden_size=16,
+            downsample_factor=2,
+        )
+        images = tf.Lfm2VlImageProcessor(
+            tile_size=32, encoder_patch_size=8, min_image_tokens=2, max_image_tokens=4, max_num_patches=64, max_tiles=4
+        )
+        processor = tf.Lfm2VlProcessor(images, tokens, chat_template=tokens.chat_template)
+        return tf.Lfm2VlForConditionalGeneration(config), processor
+
     experts = {**MIXTURE, "shared_expert_intermediate_size": 32}
     qwen2_5_vision = {"hidden_size": 16, "out_hidden_size": 16, "fullatt_block_indexes": [1], "intermediate_size": 32}
     return {
@@ -338,6 +376,8 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         "Qwen3_5MoeForConditionalGeneration-3.6": lambda: qwen3_5("Qwen3_5Moe", "qwen3_6", **experts),
         "Gemma3ForConditionalGeneration": gemma3,
         "Gemma4ForConditionalGeneration": gemma4,
+        "Idefics3ForConditionalGeneration": idefics3,
+        **({"Lfm2VlForConditionalGeneration": lfm2_vl} if has_torchvision() else {}),
         "LlavaForConditionalGeneration": lambda: llava("Llava"),
         "LlavaNextForConditionalGeneration": lambda: llava("LlavaNext"),
     }

@@ -5,9 +5,12 @@ was sampled (`sampling`), and what it was scored with (`scored_with`). Completio
 settings are refused; those that were scored with another function or another ground truth are scored again, without
 being sampled.
 
+Of several processes each fills a part, and the main one joins them.
+
 What is not here: locks. Two evaluations must not write into one file.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +21,7 @@ from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from .. import __version__
+from ..execution.images import image_hash, image_saver
 from ..rewards.judge import last_user_text
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis))
@@ -33,8 +37,9 @@ def sampling_settings(agent: Any) -> dict[str, Any]:
     config = getattr(agent.model, "config", None) or getattr(
         getattr(agent.model, "llm_engine", None), "model_config", None
     )
+    served = getattr(agent.model, "name", None) if config is None else None  # by a server
     settings = {
-        "model": getattr(config, "name_or_path", None) or getattr(config, "model", None) or None,
+        "model": getattr(config, "name_or_path", None) or getattr(config, "model", None) or served,
         "tool_protocol": type(agent.protocol).__name__,
         "tools": sorted(agent.tools),
         "max_completion_length": agent.limits.completion,
@@ -63,6 +68,8 @@ def scoring_hashes(functions: Sequence[Callable], rows: Sequence[Mapping[str, An
 
 
 def _as_json(value: Any) -> Any:
+    if hasattr(value, "getpalette"):
+        return image_hash(value)
     return value.tolist() if hasattr(value, "tolist") else type(value).__qualname__
 
 
@@ -130,7 +137,8 @@ def resume(
 ) -> dict[int, list[dict]]:
     """
     The questions that a file of records holds, by their index. What a killed run left half done is taken out of the
-    file, and completions without a score, or whose score is of another function or another row, are scored again.
+    file, what its processes had written into parts is put in, and completions without a score, or whose score is of
+    another function or another row, are scored again.
 
     Args:
         path (`Path`): The file; it need not exist.
@@ -145,9 +153,14 @@ def resume(
         ValueError: The file holds other questions, prompts or settings, more completions, or lines that are no
         records.
     """
-    if not path.exists():
+    parts = _parts(path)
+    if not path.exists() and not parts:
         return {}
-    found, damaged = _read(path)
+    found, damaged = _read(path) if path.exists() else ({}, False)
+    for part in parts:
+        for index, group in _read(part)[0].items():
+            if len(found.get(index, [])) < num_generations:  # else the parts were joined, and are still there
+                found[index] = group
     kept = {index: group for index, group in found.items() if len(group) >= num_generations}
     asked = {index: group for index, group in kept.items() if index < len(rows)}
     for index, group in kept.items():
@@ -161,11 +174,29 @@ def resume(
     stale = [r for i in asked for r in asked[i] if r["score"] is None or r.get("scored_with") != scored_with[i]]
     if stale:
         fill_scores(stale, rows)
-    if stale or damaged or len(kept) < len(found):
+    if stale or damaged or parts or len(kept) < len(found):
         whole = path.with_suffix(".tmp")
         write_records(whole, [record for index in sorted(kept) for record in kept[index]], "w")
         os.replace(whole, path)
+    for part in parts:
+        part.unlink()
     return asked
+
+
+def part_path(path: Path, process: int) -> Path:
+    """The file that one of several processes fills."""
+    return path.with_name(f"{path.name}.part-{process}")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(glob.escape(path.name) + ".part-*"))
+
+
+def join_parts(path: Path, answered: Mapping[int, Sequence[dict]]) -> None:
+    """Add what all processes have answered to the file, in the order of the questions, and delete their parts."""
+    write_records(path, [record for index in sorted(answered) for record in answered[index]], "a")
+    for part in _parts(path):
+        part.unlink()
 
 
 def _read(path: Path) -> tuple[dict[int, list[dict]], bool]:
@@ -224,5 +255,6 @@ def _check_group(
 def write_records(path: Path, records: Sequence[dict], mode: str) -> None:
     """Write `records` as lines of JSON; `mode` is that of `open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    saved = image_saver(path.parent / "images")
     with path.open(mode, encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, default=str) + "\n" for record in records))
+        file.write("".join(json.dumps(record, default=saved) + "\n" for record in records))

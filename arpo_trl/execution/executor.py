@@ -28,6 +28,7 @@ from .arguments import bound_arguments
 from .attempts import Attempt, LoopThread, in_thread, on_loop
 from .cache import ToolCache
 from .function_worker import Worker, as_content
+from .images import read_blocks
 from .options import ToolOptions, is_async, tool_options
 from .places import Places
 from .retries import failure_of, retrying
@@ -87,6 +88,9 @@ class ToolExecutor:
         count_tokens (`Callable[[str], int]`, *optional*):
             Number of tokens of a text, for `max_result_tokens`, such as `lambda text: len(tokenizer.encode(text))`.
             Called on the executor's own thread. By default four characters count as a token.
+        image_tokens (`Callable[[PIL.Image.Image], int]`, *optional*):
+            Number of tokens that an image becomes; raises of one that the model cannot take. Called on another thread.
+            By default nothing is read of images, and the protocol says what the model is told.
 
     Example:
 
@@ -103,6 +107,7 @@ class ToolExecutor:
         max_workers: int = 64,
         timeout: float | None = None,
         count_tokens: Callable[[str], int] | None = None,
+        image_tokens: Callable[[Any], int] | None = None,
     ):
         if not isinstance(max_workers, int) or max_workers < 1:
             raise ValueError(f"`max_workers` must be a positive integer, not {max_workers!r}.")
@@ -111,8 +116,9 @@ class ToolExecutor:
         self.max_workers = max_workers
         self.timeout = timeout
         self.count_tokens = count_tokens or (lambda text: -(-len(text) // 4))
+        self.image_tokens = image_tokens
         self._lock = threading.Lock()
-        self._life: _Life | None = None
+        self._state: _RunningState | None = None
 
     def __enter__(self) -> "ToolExecutor":
         return self
@@ -142,12 +148,14 @@ class ToolExecutor:
         """
         futures: list[Future[ToolCall]] = [Future() for _ in calls]
         with self._lock:
-            if self._life is None:
-                self._life = _Life(self.max_workers, self.timeout, self.count_tokens)
+            if self._state is None:
+                self._state = _RunningState(self.max_workers, self.timeout, self.count_tokens, self.image_tokens)
                 # An executor that is dropped without `close` leaves nothing behind either
-                self._end = weakref.finalize(self, self._life.end)
-            life = self._life
-            asyncio.run_coroutine_threadsafe(life.execute_in_order(calls, futures, list(available)), life.control.loop)
+                self._end = weakref.finalize(self, self._state.end)
+            state = self._state
+            asyncio.run_coroutine_threadsafe(
+                state.execute_in_order(calls, futures, list(available)), state.control.loop
+            )
         return futures
 
     def run(self, calls: list[tuple[ToolCall, Callable | None]], available: Iterable[str] = ()) -> list[ToolCall]:
@@ -158,21 +166,28 @@ class ToolExecutor:
     def close(self) -> None:
         """Give up the calls that still run, answer them with an error, and end threads and processes."""
         with self._lock:
-            if self._life is not None:
+            if self._state is not None:
                 self._end()
-                self._life = None
+                self._state = None
 
 
-class _Life:
+class _RunningState:
     """What an executor holds from its first call to its end. Its coroutines run on the `control` loop alone.
 
     Async tools have a loop of their own: one that blocks it must not stop the clock of the others.
     """
 
-    def __init__(self, max_workers: int, timeout: float | None, count_tokens: Callable[[str], int]):
+    def __init__(
+        self,
+        max_workers: int,
+        timeout: float | None,
+        count_tokens: Callable[[str], int],
+        image_tokens: Callable[[Any], int] | None,
+    ):
         self.max_workers = max_workers
         self.timeout = timeout
         self.count_tokens = count_tokens
+        self.image_tokens = image_tokens
         self.closing = False
         self.control = LoopThread("arpo-tools")
         self.tool_loop: LoopThread | None = None
@@ -234,6 +249,10 @@ class _Life:
             options = tool_options(function)
             limit = options.max_result_tokens
             call.result = await self.answer(call, function, options)
+            if isinstance(call.result, list) and self.image_tokens is not None:
+                call.result = await asyncio.get_running_loop().run_in_executor(
+                    None, self.read_images, call.result, limit
+                )
         except asyncio.CancelledError:
             call.error = "the executor was closed before the call had ended"
             call.result = str({"error": call.error})
@@ -243,6 +262,12 @@ class _Life:
             call.result = str({"error": str(failure)})
         if limit is not None and isinstance(call.result, str):
             call.result = cut(call.result, limit, self.count_tokens)
+
+    def read_images(self, blocks: list, limit: int | None) -> list:
+        """Content blocks with their images decoded, within the tokens that a result may have."""
+        assert self.image_tokens is not None
+        shortened = functools.partial(cut, count_tokens=self.count_tokens)
+        return read_blocks(blocks, self.image_tokens, limit, shortened, self.count_tokens)
 
     async def answer(self, call: ToolCall, function: Callable, options: ToolOptions) -> str | list:
         """Take the answer from the cache, from the same call in flight, or from the tool."""
@@ -321,7 +346,7 @@ class _Life:
             else:
                 running.give_up()
                 if not self.closing:
-                    task = asyncio.ensure_future(self.see_off(running, places))
+                    task = asyncio.ensure_future(self.hold_place_until_ended(running, places))
                     self.background.add(task)
                     task.add_done_callback(self.background.discard)
         if not running.ended.done():
@@ -344,17 +369,17 @@ class _Life:
         if is_async(function):
             if self.tool_loop is None:
                 self.tool_loop = LoopThread("arpo-async-tools")
-            return self.keep(on_loop(self.tool_loop, function, arguments))
+            return self.track(on_loop(self.tool_loop, function, arguments))
         if not options.process:
-            return self.keep(in_thread(lambda: as_content(function(**arguments))))
+            return self.track(in_thread(lambda: as_content(function(**arguments))))
         # Not on the clock of the call: a new process has to import the tool's module
-        borrowing = self.keep(in_thread(lambda: self.borrow_worker(home, function)))
+        borrowing = self.track(in_thread(lambda: self.borrow_worker(home, function)))
         worker, failure = await asyncio.shield(borrowing.ended)
         if failure is not None:
             raise failure
-        return self.keep(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
+        return self.track(in_thread(lambda: self.call_worker(home, worker, arguments), give_up=worker.kill))
 
-    def keep(self, attempt: Attempt) -> Attempt:
+    def track(self, attempt: Attempt) -> Attempt:
         self.attempts.add(attempt)
         attempt.ended.add_done_callback(lambda _: self.attempts.discard(attempt))
         return attempt
@@ -389,7 +414,7 @@ class _Life:
             else:
                 self.drop_worker(worker)
 
-    async def see_off(self, attempt: Attempt, places: Places) -> None:
+    async def hold_place_until_ended(self, attempt: Attempt, places: Places) -> None:
         """Keep the place of a call that was given up until it has really ended."""
         await asyncio.wait({attempt.ended}, timeout=_GRACE)
         if not attempt.ended.done():

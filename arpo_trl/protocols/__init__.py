@@ -2,9 +2,8 @@
 
 A protocol turns sampled tokens into calls, results into tokens, and a finished trajectory into what reward functions
 see. There are two: the tokenizer's chat template (`chat_template.py`), and the tags of the ARPO paper (`tags.py`). A
-third is a subclass of [`ToolProtocol`] (`base.py`), which `tool_protocol="my_module:MyProtocol"` names.
-
-What is not here: images in tool results; the model reads that there was one.
+third is a subclass of [`ToolProtocol`] (`base.py`), which `tool_protocol="my_module:MyProtocol"` names. How a
+multimodal checkpoint reads images is in `images.py`.
 """
 
 import inspect

@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..execution.executor import ToolCall
 from ..execution.function_worker import whole_text
+from ..execution.images import images_of
+from .images import ImageReader
+
+logger = logging.get_logger(__name__)
 
 Tools = Mapping[str, Callable]
 
@@ -46,12 +51,15 @@ class ToolProtocol(ABC):
         reserved_names (`frozenset[str]`): Names that no tool may have.
         stop_strings (`list[str]`): Text at which generation stops, besides the end of the turn. May be set for each
             object.
+        image_reader ([`ImageReader`], *optional*): How the model reads images; `None` where it reads text alone. Set
+            for each object, of a multimodal checkpoint.
     """
 
     schema_in_prompt: bool = False
     structured: bool = False
     reserved_names: frozenset[str] = frozenset()
     stop_strings: list[str] = []
+    image_reader: ImageReader | None = None
 
     def __init__(
         self,
@@ -77,6 +85,14 @@ class ToolProtocol(ABC):
     def results_turn(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[Any]:
         """What `turns` keeps of the results."""
 
+    def shows_images(self) -> bool:
+        """Whether the model sees the images that tools return; if not, it reads an error in the place of each."""
+        return False
+
+    def images(self, calls: Sequence[ToolCall]) -> list[Any]:
+        """The images that [`result_ids`] writes, in order."""
+        return [image for call in calls for image in images_of(call.result)] if self.shows_images() else []
+
     @abstractmethod
     def completion(self, turns: list[Any], conversational: bool) -> Any:
         """What reward functions see, from the trajectory's turns."""
@@ -86,6 +102,11 @@ def text_of(result: str | list | None) -> str:
     """What a model that reads only text is told of a tool's result; content blocks are told one a line."""
     if not isinstance(result, list):
         return "" if result is None else result
+    if images_of(result):
+        logger.warning_once(
+            "A tool returned an image, which this model cannot be shown: it reads an error in its place. Images are "
+            "for multimodal checkpoints with their processor (docs/models.md)."
+        )
     kinds = [block.get("type") if isinstance(block, dict) else None for block in result]
     return whole_text(
         "\n".join(

@@ -55,6 +55,22 @@ class ChatTemplateProtocol(ToolProtocol):
             message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
         return Turn(message, [_structured_call(call) for call in message.get("tool_calls") or []])
 
+    def shows_images(self) -> bool:
+        return self._template_shows_images
+
+    @functools.cached_property
+    def _template_shows_images(self) -> bool:
+        """Whether the template writes an image of a tool's result; some write its texts alone."""
+        if self.image_reader is None or self.image_reader.by_row or self.suffix_ids is None:
+            return False
+        content = [{"type": "image", "image": self.image_reader.sample}]
+        try:
+            ids = self.suffix_ids([{"role": "tool", "name": "dummy", "content": content}])
+        except Exception:  # of the template
+            return False
+        wanted = self.image_reader.types(self.image_reader.ids(self.image_reader.sample))
+        return sum(self.image_reader.types(ids)) == sum(wanted)
+
     def turn_prefix(self, context: list[int]) -> list[int]:
         """
         The end of a context that decides how the turn behind it is parsed: from some tokens before the start of that
@@ -90,14 +106,25 @@ class ChatTemplateProtocol(ToolProtocol):
         return {}
 
     def results_turn(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[dict]:
-        return [{"role": "tool", "name": call.name, "content": text_of(call.result)} for call in calls]
+        return [{"role": "tool", "name": call.name, "content": self._content(call.result)} for call in calls]
+
+    def _content(self, result: str | list | None) -> str | list:
+        return copied(result) if isinstance(result, list) and self.shows_images() else text_of(result)
 
     def result_ids(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[int]:
         assert self.suffix_ids is not None
         messages = self.results_turn(calls)
         for message in messages:
-            message["content"] = defuse(self.tokenizer, message["content"])
+            message["content"] = self._defused(message["content"])
         return self.suffix_ids(messages, written[-1]) if written else self.suffix_ids(messages)
+
+    def _defused(self, content: str | list) -> str | list:
+        if isinstance(content, str):
+            return defuse(self.tokenizer, content)
+        return [
+            {**block, "text": defuse(self.tokenizer, block["text"])} if block["type"] == "text" else block
+            for block in content
+        ]
 
     def completion(self, turns: list[dict], conversational: bool) -> list[dict]:
         return [copied(turn) for turn in turns if turn]

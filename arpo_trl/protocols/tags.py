@@ -49,11 +49,32 @@ class TagsProtocol(ToolProtocol):
         return [self.result_ids(calls, written)]
 
     def result_ids(self, calls: Sequence[ToolCall], written: Sequence[int] = ()) -> list[int]:
-        results = "".join(f"<result>{text_of(call.result)}</result>" for call in calls)
+        pieces: list[Any] = [""]  # texts and images in turns
+        for call in calls:
+            shown = isinstance(call.result, list) and self.shows_images()
+            pieces[-1] += "<result>"
+            told: Any = call.result if shown else [{"type": "text", "text": text_of(call.result)}]
+            for block in told:
+                if block["type"] == "image":
+                    pieces += [block["image"], ""]
+                else:
+                    pieces[-1] += block["text"]
+            pieces[-1] += "</result>"
         # The token that ends the call may hold more than the ">": with "><" the model has begun the result's own tag
         text, closing = self._read(written)
         begun = text[closing.end() :] if closing else ""
-        return encode_plain(self.tokenizer, results[len(begun) :] if "<result>".startswith(begun) else results)
+        if "<result>".startswith(begun):
+            pieces[0] = pieces[0][len(begun) :]
+        return [token for piece in pieces for token in self._encoded(piece)]
+
+    def shows_images(self) -> bool:
+        return self.image_reader is not None and not self.image_reader.by_row
+
+    def _encoded(self, piece: Any) -> list[int]:
+        if isinstance(piece, str):
+            return encode_plain(self.tokenizer, piece)
+        assert self.image_reader is not None
+        return self.image_reader.ids(piece)
 
     def completion(self, turns: list[list[int]], conversational: bool) -> Any:
         text = self.tokenizer.decode([token for ids in turns for token in ids], skip_special_tokens=True)

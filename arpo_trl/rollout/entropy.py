@@ -35,6 +35,12 @@ def mean_entropy(entropies: Sequence[float], window: int) -> float | None:
     return sum(head) / len(head) if head else None
 
 
+def segment_logprob(logprobs: Sequence[float] | None) -> float | None:
+    """Log-probability of a segment, in nats; `None` where that of a token is not known."""
+    total = None if logprobs is None else math.fsum(logprobs)
+    return None if total is None or math.isnan(total) else total
+
+
 def entropy_gap(entropy: float, baseline: float, window: int, vocab_size: int) -> float:
     """
     ΔH = k (H_t − H_0) / ln V (Eq. 3).

@@ -3,11 +3,9 @@ https://huggingface.co/papers/2507.19849).
 
 One wave: generate the next segment of every waiting trajectory, read its entropy, decide and make forks, parse the
 segments and start the calls of each as soon as it is parsed, append their results. The eager schedule does not wait
-for the slowest tool: its next wave holds the trajectories whose results are there. The rules of expansion let all rows of a group end and then fork anywhere in its
-tree. The loop knows nothing of models, tokenizers or TRL: it is handed functions that sample, parse and run, so that
-tests drive it with scripts.
-
-What is not here: images in tool results.
+for the slowest tool: its next wave holds the trajectories whose results are there. The rules of expansion let all rows
+of a group end and then fork anywhere in its tree. The loop knows nothing of models, tokenizers or TRL: it is handed
+functions that sample, parse and run, so that tests drive it with scripts. `continuous.py` does the same without waves.
 """
 
 import random
@@ -16,13 +14,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from ..execution.executor import ToolCall
+from ..execution.images import images_of
 from ..execution.options import tool_options
 from ..protocols import ToolProtocol, Tools, Turn
+from .distinct import distinct_samples
 from .engines.base import Sample
-from .entropy import entropy_gap, mean_entropy
+from .entropy import entropy_gap, mean_entropy, segment_logprob
 from .rules.answers import decide, expand, priority
 from .rules.base import BranchRule, allocate_forks
 from .tree import CallOfRow, Group, Place, Segment, Trajectory
@@ -37,11 +38,14 @@ class Branching:
         rule ([`BranchRule`]): When it forks.
         entropy_window (`int`): Tokens at the start of a segment over which its entropy is read, k.
         vocab_size (`int`): V.
+        fork_tries (`int`, *optional*, defaults to `1`): Times that a fork is sampled at most until its first segment
+            is another than those of its node.
     """
 
     rule: BranchRule
     entropy_window: int
     vocab_size: int
+    fork_tries: int = 1
 
 
 @dataclass
@@ -85,27 +89,34 @@ class RolloutHooks:
 
     Args:
         sample (`Callable[[list[list[int]], list[int]], list[Sample]]`): Samples a segment after each context, no
-            longer than each limit. Called with empty lists where this process has nothing to do and others have.
+            longer than each limit. Called with empty lists where this process has nothing to do and others have, and
+            with the images of each context as a third argument where one has some.
         tools_of (`Callable[[Trajectory], Tools]`): The tools that a row may call, by name.
         submit (`Callable[[Trajectory, list[ToolCall]], list[Future]]`): Starts the calls of one turn.
-        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Copies what a stateful environment holds from a parent
-            to its fork, before it is touched again. Returns whether that was possible; if not, the fork is not made.
+        score (`Callable[[], None]`): Scores the rows of all groups, which have ended: sets `group.rewards`. Called for
+            a rule that `needs_rewards`; collective.
+        copy_state (`Callable[[Trajectory, Trajectory], bool]`): Gives a fork what a stateful environment of its parent
+            held where it leaves. Returns whether that was possible; if not, the fork is not made.
         keep (`Callable[[list[list[int]]], None]`): Told, before `sample`, the contexts that are not in it but needed
             later, so that an engine keeps what it has cached of them: in the eager schedule those that are waiting for
             a tool, with a rule that expands those that have ended and may be forked from.
         anyone (`Callable[[bool], bool]`): Whether this is true on any process; collective.
         on_wave (`Callable[[Wave], None]`): Told of progress.
+        on_end (`Callable[[list[Trajectory]], None]`): Told of rows that have ended, before the next segments are
+            sampled. A fork may still leave one of them, with a rule that expands.
         timed (`Callable[[str], AbstractContextManager]`): Times a phase: `"sample"`, `"parse"` (calls started
             too), `"tools"` (results appended) or `"wait"` (for tools).
     """
 
-    sample: Callable[[list[list[int]], list[int]], list[Sample]]
+    sample: Callable[..., list[Sample]]
     tools_of: Callable[[Trajectory], Tools]
     submit: Callable[[Trajectory, list[ToolCall]], list[Future]]
+    score: Callable[[], None] = lambda: None
     copy_state: Callable[[Trajectory, Trajectory], bool] = lambda parent, fork: True
     keep: Callable[[list[list[int]]], None] = lambda contexts: None
     anyone: Callable[[bool], bool] = bool
     on_wave: Callable[[Wave], None] = lambda wave: None
+    on_end: Callable[[list[Trajectory]], None] = lambda trajectories: None
     timed: Callable[[str], AbstractContextManager] = lambda phase: nullcontext()
 
 
@@ -130,6 +141,7 @@ def run_waves(
     rng: random.Random,
     ends_turn: Callable[[int], bool],
     eager: bool = False,
+    images: Sequence[Sequence[Any]] = (),
 ) -> list[Trajectory]:
     """
     Fill every group.
@@ -146,22 +158,31 @@ def run_waves(
         eager (`bool`, *optional*, defaults to `False`): Go on with the rows whose tools are done rather than wait for
             all. Which rows meet in a wave then depends on how long tools take, so a seed does not repeat a rollout.
             Processes still take every wave together, and wait for each other's first result when none has any.
+        images (`Sequence[Sequence[PIL.Image.Image]]`): Images of each prompt; empty where none has any.
 
     Returns:
         `list[Trajectory]`: the rows of all groups, in order.
     """
-    waiting = [_start(group, prompts, "initial") for group in groups for _ in range(group.num_initial)]
+    images = images or [[] for _ in prompts]
+    waiting = [_start(group, prompts, images, "initial") for group in groups for _ in range(group.num_initial)]
     group_of = {row: group for group in groups for row in group.rows}
     wave = Wave(index=0, active=0, calls=0, forks=0)
     pending: list[_Step] = []  # read and appended, but not answered
 
     while hooks.anyone(bool(waiting)):
-        if eager or branching.rule.expands:
-            hooks.keep(_needed_later(groups, waiting, pending, branching.rule))
+        later: list[list[int]] = []
+        if eager or branching.rule.expands or branching.fork_tries > 1:
+            later = _needed_later(groups, waiting, pending, branching.rule)
+            hooks.keep(later)
         contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
+        seen = [trajectory.images for trajectory in waiting]
         with hooks.timed("sample"):
-            samples = hooks.sample(contexts, budgets)
+            sample = partial(hooks.sample, images=seen) if any(seen) else hooks.sample
+            samples = sample(contexts, budgets)
+            if branching.fork_tries > 1:
+                again = partial(_sample_again, hooks, contexts, budgets, seen, later)
+                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
         # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
         steps = [_cut(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
@@ -192,11 +213,14 @@ def run_waves(
                 waiting += [step.trajectory for step in answered if _answer(step, protocol, limits, ends_turn)]
             if not limits.cut_afterwards:
                 waiting = [trajectory for trajectory in waiting if _has_room(trajectory, limits)]
+            going = {trajectory.row for trajectory in waiting}
+            hooks.on_end([step.trajectory for step in answered if step.trajectory.row not in going])
             unfinished = {id(group_of[trajectory.row]) for trajectory in waiting}
             unfinished |= {id(group_of[step.trajectory.row]) for step in pending}
-            for group in groups:
-                if group.budget and id(group) not in unfinished:
-                    waiting += _fill(group, prompts, branching.rule, rng)
+            if not branching.rule.needs_rewards or _scored(groups, bool(unfinished), hooks):
+                for group in groups:
+                    if group.budget and id(group) not in unfinished:
+                        waiting += _fill(group, prompts, images, branching.rule, hooks, rng)
             if not eager or hooks.anyone(bool(waiting)) or not hooks.anyone(bool(pending)):
                 break
             with hooks.timed("wait"):
@@ -205,6 +229,14 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+def _scored(groups: Sequence[Group], unfinished: bool, hooks: RolloutHooks) -> bool:
+    """Score the rows of all groups, once none is unfinished on any process and rows are missing on one."""
+    if hooks.anyone(unfinished) or not hooks.anyone(any(group.budget for group in groups)):
+        return False
+    hooks.score()
+    return True
 
 
 def _cut(trajectory: Trajectory, sample: Sample, branching: Branching, limits: Limits) -> _Step:
@@ -231,9 +263,31 @@ def _needed_later(
     return contexts
 
 
-def _start(group: Group, prompts: Sequence[list[int]], kind: Literal["initial", "supplement"]) -> Trajectory:
+def _sample_again(
+    hooks: RolloutHooks,
+    contexts: Sequence[list[int]],
+    budgets: Sequence[int],
+    seen: Sequence[Sequence[Any]],
+    later: Sequence[list[int]],
+    rows: list[int],
+    samples: Sequence[Sample],
+) -> list[Sample]:
+    """Sample some rows of a wave anew; the engine keeps what the others go on from."""
+    others = [index for index in range(len(contexts)) if index not in rows]
+    hooks.keep([*later, *(contexts[index] + samples[index].ids for index in others)])
+    sample = partial(hooks.sample, images=[seen[index] for index in rows]) if any(seen) else hooks.sample
+    return sample([contexts[index] for index in rows], [budgets[index] for index in rows])
+
+
+def _start(
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    kind: Literal["initial", "supplement"],
+) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
-    trajectory = Trajectory(group.next_row, list(prompts[group.next_row]), kind)
+    row = group.next_row
+    trajectory = Trajectory(row, list(prompts[row]), kind, images=list(images[row]))
     group.trajectories.append(trajectory)
     return trajectory
 
@@ -245,11 +299,11 @@ def _fork(group: Group, parent: Trajectory, place: Place) -> Trajectory:
     return fork
 
 
-def _fork_with_state(group: Group, parent: Trajectory, hooks: RolloutHooks) -> Trajectory | None:
+def _fork_with_state(group: Group, parent: Trajectory, place: Place, hooks: RolloutHooks) -> Trajectory | None:
     """
-    A trajectory that leaves `parent` where it is; `None` where its state cannot be copied, and the row stays free.
+    A trajectory that leaves `parent` at `place`; `None` where its state cannot be copied, and the row stays free.
     """
-    fork = _fork(group, parent, parent.end)
+    fork = _fork(group, parent, place)
     if hooks.copy_state(parent, fork):
         return fork
     group.trajectories.pop()
@@ -260,7 +314,7 @@ def _read(trajectory: Trajectory, sample: Sample, branching: Branching) -> Segme
     """The segment that was just sampled, with its entropy and, after a tool result, its gap to the baseline."""
     start = len(trajectory.completion_ids)
     entropy = mean_entropy(sample.entropies, branching.entropy_window)
-    segment = Segment(start, start + len(sample.ids), entropy)
+    segment = Segment(start, start + len(sample.ids), entropy, logprob=segment_logprob(sample.logprobs))
     if start == 0:
         trajectory.baseline = entropy
     elif entropy is not None and trajectory.baseline is not None:
@@ -290,16 +344,26 @@ def _decide(
     priorities = [priority(rule, step.segment) for step in asking]
     forks = []
     for step, count in zip(asking, allocate_forks(priorities, wanted, group.budget, rng), strict=True):
-        made = [_fork_with_state(group, step.trajectory, hooks) for _ in range(count)]
+        made = [_fork_with_state(group, step.trajectory, step.trajectory.end, hooks) for _ in range(count)]
         copied = [fork for fork in made if fork is not None]
         step.segment.forks = len(copied)
         forks += copied
     return forks
 
 
-def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: random.Random) -> list[Trajectory]:
+def _fill(
+    group: Group,
+    prompts: Sequence[list[int]],
+    images: Sequence[Sequence[Any]],
+    rule: BranchRule,
+    hooks: RolloutHooks,
+    rng: random.Random,
+) -> list[Trajectory]:
     """More rows for a group of which none is unfinished, from where the rule says."""
     nodes = expand(rule, group, rng)
+    if not nodes:
+        group.end()
+        return []
     group.rounds += 1
     if rule.expands:  # each tool result is decided upon now; a segment that a fork re-sampled belongs to its parent's
         for row in group.trajectories:
@@ -308,12 +372,14 @@ def _fill(group: Group, prompts: Sequence[list[int]], rule: BranchRule, rng: ran
                     segment.forks = segment.forks or 0
     started = []
     for node in nodes:
-        if node.segment == 0:
-            started.append(_start(group, prompts, "supplement"))
+        parent, fork = group.trajectories[node.row], None
+        if node.segment > 0:
+            fork = _fork_with_state(group, parent, parent.starts[node.segment], hooks)
+        if fork is None:
+            started.append(_start(group, prompts, images, "supplement"))
             continue
-        parent = group.trajectories[node.row]
         parent.segments[node.segment].forks = (parent.segments[node.segment].forks or 0) + 1
-        started.append(_fork(group, parent, parent.starts[node.segment]))
+        started.append(fork)
     return started
 
 
@@ -372,6 +438,8 @@ def _answer(step: _Step, protocol: ToolProtocol, limits: Limits, ends_turn: Call
     if step.sample.logprobs is not None:
         trajectory.logprobs += [0.0] * len(ids)
     trajectory.turns += protocol.results_turn(calls, step.sample.ids)
+    if any(images_of(call.result) for call in calls):
+        trajectory.images += protocol.images(calls)
     return True
 
 

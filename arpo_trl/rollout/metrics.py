@@ -20,9 +20,12 @@ def rollout_sums(groups: Sequence[Group]) -> defaultdict[str, float]:
         sums["groups"] += len(group.rows) / group.size
         for trajectory in group.trajectories:
             sums[trajectory.kind] += 1
+            if trajectory.kind == "idle":
+                continue
             first_own = trajectory.fork_token or 0
             sums["tokens"] += len(trajectory.completion_ids)
             sums["shared_tokens"] += first_own
+            sums["rejected_tokens"] += trajectory.rejected_tokens
             for segment in trajectory.segments:
                 if segment.start < first_own or segment.entropy is None:
                     continue
@@ -62,6 +65,7 @@ def slowest_calls(groups: Sequence[Group], tools: Sequence[str]) -> list[float]:
 def sum_names(tools: Iterable[str]) -> list[str]:
     """Names of the sums, the same on every process, in a fixed order."""
     names = ["groups", "initial", "fork", "supplement", "tokens", "shared_tokens", "entropy_initial"]
+    names += ["rejected_tokens", "idle"]
     names += ["initial_segments", "entropy_after_tool", "entropy_gap", "later_segments", "decisions", "decided_forks"]
     names += ["prefix_cache_queries", "prefix_cache_hits", *(f"calls_{kind}" for kind in CALL_KINDS)]
     return names + [f"{tool}/{part}" for tool in tools for part in (*_PARTS, "seconds")]
@@ -80,6 +84,8 @@ def rollout_metrics(sums: Mapping[str, float], slowest: Sequence[float], tools: 
         "arpo/initial": ("initial", "groups"),
         "arpo/forks": ("fork", "groups"),
         "arpo/supplements": ("supplement", "groups"),
+        "arpo/idle": ("idle", "groups"),
+        "arpo/rejected_tokens": ("rejected_tokens", "groups"),
         "arpo/entropy_initial": ("entropy_initial", "initial_segments"),
         "arpo/entropy_after_tool": ("entropy_after_tool", "later_segments"),
         "arpo/entropy_gap": ("entropy_gap", "later_segments"),

@@ -78,6 +78,8 @@ def _observe_rows(
     seen: Observations, group: Group, rewards: Sequence[float | None], advantages: Sequence[float | None]
 ) -> None:
     for trajectory, reward in zip(group.trajectories, rewards, strict=True):
+        if trajectory.kind == "idle":
+            continue
         kind, advantage = trajectory.kind, advantages[trajectory.row]
         length = len(trajectory.completion_ids)
         seen.sums[f"rows/{kind}"] += 1

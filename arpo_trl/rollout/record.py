@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..advantages import Span
+from ..execution.images import image_saver
 from .tree import Group, Trajectory
 
 # What TRL and the trainer put among the columns of a row
@@ -42,6 +43,8 @@ def rollout_records(
     for prompt_index, group in enumerate(groups, start=first_group):
         offset = group.first_row - group.rows.start  # from a row of this process to a row of the whole group
         for trajectory in group.trajectories:
+            if trajectory.kind == "idle":
+                continue
             row = trajectory.row
             spans = None
             if shared_advantages is not None:
@@ -59,6 +62,7 @@ def rollout_records(
                     "tool_mask": trajectory.tool_mask,
                     "segments": [vars(segment) for segment in trajectory.segments],
                     "tool_calls": call_records(trajectory),
+                    "images": trajectory.images,
                     "truncated": trajectory.truncated,
                     "out_of_turns": trajectory.out_of_turns,
                     "rewards": {name: values[row] for name, values in rewards.items()},
@@ -127,6 +131,7 @@ def write_records(
     ignored = Path(output_dir) / ".gitignore"
     if rank == 0 and not ignored.exists():
         ignored.write_text("rollouts/\n", encoding="utf-8")
-    lines = [json.dumps(record, default=str) + "\n" for record in records]
+    saved = image_saver(path.parent / "images")
+    lines = [json.dumps(record, default=saved) + "\n" for record in records]
     with path.open("a" if append else "w", encoding="utf-8") as file:
         file.writelines(lines)

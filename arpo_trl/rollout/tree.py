@@ -1,5 +1,6 @@
 """Trajectories, segments and groups of a rollout: plain data, and how a fork is copied."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ class Segment:
         entropy_gap (`float`, *optional*): ΔH; `None` for the first segment of a trajectory.
         branch_probability (`float`, *optional*): P; `None` where nothing was decided.
         forks (`int`, *optional*): Forks made here; `None` where nothing was decided.
+        logprob (`float`, *optional*): Log-probability of the whole segment; `None` where the engine does not tell.
     """
 
     start: int
@@ -30,6 +32,12 @@ class Segment:
     entropy_gap: float | None = None
     branch_probability: float | None = None
     forks: int | None = None
+    logprob: float | None = None
+
+    @property
+    def novelty(self) -> float | None:
+        """Probability that a fork samples another segment in its place: 1 − p."""
+        return None if self.logprob is None else -math.expm1(self.logprob)
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Place(NamedTuple):
     turns: int
     calls: int
     tool_turns: int
+    images: int = 0
 
 
 @dataclass
@@ -59,6 +68,7 @@ class Trajectory:
         row (`int`): Place among the rows of this process.
         prompt_ids (`list[int]`): Tokens of the prompt.
         kind (`str`): Where it started: `"initial"` and `"supplement"` at the prompt, `"fork"` at a tool result.
+            `"idle"` is no trajectory: it fills a row of a group that gets no more, and nothing is learnt from it.
         parent (`int`, *optional*): Row that a fork left.
         fork_token (`int`, *optional*): Index into `completion_ids` at which it left.
         completion_ids, tool_mask (`list[int]`): Tokens, and 1 for a token of the model, 0 for one of a tool result.
@@ -71,13 +81,15 @@ class Trajectory:
         calls (`list[CallOfRow]`): Tool calls, in order.
         tool_turns (`int`): Turns whose calls were answered.
         resamples (`bool`): Whether the next segment re-samples the one that a fork left.
+        rejected_tokens (`int`): Tokens of segments that were sampled for the row and thrown away.
+        images (`list`): Pictures of the prompt and of tool results, in the order of the tokens that stand for them.
         truncated (`bool`): Whether it ran into a length or call limit.
         out_of_turns (`bool`): Whether that was the call limit: its last calls were not made.
     """
 
     row: int
     prompt_ids: list[int]
-    kind: Literal["initial", "fork", "supplement"] = "initial"
+    kind: Literal["initial", "fork", "supplement", "idle"] = "initial"
     parent: int | None = None
     fork_token: int | None = None
     completion_ids: list[int] = field(default_factory=list)
@@ -90,6 +102,8 @@ class Trajectory:
     calls: list[CallOfRow] = field(default_factory=list)
     tool_turns: int = 0
     resamples: bool = False
+    rejected_tokens: int = 0
+    images: list[Any] = field(default_factory=list)
     truncated: bool = False
     out_of_turns: bool = False
 
@@ -101,7 +115,14 @@ class Trajectory:
     @property
     def end(self) -> Place:
         """Where the next segment starts."""
-        return Place(len(self.completion_ids), len(self.segments), len(self.turns), len(self.calls), self.tool_turns)
+        return Place(
+            len(self.completion_ids),
+            len(self.segments),
+            len(self.turns),
+            len(self.calls),
+            self.tool_turns,
+            len(self.images),
+        )
 
     def fork(self, row: int, place: Place) -> "Trajectory":
         """
@@ -122,7 +143,9 @@ class Trajectory:
             turns=self.turns[: place.turns],
             calls=[replace(call, shared=True) for call in self.calls[: place.calls]],
             tool_turns=place.tool_turns,
+            images=self.images[: place.images],
             resamples=True,
+            rejected_tokens=0,
             truncated=False,
             out_of_turns=False,
         )
@@ -140,6 +163,8 @@ class Group:
         first_row (`int`): Row of the whole group that `rows.start` is; above 0 where another process holds the rest.
         trajectories (`list[Trajectory]`): The rows made so far, in the order of `rows`.
         rounds (`int`): Times that it was expanded.
+        rewards (`list[float | None]`): Of the trajectories, for a rule that `needs_rewards`; `None` for one without a
+            score.
     """
 
     rows: range
@@ -148,6 +173,7 @@ class Group:
     first_row: int = 0
     trajectories: list[Trajectory] = field(default_factory=list)
     rounds: int = 0
+    rewards: list[float | None] = field(default_factory=list)
 
     @property
     def budget(self) -> int:
@@ -157,6 +183,16 @@ class Group:
     @property
     def next_row(self) -> int:
         return self.rows.start + len(self.trajectories)
+
+    def end(self) -> None:
+        """Fill the missing rows with idle ones: one token that ended a row, and that carries no loss."""
+        first = self.trajectories[0]
+        ends = [row.completion_ids[-1] for row in self.trajectories if row.completion_ids and not row.truncated]
+        token = (ends + first.completion_ids + first.prompt_ids)[0]
+        while self.budget:
+            idle = Trajectory(self.next_row, list(first.prompt_ids), "idle")
+            idle.completion_ids, idle.tool_mask, idle.logprobs = [token], [0], [0.0]
+            self.trajectories.append(idle)
 
 
 def initial_share(start: int, stop: int, group_size: int, num_initial: int) -> int:

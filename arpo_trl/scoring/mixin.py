@@ -9,8 +9,8 @@ class Trainer(SharedPrefixMixin, GRPOTrainer):
 
 Beside TRL's metrics it logs what sharing saved (`tally.py`), and the seconds of what it scores.
 
-What it does not do: images; the load-balancing loss of mixtures of experts; what `shared_prefix.py` names. Those rows
-are scored by TRL's own method; the log says once why, and the metrics say how many.
+What it does not do: images; what `shared_prefix.py` names. Those rows are scored by TRL's own method; the log says
+once why, and the metrics say how many.
 """
 
 import inspect
@@ -119,7 +119,9 @@ class SharedPrefixMixin:
         """Whether siblings gain from standing in one micro-batch, and the loss does not depend on it."""
         if not self.share_prefixes or self._why_not_packed() is not None:
             return False
-        return rows_may_change_micro_batch(self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled)
+        return rows_may_change_micro_batch(
+            self.loss_type, self.top_entropy_quantile, self._entropy_bonus_enabled, self.aux_loss_enabled
+        )
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -163,6 +165,7 @@ class SharedPrefixMixin:
                     logits_to_keep,
                     batch_size,
                     compute_entropy,
+                    compute_aux_loss,
                     counts,
                 )
         if not torch.is_grad_enabled():
@@ -170,7 +173,16 @@ class SharedPrefixMixin:
         return scores
 
     def _packed_logps_and_entropies(
-        self, stock, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, counts
+        self,
+        stock,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size,
+        compute_entropy,
+        compute_aux_loss,
+        counts,
     ):
         # The same rows stand in other chunks when their old, reference and new log-probabilities are scored, and these
         # are compared. So all are packed, whatever the cost. Those without gradients are old ones, the reference's, or
@@ -181,13 +193,18 @@ class SharedPrefixMixin:
         for ids, mask in zip(
             *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
         ):
+            options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             with self.accelerator.autocast():
                 shared = shared_prefix_logps(
-                    model, ids, mask, logits_to_keep, compute_entropy, only_if_cheaper=not compared, counts=counts
+                    model, ids, mask, logits_to_keep, **options, only_if_cheaper=not compared, counts=counts
                 )
-            chunks.append(shared or stock(model, ids, mask, logits_to_keep, compute_entropy=compute_entropy)[:2])
-        logps, entropies = zip(*chunks, strict=True)
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            chunks.append(shared or stock(model, ids, mask, logits_to_keep, **options))
+        logps, entropies, aux_losses = zip(*chunks, strict=True)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
 
     def _generate_and_score_completions(self, inputs):
         self._scoring_seconds.clear()

@@ -18,25 +18,31 @@ import numpy as np
 class Cost(NamedTuple):
     """
     What a forward is made of, in FLOPs: one token, one query-key pair, one attention call, each over all layers.
-    `causal` is the part of a square under a causal mask that the kernel computes.
+    `causal` is the part of a square under a causal mask that the kernel computes. `windowed` is a pair over the layers
+    with a sliding window, of which `window` tokens are read; `pair` leaves these out.
     """
 
     token: float
     pair: float
     call: float
     causal: float = 1.0
+    windowed: float = 0.0
+    window: int = 0
 
     def row(self, new: int, length: int) -> float:
         """Cost of a row of `length` tokens of which the last `new` are computed."""
         if not new:
             return 0.0
         pairs = new * length - (1 - self.causal) * new * new
-        return self.token * new + self.pair * pairs + self.call
+        in_window = new * min(length, self.window)
+        return self.token * new + self.pair * pairs + self.windowed * in_window + self.call
 
     def batch(self, rows: int, length: int, padded: bool) -> float:
         """Cost of `rows` rows of `length` tokens, padding included, in one attention call."""
         pairs = length * length * (1.0 if padded else self.causal)
-        return rows * (self.token * length + self.pair * pairs) + self.call
+        # A kernel that computes a whole square under a causal mask does so under a window, too
+        in_window = length * (length if self.causal == 1.0 else min(length, self.window))
+        return rows * (self.token * length + self.pair * pairs + self.windowed * in_window) + self.call
 
 
 class Segment(NamedTuple):
@@ -57,7 +63,7 @@ class PrefixTree:
         position_ids (`np.ndarray` of shape `(L,)`): Depth of each token in its row, from 0.
         labels (`np.ndarray` of shape `(L,)`): Next token where a row scores it, else -100.
         slots (`list[np.ndarray]`): For each row, where its positions 0, 1, … stand in the pack; empty for a row that
-            scores nothing.
+            is not packed.
         segments (`list[Segment]`): What each row adds; they tile the pack in order.
         cost (`float`): Modelled FLOPs of a forward.
     """
@@ -76,6 +82,13 @@ class PrefixTree:
             path = self.slots[segment.row]
             ends[path] = path[-1] + 1
         return ends
+
+    def row_counts(self) -> np.ndarray:
+        """How many rows hold each token."""
+        counts = np.zeros_like(self.input_ids)
+        for slots in self.slots:
+            counts[slots] += 1
+        return counts
 
 
 def shared_prefixes(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
@@ -167,7 +180,9 @@ def group_order(rows: Sequence[np.ndarray], groups: Sequence[int]) -> list[int]:
     return order
 
 
-def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) -> PrefixTree:
+def pack(
+    rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost, every_token: bool = False
+) -> PrefixTree:
     """
     Lay rows out as a prefix tree.
 
@@ -175,18 +190,22 @@ def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) 
         rows (`Sequence[np.ndarray]`): Token ids of each row, prompt and completion.
         prompt_lengths (`Sequence[int]`): Tokens of each row that belong to its prompt, at least 1.
         cost (`Cost`): What tokens, pairs and calls cost.
+        every_token (`bool`, *optional*, defaults to `False`): Whether the tokens that score nothing are packed, too:
+            the last one of each row, and those of rows without a completion.
 
     Returns:
         [`PrefixTree`]
     """
     scored = [row for row, prompt_length in enumerate(prompt_lengths) if len(rows[row]) > prompt_length]
-    order, shared = shared_prefixes([rows[row] for row in scored])
+    packed = list(range(len(rows))) if every_token else scored
+    unpacked = 0 if every_token else 1  # the last token predicts nothing, and nothing attends to it
+    order, shared = shared_prefixes([rows[row] for row in packed])
     slots = [np.empty(0, dtype=np.int64)] * len(rows)
     segments: list[Segment] = []
     size, flops = 0, 0.0
     before = np.empty(0, dtype=np.int64)
-    for row, shared_tokens in zip((scored[place] for place in order), shared, strict=True):
-        length = len(rows[row]) - 1  # the last token predicts nothing, and nothing attends to it
+    for row, shared_tokens in zip((packed[place] for place in order), shared, strict=True):
+        length = len(rows[row]) - unpacked
         depth = max(shared_tokens - 1, 0)  # a position is shared if the next token is, too
         slots[row] = before = np.concatenate([before[:depth], np.arange(size, size + length - depth)])
         if depth < length:
@@ -195,10 +214,10 @@ def pack(rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost) 
             flops += cost.row(length - depth, length)
     ids, positions = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
     for row, start, depth in segments:
-        length = len(rows[row]) - 1
-        ids[start : start + length - depth] = rows[row][depth:-1]
+        length = len(rows[row]) - unpacked
+        ids[start : start + length - depth] = rows[row][depth:length]
         positions[start : start + length - depth] = np.arange(depth, length)
     labels = np.full(size, -100, dtype=np.int64)
     for row in scored:
-        labels[slots[row][prompt_lengths[row] - 1 :]] = rows[row][prompt_lengths[row] :]
+        labels[slots[row][prompt_lengths[row] - 1 : len(rows[row]) - 1]] = rows[row][prompt_lengths[row] :]
     return PrefixTree(ids, positions, labels, slots, segments, flops)

@@ -21,8 +21,8 @@ What it does not do:
 - It does not carry token ids or per-token values. Text is decoded when the page is made, one piece per segment.
 - It does not weigh rewards: where a run has several reward functions, their plain sum is offered beside each of them.
 
-`records.py` reads the files, `page.py` turns them into what the page draws, `viewer.{html,css,js}` and
-`distributions.js` are the page.
+`records.py` reads the files, `page.py` turns them into what the page draws, `viewer.{html,css,js}`, `tree.js`
+and `distributions.js` are the page.
 """
 
 from .page import render, show

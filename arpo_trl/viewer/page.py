@@ -22,15 +22,19 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from ..execution.images import images_of
 from ..rollout.record import call_kind
 from .records import Row, find_benchmarks, find_steps, group_rows, question_groups, read_file, step_metrics
 
 MAX_TRAJECTORIES = 20_000
+IMAGE_BYTES = 64 << 20
+"""Bytes of image files that a page holds."""
 QUESTIONS = 250
 """Questions of a benchmark that are looked at together, as the groups of a training step are."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _FRAME_ENDS, _FRAME_STARTS = re.compile(r"[\n>\]]|^\w{1,20}: ", re.MULTILINE), re.compile(r"[\n<\[]")
+_HASH = re.compile("[0-9a-f]{64}")
 _HEAD = 60  # characters of a result by which it is found in what the model read
 
 
@@ -79,7 +83,7 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
 
     shown = [group for _, groups in blocks for group in groups]
     _add_previews(shown)
-    index = {"notes": notes, "steps": overview, "scales": _scales(shown)}
+    index = {"notes": notes, "steps": overview, "scales": _scales(shown), "images": _images(run_dir, shown, notes)}
     return _assemble(run_dir.resolve().name, [("index", index), *blocks])
 
 
@@ -185,6 +189,7 @@ def _group(rows: list[Row], tokenizer: Any) -> dict:
         "example": next((row["example"] for row in rows if row.get("example")), None),
         "prompt": prompt,
         "prompt_tokens": len(rows[0]["prompt_ids"]),
+        "images": _prompt_images(rows[0]),
         "rows": [
             {
                 "row": row["row"],
@@ -257,7 +262,7 @@ def _place_calls(calls: list[dict], gaps: list[str]) -> tuple[list[list[dict]], 
     unread = []
     gap = position = 0
     for call in calls:
-        head = _text(call["result"])[:_HEAD].strip()
+        head = _text(call["result"]).removeprefix("<image>\n")[:_HEAD].strip()
         for candidate in range(gap, len(gaps)):
             found = gaps[candidate].find(head, position if candidate == gap else 0) if head else -1
             if found >= 0:
@@ -275,11 +280,48 @@ def _place_calls(calls: list[dict], gaps: list[str]) -> tuple[list[list[dict]], 
 def _call(call: dict) -> dict:
     """A call as the page shows it."""
     keys = ("name", "arguments", "error", "seconds")
-    return {key: call[key] for key in keys} | {"kind": call_kind(call), "result": _text(call["result"])}
+    shown = {"kind": call_kind(call), "result": _text(call["result"]), "images": _hashes(images_of(call["result"]))}
+    return {key: call[key] for key in keys} | shown
+
+
+def _hashes(values: Any) -> list[str]:
+    """The hashes of images among some values."""
+    return [value for value in values if isinstance(value, str) and _HASH.fullmatch(value)]
+
+
+def _prompt_images(row: Row) -> list[str]:
+    """Hashes of the images of a prompt: a row's images but those of its results."""
+    images = _hashes(row.get("images") or [])
+    read = [image for call in row["tool_calls"] for image in _hashes(images_of(call["result"]))]
+    # A row that ended before it could read its last results has read the first ones
+    return images[: next(n for n in range(len(images) + 1) if images[n:] == read[: len(images) - n])]
+
+
+def _images(run_dir: Path, groups: list[dict], notes: list[str]) -> dict[str, str]:
+    """Each image of some groups once, as an address that holds it, by its hash; the first of them, up to a limit."""
+    parts = [part for group in groups for row in group["rows"] for part in row["parts"]]
+    calls = [call for part in parts for call in part.get("calls", [])]
+    names = dict.fromkeys(name for holder in (*groups, *calls) for name in holder["images"])
+    folders = [run_dir / "rollouts" / "images", run_dir / "records" / "images", run_dir / "images"]
+    images, room = {}, IMAGE_BYTES
+    for name in names:
+        path = next((path for folder in folders if (path := folder / f"{name}.png").is_file()), None)
+        if path is not None and path.stat().st_size <= room:
+            room -= path.stat().st_size
+            images[name] = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    if len(images) < len(names):
+        notes.append(
+            f"{len(names) - len(images)} of {len(names)} images are not shown: their files are missing, or the page "
+            f"would hold more than {IMAGE_BYTES >> 20} MiB of them."
+        )
+    return images
 
 
 def _text(result: Any) -> str:
-    """A result as text; a multimodal one is a list of parts."""
+    """A result as text; of content blocks the texts, and of each image that there is one."""
+    if isinstance(result, list) and images_of(result):
+        texts = [block.get("text", "") if isinstance(block, dict) else str(block) for block in result]
+        result = "\n".join(str(text) or "<image>" for text in texts)
     return "" if result is None else result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
 
 
@@ -333,10 +375,12 @@ def _upper(values: list[float | None]) -> float:
 def _assemble(title: str, blocks: list[tuple[str, Any]]) -> str:
     """Fill the template."""
     folder = files(__package__)
-    names = ("viewer.html", "viewer.css", "viewer.js", "distributions.js")
+    names = ("viewer.html", "viewer.css", "tree.js", "viewer.js", "distributions.js")
     template, style, *scripts = ((folder / name).read_text("utf-8") for name in names)
     script = "\n".join(scripts)
-    policy = f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'"
+    )
     data = "\n".join(f'<script type="text/plain" id="{name}">{_pack(block)}</script>' for name, block in blocks)
     values = {"policy": policy, "title": html.escape(title), "style": style, "script": script, "data": data}
     return Template(template).substitute(values)

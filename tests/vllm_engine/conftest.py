@@ -5,15 +5,18 @@ it compiles nothing, which takes half a minute an engine and a C++ compiler; and
 the CPU engine would repack them for oneDNN into a form that no weight push can write to.
 """
 
+import importlib.util
 import os
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a colocated engine runs in this process
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ["VLLM_HOST_IP"] = "127.0.0.1"
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
+if HAS_VLLM:  # this file is also read where the other tests run, and these compile
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
 
-import importlib.util  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import subprocess  # noqa: E402
@@ -29,7 +32,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
-    if importlib.util.find_spec("vllm") is None:
+    if not HAS_VLLM:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason="needs vLLM: run `make test-vllm`"))

@@ -1,4 +1,6 @@
-"""What `test_server.py` launches, on two processes: `accelerate launch … server_script.py <folder> <agent> <url>`."""
+"""What `test_server.py` launches, on two processes:
+`accelerate launch … server_script.py <folder> <agent> <url> <schedule>`.
+"""
 
 import json
 import sys
@@ -10,7 +12,7 @@ import world  # noqa: E402
 from server_weights import send_through_file  # noqa: E402
 
 
-def main(folder: Path, agent: str, server: str):
+def main(folder: Path, agent: str, server: str, schedule: str):
     send_through_file()
     trainer = world.trainer(
         folder,
@@ -20,6 +22,7 @@ def main(folder: Path, agent: str, server: str):
         vllm_server_base_url=server,
         per_device_train_batch_size=4,
         num_initial_generations=3,
+        rollout_schedule=schedule,
     )
     waves, sample = [], trainer._engine.sample
 

@@ -16,7 +16,9 @@ def trained(request, agents, colocated, tmp_path_factory):
     """A trainer after two steps, and the checkpoint it began with."""
     protocol, _, adapter = request.param.partition(" ")
     folder = tmp_path_factory.mktemp(protocol)
-    trainer = world.trainer(folder, agents[protocol], protocol, peft_config=ADAPTER if adapter else None)
+    settings = {"rollout_schedule": "waves"} if adapter else {}
+    trainer = world.trainer(folder, agents[protocol], protocol, ADAPTER if adapter else None, **settings)
+    assert trainer._schedule == settings.get("rollout_schedule", "continuous")
     trainer.train()
     return trainer, agents[protocol]
 
@@ -34,6 +36,32 @@ def test_logprobs_and_limits_of_rows_that_share_prefixes(trained):
     contexts = [prompt, prompt, prompt + completion[:12], prompt + completion[:25], prompt[:-4], *world.STRANGE]
     samples = world.check_samples(trainer, checkpoint, contexts, [3, 40, 7, 60, 1] + [20] * 8)
     assert [len(samples[index].ids) for index in (0, 4)] == [3, 1], "each row has a limit of its own"
+
+
+def test_segments_that_come_one_by_one(trained):
+    trainer, checkpoint = trained
+    row = world.records(trainer.args.output_dir, 0)[0]
+    contexts = [row["prompt_ids"], row["prompt_ids"], row["prompt_ids"] + row["completion_ids"][:12], *world.STRANGE]
+    samples = world.check_samples(trainer, checkpoint, contexts, [3, 40, 7] + [20] * 8, by_stream=True)
+    assert len(samples[0].ids) == 3
+    assert not trainer.vllm_generation.llm.llm_engine.has_unfinished_requests(), "the one given up is not sampled"
+
+
+def test_an_engine_that_sleeps_is_woken_once_a_rollout(trained, monkeypatch):
+    """Sleep mode needs a GPU; here the engine is told, and stays awake."""
+    trainer, _ = trained
+    generation, told = trainer.vllm_generation, []
+    monkeypatch.setattr(generation, "enable_sleep_mode", True)
+    monkeypatch.setattr(generation, "_llm_weights_sleeping", True)
+    monkeypatch.setattr(generation.llm, "wake_up", lambda tags: told.append(tags))
+    monkeypatch.setattr(generation.llm, "sleep", lambda level: told.append(level))
+    with trainer._engine.rollout(), trainer._engine.stream() as stream:
+        for _ in range(2):
+            future = stream.start(world.STRANGE[0], 3)
+            while stream.step(list):
+                pass
+            assert future.done()
+    assert told == [["weights"], ["kv_cache"], 2] and generation._llm_weights_sleeping
 
 
 def test_a_stop_string_ends_a_row_and_belongs_to_it(trained):
@@ -111,6 +139,38 @@ def test_evaluation_on_the_engine_is_that_on_transformers(trained):
     engine, transformers = ([row.completion_ids for row in rows] for rows in rollouts)
     assert engine == transformers
     assert any(row.calls for row in rollouts[0])
+
+
+def test_likely_tokens_are_told_where_entropy_is_read(trained, monkeypatch):
+    trainer, checkpoint = trained
+    llm, asked = trainer.vllm_generation.llm, []
+    generate = type(llm).generate
+
+    def counted(self, prompts, sampling_params, **settings):
+        asked.append([(each.max_tokens, each.logprobs) for each in sampling_params])
+        return generate(self, prompts, sampling_params=sampling_params, **settings)
+
+    monkeypatch.setattr(type(llm), "generate", counted)
+    samples = world.check_samples(trainer, checkpoint, world.STRANGE, [60] * 8)
+    assert asked[0] == [(21, 20)] * 8 and all(top_k == 0 for part in asked[1:] for _, top_k in part)
+    assert len(asked[1]) == len([sample for sample in samples if len(sample.ids) > 20]) > 0
+    # GRPO is asked as TRL asks, in one part
+    monkeypatch.setattr(trainer, "_branches", False)
+    asked.clear()
+    world.check_samples(trainer, checkpoint, world.STRANGE, [60] * 8)
+    assert asked == [[(60, 20)] * 8]
+
+
+def test_an_evaluation_gives_the_engine_everything_at_once(trained, monkeypatch):
+    trainer, _ = trained
+    llm, asked = trainer.vllm_generation.llm, []
+    generate = type(llm).generate
+    monkeypatch.setattr(
+        type(llm), "generate", lambda self, prompts, **kw: asked.append(len(prompts)) or generate(self, prompts, **kw)
+    )
+    agent = Agent(llm, trainer.processing_class, tool_protocol=trainer.args.tool_protocol, max_completion_length=5)
+    assert len(agent.rollout(["one"] * 70)) == 70 and asked == [70]
+    agent.close()
 
 
 def test_more_tokens_a_position_than_the_engine_tells_are_refused(agents, colocated, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 
 import pytest
@@ -108,16 +109,37 @@ def check_two_steps(logs: list[dict], steps: list[list[dict]]):
         assert all(segment["entropy"] > 0 for row in rows for segment in row["segments"])
 
 
-def check_samples(trainer: ARPOTrainer, checkpoint: str, contexts: list[list[int]], limits: list[int]):
+def streamed(engine, contexts: list[list[int]], limits: list[int]) -> list:
+    """Samples of a stream to which the contexts come one by one; a last one is given up."""
+    with engine.rollout(), engine.stream() as stream:
+        futures = []
+        for context, limit in zip(contexts, limits, strict=True):
+            futures.append(stream.start(context, limit))
+            stream.step(list)
+        given_up = stream.start(STRANGE[0], 100)
+        while not all(future.done() for future in futures):
+            if not stream.step(list):  # a server samples on its own
+                wait(futures, timeout=120, return_when=FIRST_COMPLETED)
+        assert not given_up.done(), "one of 100 tokens came last"
+    return [future.result() for future in futures]
+
+
+def check_samples(
+    trainer: ARPOTrainer, checkpoint: str, contexts: list[list[int]], limits: list[int], by_stream: bool = False
+):
     """
     Sample after each context with a trainer that has taken steps, and hold what the engine tells against transformers.
+
+    Args:
+        by_stream (`bool`): Each context for itself rather than all as a batch.
 
     Returns:
         `list[Sample]`: what was sampled.
     """
     trainer.model.eval()
     before = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    samples = trainer._engine.sample(contexts, limits)
+    engine = trainer._engine
+    samples = streamed(engine, contexts, limits) if by_stream else engine.sample(contexts, limits)
     assert len(samples) == len(contexts)
     of_the_start = []
     for context, limit, sample in zip(contexts, limits, samples, strict=True):

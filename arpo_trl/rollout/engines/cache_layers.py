@@ -373,6 +373,9 @@ def read_into(
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     for row, ids in enumerate(rows):
         tokens[row, width - len(ids) :] = ids
+    # Only keys, values and states are wanted. An index rather than a number: what is sliced off for a number is not
+    # contiguous, and torch then copies the head's weight for each row in half precision on a CPU
+    no_logits = torch.empty(0, dtype=torch.long, device=model.device)
     for part in parts_to_read(lengths, known, width, recurrent):
         cache = DynamicCache(config=config)
         for index, layer in enumerate(cache.layers):
@@ -393,7 +396,7 @@ def read_into(
             attention_mask=torch.from_numpy((columns >= starts).astype(np.int64)).to(model.device),
             position_ids=torch.from_numpy((new - starts).clip(min=0)).to(model.device),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=no_logits,
             **{CACHE: cache},
         )
         layers[:] = keys_values_of(cache)

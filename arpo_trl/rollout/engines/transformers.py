@@ -5,7 +5,7 @@ Entropies are recorded inside generation, so that memory is B × k floats and ne
 What is not here: transformers' continuous batching, which offers no hook to read entropies.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from .base import Engine, Sample
 from .generation_settings import context_length, without_unfit_settings
 from .prefix_cache import PrefixCache
 from .replaced import generate_with
+from .weights_copy import copy_in
 
 logger = logging.get_logger(__name__)
 
@@ -41,19 +42,37 @@ class EntropyRecorder(LogitsProcessor):
     Args:
         window (`int`): Tokens to record, k.
         temperature (`float`): Sampling temperature.
+        reads_logprobs (`bool`, *optional*, defaults to `False`): Whether to record the log-probability of each sampled
+            token as well.
     """
 
-    def __init__(self, window: int, temperature: float):
+    def __init__(self, window: int, temperature: float, reads_logprobs: bool = False):
         self.window = window
         self.temperature = temperature
+        self.reads_logprobs = reads_logprobs
         self._columns: list[torch.Tensor] = []
+        self._latest: torch.Tensor | None = None  # log-probabilities that the next token is sampled from
+        self._sampled: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if len(self._columns) < self.window:
+        if self.reads_logprobs or len(self._columns) < self.window:
             logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
-            # A token that another processor forbids has log-probability −inf and adds nothing
-            self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
+            self._latest = logprobs if self.reads_logprobs else None
+            if len(self._columns) < self.window:
+                # A token that another processor forbids has log-probability −inf and adds nothing
+                self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
         return scores
+
+    def sampled(self, tokens: torch.Tensor) -> None:
+        """Told the token of each row that was sampled from the scores of the latest call, of shape `(B,)`."""
+        if self._latest is not None:
+            self._sampled.append(self._latest.gather(1, tokens.unsqueeze(1)).squeeze(1))
+
+    def logprobs(self, rows: int) -> list[list[float]] | list[None]:
+        """
+        Log-probabilities of the tokens of each row (tokens after a row's end included); `None` if none were read.
+        """
+        return torch.stack(self._sampled, dim=1).tolist() if self._sampled else [None] * rows
 
     def entropies(self, rows: int) -> list[list[float]]:
         """
@@ -70,11 +89,18 @@ class RowStops(StoppingCriteria):
     Args:
         limits (`Sequence[int]`): Tokens that each row may sample.
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a row ends.
+        on_tokens (`Callable[[torch.Tensor], None]`, *optional*): Told each row's token as soon as it is sampled.
     """
 
-    def __init__(self, limits: Sequence[int], stop_strings: StopStringCriteria | None = None):
+    def __init__(
+        self,
+        limits: Sequence[int],
+        stop_strings: StopStringCriteria | None = None,
+        on_tokens: Callable[[torch.Tensor], None] = lambda tokens: None,
+    ):
         self.limits = [max(limit, 1) for limit in limits]  # `generate` samples at least one token
         self.stop_strings = stop_strings
+        self._on_tokens = on_tokens
         self.lengths = torch.tensor(self.limits)
         self._limits: torch.Tensor | None = None
         self._step = 0
@@ -84,6 +110,7 @@ class RowStops(StoppingCriteria):
             self._limits = torch.tensor(self.limits, device=input_ids.device)
             self.lengths = self._limits.clone()
         self._step += 1
+        self._on_tokens(input_ids[:, -1])
         done = self._limits <= self._step
         if self.stop_strings is not None:
             stopped = self.stop_strings(input_ids, scores)
@@ -105,22 +132,26 @@ def recorded_generation(
     window: int,
     temperature: float,
     cache: PrefixCache | None = None,
+    reads_logprobs: bool = False,
+    sampler: PreTrainedModel | None = None,
 ) -> Iterator[tuple[EntropyRecorder, RowStops]]:
     """
     Within the context, `model.generate` records entropies and ends each row at its own limit or stop string; with a
-    `cache`, it reads no token that the cache knows. A `generate` that a library has put on the instance need not take
-    a cache, so it gets none.
+    `cache`, it reads no token that the cache knows. With a `sampler`, that model samples in place of `model`. A
+    `generate` that a library has put on the instance need not take a cache, so it gets none.
     """
     if cache is not None and "generate" in vars(model):
         logger.warning_once("`model.generate` has been replaced, so rollouts read every context anew.")
         cache = None
-    recorder, stops = EntropyRecorder(window, temperature), RowStops(limits, stop_strings)
+    recorder = EntropyRecorder(window, temperature, reads_logprobs)
+    stops = RowStops(limits, stop_strings, recorder.sampled)
+    sampler = model if sampler is None else sampler
     generate = partial(
-        partial(cache.generate, model, model.generate) if cache is not None else model.generate,
+        partial(cache.generate, sampler, sampler.generate) if cache is not None else sampler.generate,
         logits_processor=LogitsProcessorList([recorder]),
         stopping_criteria=StoppingCriteriaList([stops]),
     )
-    with generate_with(model, generate), without_router_logits(model):
+    with generate_with(model, generate), without_router_logits(sampler):
         yield recorder, stops
 
 
@@ -144,9 +175,10 @@ def without_router_logits(model: PreTrainedModel) -> Iterator[None]:
 def recorded_samples(ids: Sequence[list[int]], recorder: EntropyRecorder, stops: RowStops) -> list[Sample]:
     """What a recorded generation sampled; `ids` as `generate` returned them, cut after the end-of-turn token."""
     samples = []
-    for row, length, entropies in zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), strict=True):
+    told = zip(ids, stops.lengths.tolist(), recorder.entropies(len(ids)), recorder.logprobs(len(ids)), strict=True)
+    for row, length, entropies, logprobs in told:
         row = row[:length]
-        samples.append(Sample(row, entropies[: len(row)]))
+        samples.append(Sample(row, entropies[: len(row)], logprobs and logprobs[: len(row)]))
     return samples
 
 
@@ -167,8 +199,9 @@ class TransformersEngine(Engine):
 
     Args:
         model (`Callable[[], PreTrainedModel]`): The model that `generate` runs on, without wrappers.
-        generate (`Callable[[list[list[int]]], list[list[int]]]`): Calls the model's `generate` for some contexts, and
-            returns what was sampled, cut after the end-of-turn token.
+        generate (`Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]]`): Calls the model's
+            `generate` for some contexts with the images of each (none at all where no context has any), and returns
+            what was sampled, cut after the end-of-turn token.
         stop_strings ([`~transformers.StopStringCriteria`], *optional*): Text at which a segment ends.
         entropy_window (`int`): Tokens to read the entropy of, k.
         temperature (`float`): Sampling temperature.
@@ -177,18 +210,24 @@ class TransformersEngine(Engine):
         idle_token (`int`): What a process without work reads, to take part in a collective forward.
         forks_anywhere (`bool`, *optional*, defaults to `False`): Whether forks may leave at any tool result of a row,
             rather than at its latest.
+        reads_logprobs (`bool`, *optional*, defaults to `False`): Whether samples have the log-probability of each
+            token at the sampling temperature, before top-p and top-k.
+        dtype (`torch.dtype`, *optional*): Data type of a copy of the weights that samples; the model itself where
+            there is none.
     """
 
     def __init__(
         self,
         model: Callable[[], PreTrainedModel],
-        generate: Callable[[list[list[int]]], list[list[int]]],
+        generate: Callable[[list[list[int]], Sequence[Sequence[Any]]], list[list[int]]],
         stop_strings: StopStringCriteria | None,
         entropy_window: int,
         temperature: float,
         keeps: bool,
         idle_token: int,
         forks_anywhere: bool = False,
+        reads_logprobs: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -200,19 +239,33 @@ class TransformersEngine(Engine):
         self._keeps = keeps
         self._idle_token = idle_token
         self._forks_anywhere = forks_anywhere
-        self._cache: PrefixCache | None = None  # of the rollout that is going on
+        self._reads_logprobs = reads_logprobs
+        self._dtype = dtype
+        # Of the rollout that is going on
+        self._cache: PrefixCache | None = None
+        self._sampler: PreTrainedModel | None = None
 
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
         idle = not contexts
         if idle:
             contexts, limits = [[self._idle_token]], [1]
         model = self._model()
-        forget_image_positions(model)
+        sampler = model if self._sampler is None else self._sampler
+        forget_image_positions(sampler)
         recorded = recorded_generation(
-            model, limits, self._stop_strings, self._entropy_window, self._temperature, self._cache
+            model,
+            limits,
+            self._stop_strings,
+            self._entropy_window,
+            self._temperature,
+            self._cache,
+            self._reads_logprobs,
+            sampler,
         )
-        with without_unfit_settings(model), recorded as (recorder, stops):
-            ids = self._generate(list(contexts))
+        with without_unfit_settings(sampler), recorded as (recorder, stops):
+            ids = self._generate(list(contexts), images)
         return [] if idle else recorded_samples(ids, recorder, stops)
 
     def keep(self, contexts: Sequence[list[int]]) -> None:
@@ -223,17 +276,22 @@ class TransformersEngine(Engine):
     def rollout(self) -> Iterator[None]:
         self.lookups.clear()
         self._cache = PrefixCache(every_start=self._forks_anywhere) if self._keeps else None
+        # Anew for each rollout, since a step has changed the weights
+        self._sampler = copy_in(self._model(), self._dtype) if self._dtype is not None else None
         try:
             yield
         finally:
             if self._cache is not None:
                 self.lookups.update(self._cache.lookups)
-            self._cache = None  # its memory is the training step's now
+            self._cache = self._sampler = None  # their memory is the training step's now
 
 
 @torch.no_grad()
 def generate_ids(
-    model: PreTrainedModel, contexts: Sequence[list[int]], generation_config: GenerationConfig
+    model: PreTrainedModel,
+    contexts: Sequence[list[int]],
+    generation_config: GenerationConfig,
+    fields: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """
     What `model.generate` samples after each context, cut after the first of the config's end tokens.
@@ -242,6 +300,8 @@ def generate_ids(
         model ([`~transformers.PreTrainedModel`]): The model.
         contexts (`Sequence[list[int]]`): Tokens of each context.
         generation_config ([`~transformers.GenerationConfig`]): With `pad_token_id` and a list of `eos_token_id`.
+        fields (`Mapping[str, Any]`, *optional*): What the model takes beside tokens: tensors, and lists of one value a
+            token for each context.
     """
     length = max(map(len, contexts))
     input_ids = torch.full((len(contexts), length), generation_config.pad_token_id)
@@ -249,10 +309,16 @@ def generate_ids(
     for row, context in enumerate(contexts):
         input_ids[row, length - len(context) :] = torch.tensor(context)
         attention_mask[row, length - len(context) :] = 1
+    beside = {}
+    for name, value in (fields or {}).items():
+        if isinstance(value, list):
+            value = torch.tensor([[0] * (length - len(row)) + row for row in value])
+        beside[name] = value.to(model.device)
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=generation_config,
+        **beside,
     )
     ends = set(generation_config.eos_token_id)
     return [_until_end(row, ends) for row in output[:, length:].tolist()]

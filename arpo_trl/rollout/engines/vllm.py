@@ -6,16 +6,22 @@ the reading is of what they leave.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
+from ...protocols.images import ImageReader
 from ..entropy import top_k_entropy
-from .base import Engine, Sample
+from .base import Engine, Sample, Stream
+from .generation_settings import NO_LIMIT
+from .parts import Request, StopStrings, may_be_parted, segment_in_parts
 from .replaced import generate_with
+
+# Requests to a server at the same time, each of which holds a connection open
+_MOST_REQUESTS = 512
 
 
 class Answer(NamedTuple):
@@ -28,44 +34,148 @@ class Answer(NamedTuple):
     logprob_token_ids: Sequence[Sequence[Sequence[int]] | None] | None = None
 
 
+class Asked(NamedTuple):
+    """What a [`Request`] asks for, without its context."""
+
+    limit: int
+    top_k: int
+
+
+Ask = Callable[[list[Request], Counter[str], Sequence[Sequence[Any]]], Answer | None]
+"""
+Has a segment sampled for each request, and counts what the prefix cache held: [`ask_llm`] or [`ask_trl`]. The images
+of each request come last; empty where none has any. `None` where no process has a request.
+"""
+
+
 class VLLMEngine(Engine):
     """
     Samples with vLLM.
 
     Args:
-        ask (`Callable[[list[list[int]], list[int], int, Counter[str]], Answer]`): Has a segment sampled after each
-            context, no longer than each limit, with the log-probabilities of K tokens a position, and counts what the
-            prefix cache held: [`ask_llm`] or [`ask_trl`].
+        ask (`Ask`): Asks the engine.
         context_length (`int`): Tokens that the engine can read.
         vocab_size (`int`): V.
         top_k (`int`): Most likely tokens of each position to read the entropy from, K.
         entropy_window (`int`): Tokens to read the entropy of, k.
+        stops (`Callable[[], StopStrings | None]`, *optional*): The stop strings of the next segments, or `None` where
+            a segment must be asked for at once; the same on all processes that share the engine. By default all are.
+        few_limits (`bool`, *optional*, defaults to `False`): Ask with few distinct limits, each of which is a request
+            of its own to a server, and cut what is too much.
+        stream (`Callable[[VLLMEngine], AbstractContextManager[Stream]]`, *optional*): Opens a stream of segments; by
+            default those that are ready are asked for together.
     """
 
     tells_logprobs = True
+    schedules_rows = True
 
     def __init__(
         self,
-        ask: Callable[[list[list[int]], list[int], int, Counter[str]], Answer],
+        ask: Ask,
         context_length: int,
         vocab_size: int,
         top_k: int,
         entropy_window: int,
+        stops: Callable[[], StopStrings | None] = lambda: None,
+        few_limits: bool = False,
+        stream: "Callable[[VLLMEngine], AbstractContextManager[Stream]] | None" = None,
     ):
         super().__init__(context_length, vocab_size)
         self._ask = ask
         self.top_k = top_k
         self._entropy_window = entropy_window
+        self.stops = stops
+        self._few_limits = few_limits
+        self._stream = stream
 
-    def sample(self, contexts: Sequence[list[int]], limits: Sequence[int]) -> list[Sample]:
-        room = [self.context_length - len(context) for context in contexts]
-        limits = [max(min(limit, left), 1) for limit, left in zip(limits, room, strict=True)]
-        answer = self._ask(list(contexts), limits, self.top_k, self.lookups)
-        samples = top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
-        return samples[: len(contexts)]
+    def sample(
+        self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
+    ) -> list[Sample]:
+        stops = self.stops()
+        segments = [self.segment(context, limit, stops) for context, limit in zip(contexts, limits, strict=True)]
+        samples: list[Sample] = [Sample([], []) for _ in segments]
+        requests = {row: next(segment) for row, segment in enumerate(segments)}
+        lookups = self.lookups
+        while (
+            answer := self._ask(list(requests.values()), lookups, [images[row] for row in requests] if images else ())
+        ) is not None:
+            lookups = Counter()  # what is read again because a segment has parts is no reading of the rollout's
+            parts = zip(list(requests), self.samples(answer), strict=True)
+            requests = {}
+            for row, part in parts:
+                try:
+                    requests[row] = segments[row].send(part)
+                except StopIteration as ended:
+                    samples[row] = ended.value
+            if stops is None:
+                break  # on all processes
+        return samples
+
+    def stream(self) -> AbstractContextManager[Stream]:
+        return super().stream() if self._stream is None else self._stream(self)
+
+    def segment(self, context: list[int], limit: int, stops: StopStrings | None) -> Generator[Request, Sample, Sample]:
+        """One segment, in as many requests as it takes: see [`segment_in_parts`]."""
+        room = max(self.context_length - len(context), 1)
+        limit = max(min(limit, room), 1)
+        return segment_in_parts(
+            context, limit, room, self.top_k, self._entropy_window, stops, few_limits=self._few_limits
+        )
+
+    def samples(self, answer: Answer) -> list[Sample]:
+        """What vLLM sampled, with entropies."""
+        return top_k_samples(*answer, self.top_k, self._entropy_window, self.vocab_size)
 
 
-def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Sequence[int]) -> Callable[..., Answer]:
+def stops_of(trainer: Any) -> Callable[[], StopStrings | None]:
+    """
+    The stop strings of an [`ARPOTrainer`]'s segments. `None`, which is to say that each is asked for at once, if the
+    trainer does not branch, which is GRPO token for token; if what a row has sampled counts otherwise than its prompt
+    does; or if the engine would have to read the context once more.
+    """
+    engine, remembers = trainer.vllm_generation, _remembers(trainer)
+
+    def decode(ids: list[int]) -> str:
+        return trainer._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def stops() -> StopStrings | None:
+        settings = _settings(trainer)
+        if not (remembers and trainer._branches and may_be_parted(settings)) or engine.structured_outputs_regex:
+            return None
+        stop = settings.get("stop") or []
+        return StopStrings([stop] if isinstance(stop, str) else stop, decode)
+
+    return stops
+
+
+def _remembers(trainer: Any) -> bool:
+    """Whether the engine keeps what it has read from one request to the next; a server that does not tell does."""
+    if trainer.vllm_mode == "colocate":
+        engine = trainer.vllm_generation
+        keeps = engine.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        return bool(keeps) and not engine.enable_sleep_mode  # which forgets all after each call
+    accelerator, told = trainer.accelerator, 1
+    if accelerator.is_main_process:  # the one process that has a client
+        client = trainer.vllm_generation.vllm_client
+        answer = client.session.get(f"{client.base_url}/metrics")
+        told = int(not (answer.ok and 'enable_prefix_caching="False"' in answer.text))
+    return bool(accelerator.gather(torch.tensor([told], device=accelerator.device)).min())
+
+
+def _settings(trainer: Any) -> dict[str, Any]:
+    """Fields of `vllm.SamplingParams` beside TRL's own and those that each row has for itself."""
+    settings = trainer.vllm_generation.generation_kwargs
+    settings = {name: value for name, value in settings.items() if name not in ("max_tokens", "logprobs")}
+    return settings | (_stops(trainer._protocol.stop_strings) if trainer._protocol.stop_strings else {})
+
+
+def ask_llm(
+    llm: Any,
+    sampling: dict[str, Any],
+    stop: Sequence[str],
+    ends: Sequence[int],
+    image_reader: ImageReader | None = None,
+) -> Ask:
     """
     Ask a `vllm.LLM` of this process, without log-probabilities.
 
@@ -74,24 +184,35 @@ def ask_llm(llm: Any, sampling: dict[str, Any], stop: Sequence[str], ends: Seque
         sampling (`dict[str, Any]`): Fields of `vllm.SamplingParams`.
         stop (`Sequence[str]`): Text at which a segment ends.
         ends (`Sequence[int]`): End-of-turn tokens.
+        image_reader ([`ImageReader`], *optional*): How a multimodal model reads images.
     """
     from vllm import SamplingParams
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
+    def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
+        if not requests:
+            return None
+        contexts = [request.context for request in requests]
+        prompts: list[dict[str, Any]] = [
+            {"prompt_token_ids": ids} for ids in engine_prompts(contexts, images, image_reader)
+        ]
+        for prompt, own in zip(prompts, images or [], strict=False):
+            if own:
+                prompt["multi_modal_data"] = {"image": list(own)}
         outputs = llm.generate(
-            [{"prompt_token_ids": context} for context in contexts],
-            sampling_params=[SamplingParams(**settings, max_tokens=limit) for limit in limits],
+            prompts,
+            sampling_params=[SamplingParams(**settings, max_tokens=request.limit) for request in requests],
             use_tqdm=False,
         )
         _count_hits(outputs, lookups)
+        check_read([output.prompt_token_ids for output in outputs], contexts, images)
         return Answer([list(output.outputs[0].token_ids) for output in outputs])
 
     return ask
 
 
-def ask_trl(trainer: Any) -> Callable[..., Answer]:
+def ask_trl(trainer: Any) -> Ask:
     """
     Ask the engine of an [`ARPOTrainer`], colocated or a server, with the weights of the present step.
 
@@ -101,27 +222,62 @@ def ask_trl(trainer: Any) -> Callable[..., Answer]:
     engine, accelerator = trainer.vllm_generation, trainer.accelerator
     idle_token = trainer._tokenizer.eos_token_id
 
-    def ask(contexts: list[list[int]], limits: list[int], top_k: int, lookups: Counter[str]) -> Answer:
-        settings = {name: value for name, value in engine.generation_kwargs.items() if name != "max_tokens"}
-        if trainer._protocol.stop_strings:
-            settings |= _stops(trainer._protocol.stop_strings)
+    def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
+        # TRL cuts the answers by the number of prompts of *this* process, so all bring the same number
+        counts = accelerator.gather(torch.tensor([len(requests)], device=accelerator.device))
+        rows = int(counts.max())
+        if not rows:
+            return None
         if trainer.state.global_step != trainer._last_loaded_step:
             engine.sync_weights()
             trainer._last_loaded_step = trainer.state.global_step
-        # TRL cuts the answers by the number of prompts of *this* process, so all bring the same number
-        counts = accelerator.gather(torch.tensor([len(contexts)], device=accelerator.device))
-        rows = int(counts.max())
-        padding = rows - len(contexts)
-        everyone = accelerator.gather(
-            torch.tensor(limits + [1] * padding, dtype=torch.long, device=accelerator.device)
-        ).tolist()
+        filled = requests + [Request([idle_token], 1, 0)] * (rows - len(requests))
+        own = torch.tensor([request[1:] for request in filled], device=accelerator.device)
+        everyone = [Asked(*row) for row in accelerator.gather(own).tolist()]
         sharing = accelerator.num_processes if engine.mode == "server" else engine.tensor_parallel_size
         first = accelerator.process_index // sharing * sharing * rows
-        with vllm_settings(engine, top_k, settings, everyone[first : first + sharing * rows], lookups):
-            _, *answer = engine.generate(prompts=contexts + [[idle_token]] * padding, images=None, num_generations=1)
-        return Answer(*answer)
+        contexts = [request.context for request in filled]
+        padding = rows - len(requests)
+        shown = [list(own) or None for own in images] + [None] * padding if images else None
+        # A server is given the places of images; an engine in this process finds them itself
+        given = contexts
+        if images and engine.mode != "server":
+            given = engine_prompts(contexts, [*images, *[()] * padding], trainer._image_reader)
+        with vllm_settings(engine, _settings(trainer), everyone[first : first + sharing * rows], lookups):
+            read, *answer = engine.generate(prompts=given, images=shown, num_generations=1)
+        if engine.mode != "server":
+            check_read(read, contexts, images)
+        ids, *told = (part and part[: len(requests)] for part in answer)
+        return Answer(ids, *told)
 
     return ask
+
+
+def engine_prompts(
+    contexts: list[list[int]], images: Sequence[Sequence[Any]], image_reader: ImageReader | None
+) -> list[list[int]]:
+    """Contexts with one token for each image: vLLM puts in as many as it has features."""
+    if image_reader is None or not images:
+        return contexts
+    return [image_reader.unexpanded(*row) if row[1] else row[0] for row in zip(contexts, images, strict=True)]
+
+
+def check_read(
+    read: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]], images: Sequence[Sequence[Any]]
+) -> None:
+    """
+    Refuse an engine that reads an image as other tokens than the processor has written, which training scores.
+
+    Raises:
+        ValueError: It does.
+    """
+    for ids, context, own in zip(read, contexts, images or [], strict=False):
+        if own and list(ids) != list(context):
+            raise ValueError(
+                f"vLLM reads a prompt with an image as {len(ids)} tokens, and the processor has written "
+                f"{len(context)}: what it samples would be scored after another prompt. Set `use_vllm=False` for "
+                "images with this model."
+            )
 
 
 def served_context_length(trainer: Any) -> int | None:
@@ -149,6 +305,7 @@ def check_top_k(trainer: Any) -> None:
 
 
 def _stops(stop: Sequence[str]) -> dict[str, Any]:
+    """Fields of `vllm.SamplingParams` with which a segment ends with a stop string, which belongs to it."""
     # A stop string may be a special token, which vLLM would skip
     return {"stop": list(stop), "include_stop_str_in_output": True, "skip_special_tokens": False}
 
@@ -160,32 +317,29 @@ def _count_hits(outputs: Sequence[Any], lookups: Counter[str]) -> None:
 
 
 @contextmanager
-def vllm_settings(
-    engine: Any, logprobs: int, generation_kwargs: dict, limits: Sequence[int], cache: Counter[str]
-) -> Iterator[None]:
+def vllm_settings(engine: Any, generation_kwargs: dict, asked: Sequence[Asked], cache: Counter[str]) -> Iterator[None]:
     """
-    Within the context, TRL's `VLLMGeneration` asks for `logprobs` tokens a position, uses `generation_kwargs`, and
-    ends each row at its own limit, where TRL has one limit for all.
+    Within the context, TRL's `VLLMGeneration` uses `generation_kwargs`, and asks for each row what is asked of that
+    row, where TRL has one limit and one number of log-probabilities for all.
 
     Args:
         engine ([`~trl.generation.vllm_generation.VLLMGeneration`]): The engine of the trainer.
-        logprobs (`int`): K.
         generation_kwargs (`dict`): Sampling parameters beside TRL's own.
-        limits (`Sequence[int]`): Tokens that each row of the engine may sample, those of other processes included.
+        asked (`Sequence[Asked]`): For each row of the engine, those of other processes included.
         cache (`Counter[str]`): Gets `prefix_cache_queries` and `prefix_cache_hits`: tokens that the engine was given
             to read, and those of them that it found in its prefix cache. Nothing where the engine does not tell.
     """
     limited: AbstractContextManager[None]
     client = getattr(engine, "vllm_client", None)  # with a server, of the main process
     if engine.mode == "colocate":
-        limited = generate_with(engine.llm, _limited_engine(engine.llm.generate, limits, cache))
+        limited = generate_with(engine.llm, _engine_by_row(engine.llm.generate, asked, cache))
     elif client is not None:
-        limited = generate_with(client, _limited_server(client.generate, limits))
+        limited = generate_with(client, server_by_row(client.generate, asked))
         cache.subtract(_server_prefix_cache(client))
     else:
         limited = nullcontext()
     before = engine.logprobs, engine.generation_kwargs
-    engine.logprobs, engine.generation_kwargs = logprobs, generation_kwargs
+    engine.logprobs, engine.generation_kwargs = 0, generation_kwargs
     try:
         with limited:
             yield
@@ -195,43 +349,53 @@ def vllm_settings(
         cache.update(_server_prefix_cache(client))
 
 
-def _limited_engine(generate: Callable, limits: Sequence[int], cache: Counter[str]) -> Callable:
-    """`LLM.generate` with a limit for each prompt; counts in `cache` what the prefix cache held."""
+def _engine_by_row(generate: Callable, asked: Sequence[Asked], cache: Counter[str]) -> Callable:
+    """`LLM.generate` with what is asked for each prompt; counts in `cache` what the prefix cache held."""
 
-    def limited(prompts: Sequence[Any], sampling_params: Any, **kwargs: Any) -> list[Any]:
-        by_limit = {limit: sampling_params.clone() for limit in set(limits)}
-        for limit, parameters in by_limit.items():
-            parameters.max_tokens = limit
-        outputs = generate(prompts, sampling_params=[by_limit[limit] for limit in limits], **kwargs)
+    def by_row(prompts: Sequence[Any], sampling_params: Any, **kwargs: Any) -> list[Any]:
+        parameters = {each: sampling_params.clone() for each in set(asked)}
+        for each, own in parameters.items():
+            own.max_tokens, own.logprobs = each
+        outputs = generate(prompts, sampling_params=[parameters[each] for each in asked], **kwargs)
         _count_hits(outputs, cache)
         return outputs
 
-    return limited
+    return by_row
 
 
-def _limited_server(generate: Callable, limits: Sequence[int]) -> Callable:
+def server_by_row(generate: Callable, asked: Sequence[Asked], most_rows: int = NO_LIMIT) -> Callable:
     """
-    `VLLMClient.generate` with a limit for each prompt: one request for each distinct limit, all at the same time.
+    `VLLMClient.generate` with what is asked for each prompt: one request for all that ask the same, or for `most_rows`
+    of them, and all requests at the same time, since a server should have all rows at once.
     """
 
-    def limited(prompts: Sequence[Any], **kwargs: Any) -> dict[str, list[Any]]:
-        rows_of: dict[int, list[int]] = {}
-        for row, limit in enumerate(limits):
-            rows_of.setdefault(limit, []).append(row)
+    def by_row(prompts: Sequence[Any], features: Sequence[Any] | None = None, **kwargs: Any) -> dict[str, list[Any]]:
+        rows_of: dict[Asked, list[int]] = {}
+        for row, each in enumerate(asked):
+            rows_of.setdefault(each, []).append(row)
+        parts = [
+            (each, rows[start : start + most_rows])
+            for each, rows in rows_of.items()
+            for start in range(0, len(rows), most_rows)
+        ]
 
-        def send(limit: int) -> dict[str, list[Any]]:
-            return generate(prompts=[prompts[row] for row in rows_of[limit]], **{**kwargs, "max_tokens": limit})
+        def send(part: tuple[Asked, list[int]]) -> dict[str, list[Any]]:
+            each, rows = part
+            own = {**kwargs, "max_tokens": each.limit, "logprobs": each.top_k}
+            if features is not None:
+                own["features"] = [features[row] for row in rows]
+            return generate(prompts=[prompts[row] for row in rows], **own)
 
-        with ThreadPoolExecutor(min(64, len(rows_of))) as pool:
-            answers = list(pool.map(send, rows_of))
+        with ThreadPoolExecutor(min(_MOST_REQUESTS, len(parts))) as pool:
+            answers = list(pool.map(send, parts))
         merged: dict[str, list[Any]] = {name: [None] * len(prompts) for name in answers[0]}
-        for rows, answer in zip(rows_of.values(), answers, strict=True):
+        for (_, rows), answer in zip(parts, answers, strict=True):
             for name, values in answer.items():
                 for row, value in zip(rows, values or [], strict=False):  # a server may leave out log-probabilities
                     merged[name][row] = value
         return merged
 
-    return limited
+    return by_row
 
 
 def _server_prefix_cache(client: Any) -> Counter[str]:
@@ -267,17 +431,30 @@ def top_k_samples(
         window (`int`): Tokens to read the entropy of, k.
         vocab_size (`int`): V.
     """
-    samples = []
-    for row, row_logprobs, row_tokens in zip(
-        ids, logprobs or [None] * len(ids), logprob_token_ids or [None] * len(ids), strict=True
-    ):
-        sampled, entropies = [math.nan] * len(row), []
-        for index, (token, values, tokens) in enumerate(zip(row, row_logprobs or [], row_tokens or [], strict=False)):
-            # With logprobs=K the sampled token stands at its rank, not first, so it is looked up
-            value = dict(zip(tokens, values, strict=True)).get(token)
-            sampled[index] = math.nan if value is None else value
+    return [
+        top_k_sample(row, row_logprobs, row_tokens, top_k, window, vocab_size)
+        for row, row_logprobs, row_tokens in zip(
+            ids, logprobs or [None] * len(ids), logprob_token_ids or [None] * len(ids), strict=True
+        )
+    ]
+
+
+def top_k_sample(
+    ids: Sequence[int],
+    logprobs: Sequence[Sequence[float | None]] | None,
+    logprob_token_ids: Sequence[Sequence[int]] | None,
+    top_k: int,
+    window: int,
+    vocab_size: int,
+) -> Sample:
+    """One row of [`top_k_samples`]."""
+    sampled, entropies = [math.nan] * len(ids), []
+    for index, (token, values, tokens) in enumerate(zip(ids, logprobs or [], logprob_token_ids or [], strict=False)):
+        # With logprobs=K the sampled token stands at its rank, not first
+        value = values[tokens.index(token)] if token in tokens else None
+        sampled[index] = math.nan if value is None else value
+        if index < window and top_k:
             known = [value for value in values[:top_k] if value is not None]
-            if index < window and known:
+            if known:
                 entropies.append(top_k_entropy(known, vocab_size))
-        samples.append(Sample(list(row), entropies, sampled))
-    return samples
+    return Sample(list(ids), entropies, sampled)

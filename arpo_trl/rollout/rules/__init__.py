@@ -3,7 +3,8 @@ When to fork: the branching rules, by the names that `ARPOConfig.branch_rule` ta
 
 A rule of one's own is a subclass of [`BranchRule`] (`base.py`): passed as an instance
 (`ARPOTrainer(branch_rule=...)`), or named in the config as `"my_module:MyRule"`. Rules that decide while rows go on
-are in `probability.py`, those that wait for a finished tree in `expansion.py`. What a rule answers is held to what it
+are in `probability.py`, those that wait for a finished tree in `expansion.py`, the one that waits for its rewards in
+`contrast.py`. What a rule answers is held to what it
 was asked in `answers.py`.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from ...named import named, takes
 from .base import PROMPT, BranchRule, Node
+from .contrast import Contrast
 from .expansion import Expansion, RandomExpansion, sampled_nodes
 from .probability import Bernoulli, Chance, Threshold
 
@@ -25,6 +27,7 @@ BRANCH_RULES: Mapping[str, type[BranchRule]] = {
     "random": Chance,
     "expansion": Expansion,
     "random_expansion": RandomExpansion,
+    "contrast": Contrast,
 }
 """The rules of this package, by name; each class names its paper."""
 

@@ -54,8 +54,10 @@ def expand(rule: BranchRule, group: Group, rng: random.Random) -> list[Node]:
         ValueError: The rule's answer is no list of nodes, has none or too many of them, or one that the group lacks.
     """
     nodes = rule.expand(group, rng)
-    if not isinstance(nodes, list) or not 1 <= len(nodes) <= group.budget:
-        raise _wrong(rule, "expand", nodes, f"a list of at least one and at most {group.budget} nodes")
+    least = 0 if rule.needs_rewards else 1
+    if not isinstance(nodes, list) or not least <= len(nodes) <= group.budget:
+        least_text = "at least one and " if least else ""
+        raise _wrong(rule, "expand", nodes, f"a list of {least_text}at most {group.budget} nodes")
     known = sampled_nodes(group)
     for node in nodes:
         if not isinstance(node, Node) or node not in known:

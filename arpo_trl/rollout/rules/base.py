@@ -40,10 +40,13 @@ class BranchRule:
     Attributes:
         paper (`str`): arXiv id of the paper that the rule is from; empty for a rule of one's own.
         expands (`bool`): Whether rows are forked that have ended, so that what is cached of them has to be kept.
+        needs_rewards (`bool`): Whether `expand` reads `group.rewards`. It is then asked when the rows of all groups
+            have ended and have been scored, and may return no node: the group gets no more rows.
     """
 
     paper: ClassVar[str] = ""
     expands: ClassVar[bool] = False
+    needs_rewards: ClassVar[bool] = False
 
     def probability(self, segment: Segment) -> float | None:
         """
@@ -80,7 +83,7 @@ class BranchRule:
 
         Returns:
             `list[Node]`: one node a new row, at least one and at most `group.budget`. The group is asked again when
-            these rows have ended, until none is missing.
+            these rows have ended, until none is missing. None from a rule that `needs_rewards` ends the group.
         """
         return [PROMPT] * group.budget
 

@@ -2,12 +2,12 @@
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-from ..tree import Group
+from ..tree import Group, Trajectory
 from .base import PROMPT, BranchRule, Node
 
 
@@ -56,9 +56,18 @@ def sampled_nodes(group: Group) -> dict[Node, list[tuple[float | None, int]]]:
         entropy of each segment that was sampled there and the calls that its row went on to make.
     """
     nodes: dict[Node, list[tuple[float | None, int]]] = {PROMPT: []}
+    for node, row, index in _segments(group):
+        calls = len(row.calls) - row.starts[index].calls
+        nodes.setdefault(node, []).append((row.segments[index].entropy, calls))
+    nodes[PROMPT] = nodes[PROMPT] or [(None, 0)]  # no row has sampled anything
+    return nodes
+
+
+def _segments(group: Group) -> Iterator[tuple[Node, Trajectory, int]]:
+    """Each segment that was sampled in a group, as its row and index, and the node at which."""
     for row, trajectory in enumerate(group.trajectories):
         parent = None if trajectory.parent is None else trajectory.parent - group.rows.start
-        for index, (segment, place) in enumerate(zip(trajectory.segments, trajectory.starts, strict=True)):
+        for index, segment in enumerate(trajectory.segments[: len(trajectory.starts)]):
             if segment.start < (trajectory.fork_token or 0):
                 continue  # the parent's
             node = Node(row, index)
@@ -66,9 +75,52 @@ def sampled_nodes(group: Group) -> dict[Node, list[tuple[float | None, int]]]:
                 node = PROMPT
             elif parent is not None and segment.start == trajectory.fork_token:
                 node = Node(parent, index)
-            nodes.setdefault(node, []).append((segment.entropy, len(trajectory.calls) - place.calls))
-    nodes[PROMPT] = nodes[PROMPT] or [(None, 0)]  # no row has sampled anything
-    return nodes
+            yield node, trajectory, index
+
+
+class Sampled(NamedTuple):
+    """
+    What came of a node.
+
+    Args:
+        segments (`int`): Segments that were sampled there.
+        calls (`float`): Calls that their rows went on to make, on average.
+        rows (`list[int]`): Indices in the group of the rows that have passed it, forks that left later included.
+    """
+
+    segments: int
+    calls: float
+    rows: list[int]
+
+
+def stretches(group: Group) -> dict[Node, Sampled]:
+    """What came of each node of a finished group at which a segment was sampled."""
+    first = {(row.row, row.segments[index].start): node for node, row, index in _segments(group)}
+    passed: dict[Node, list[int]] = {}
+    for number, row in enumerate(group.trajectories):
+        for segment in row.segments[: len(row.starts)]:
+            owner = row
+            while owner.parent is not None and segment.start < (owner.fork_token or 0):
+                owner = group.trajectories[owner.parent - group.rows.start]
+            passed.setdefault(first[owner.row, segment.start], []).append(number)
+    return {
+        node: Sampled(len(sampled), fmean(calls for _, calls in sampled), passed[node])
+        for node, sampled in sampled_nodes(group).items()
+        if node in passed
+    }
+
+
+def node_novelties(group: Group) -> dict[Node, float]:
+    """
+    Probability that a row from each node of a finished group samples there what no row has sampled there yet: 1 − Σ p
+    over the different segments. 0 where a probability is not known.
+    """
+    known: dict[Node, dict[tuple[int, ...], float]] = {}
+    for node, row, index in _segments(group):
+        segment = row.segments[index]
+        logprob = 0.0 if segment.logprob is None else segment.logprob
+        known.setdefault(node, {})[tuple(row.completion_ids[segment.start : segment.end])] = math.exp(logprob)
+    return {node: max(1.0 - math.fsum(texts.values()), 0.0) for node, texts in known.items()}
 
 
 @dataclass(frozen=True)
@@ -81,10 +133,17 @@ class RandomExpansion(BranchRule):
     expands: ClassVar[bool] = True
 
     def expand(self, group: Group, rng: random.Random) -> list[Node]:
-        rows = math.ceil(group.budget / max(self.expansion_rounds - group.rounds, 1))
-        nodes = sampled_nodes(group)
-        granted = self.share(list(nodes.values()), rows, rng)
+        nodes = self.nodes(group)
+        granted = self.share(list(nodes.values()), self.rows_now(group), rng)
         return [node for node, count in zip(nodes, granted, strict=True) for _ in range(count)]
+
+    def rows_now(self, group: Group) -> int:
+        """Rows of this round."""
+        return math.ceil(group.budget / max(self.expansion_rounds - group.rounds, 1))
+
+    def nodes(self, group: Group) -> dict[Node, list[tuple[float | None, int]]]:
+        """What the rows are shared out by (see [`sampled_nodes`])."""
+        return sampled_nodes(group)
 
     def share(self, sampled: Sequence[Sequence[tuple[float | None, int]]], rows: int, rng: random.Random) -> list[int]:
         """How many of `rows` each node gets, from what was sampled there (see [`sampled_nodes`])."""
@@ -96,10 +155,20 @@ class RandomExpansion(BranchRule):
 class Expansion(RandomExpansion):
     """
     Share the missing rows out over the nodes of the finished tree, in proportion to the entropy read there for each
-    tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767).
+    tool call that a row from there costs, after [AT²PO](https://huggingface.co/papers/2601.04767). With
+    `branch_measure="novelty"`, the probability that a row from there is new stands in place of the entropy.
     """
 
+    branch_measure: str = field(default="entropy", kw_only=True)
+
     paper: ClassVar[str] = "2601.04767"
+
+    def nodes(self, group: Group) -> dict[Node, list[tuple[float | None, int]]]:
+        nodes = super().nodes(group)
+        if self.branch_measure == "entropy":
+            return nodes
+        novelties = node_novelties(group)
+        return {node: [(novelties.get(node), calls) for _, calls in segments] for node, segments in nodes.items()}
 
     def share(self, sampled: Sequence[Sequence[tuple[float | None, int]]], rows: int, rng: random.Random) -> list[int]:
         weights = []

@@ -1,7 +1,7 @@
 """Rules that decide as rows pass a tool result ([ARPO](https://huggingface.co/papers/2507.19849), section 3.1)."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..tree import Segment
@@ -15,16 +15,25 @@ def fork_probability(gap: float, base: float, weight: float) -> float:
 
 @dataclass(frozen=True)
 class Bernoulli(BranchRule):
-    """Fork with probability P = clip(α + β ΔH, 0, 1) (Eq. 4 and 5); a positive decision makes Z forks."""
+    """
+    Fork with probability P = clip(α + β ΔH, 0, 1) (Eq. 4 and 5); a positive decision makes Z forks. With
+    `branch_measure="novelty"`, P is the probability that a fork differs from its parent.
+    """
 
     branch_factor: int
     branch_probability: float
     entropy_weight: float
+    branch_measure: str = field(default="entropy", kw_only=True)
 
     paper: ClassVar[str] = "2507.19849"
 
     def probability(self, segment: Segment) -> float | None:
+        if self.branch_measure == "novelty":
+            return segment.novelty
         return fork_probability(segment.entropy_gap or 0.0, self.branch_probability, self.entropy_weight)
+
+    def priority(self, segment: Segment) -> float:
+        return segment.novelty or 0.0 if self.branch_measure == "novelty" else super().priority(segment)
 
     def forks(self, probability: float, rng: random.Random) -> int:
         return self.branch_factor if rng.random() < probability else 0

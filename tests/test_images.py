@@ -1,0 +1,405 @@
+"""Images in prompts and in what tools return, with forks and without; GRPO stays the special case."""
+
+import base64
+import gzip
+import io
+import itertools
+import json
+import re
+
+import multimodal
+import numpy as np
+import pytest
+import torch
+import trl_suite
+from datasets import Dataset
+from multimodal import PICTURE, PROMPT, photo, records, trainer_of, weather
+from PIL import Image
+from trl import GRPOConfig, GRPOTrainer
+
+from arpo_trl.evaluation import Agent, evaluate
+from arpo_trl.execution.images import image_saver, images_of
+from arpo_trl.protocols.images import ImageReader
+from arpo_trl.scoring.images import with_images
+from arpo_trl.tools import ToolCall, ToolExecutor, tool
+from arpo_trl.viewer import render
+
+FAMILIES = ("Qwen3-VL", "Qwen3.5, no thinking", "Gemma 4")
+# Gemma 4 with images in tool results is not: TRL hands it tensors that its `generate` refuses
+EQUAL = [(family, place) for family in FAMILIES for place in ("prompt", "tool", "both")]
+EQUAL = [pair for pair in EQUAL if pair[0] != "Gemma 4" or pair[1] == "prompt"]
+ROWS = [{"prompt": PROMPT}] * 4
+WITH_PICTURES = [{"prompt": PROMPT, "image": PICTURE}] * 4
+PLACES = {"prompt": (WITH_PICTURES, weather), "tool": (ROWS, photo), "both": (WITH_PICTURES, photo)}
+"""Where images are → rows of the data, and the tool."""
+
+
+@pytest.mark.parametrize("family, place", EQUAL)
+def test_grpo_is_the_special_case(family, place, tmp_path):
+    rows, tool = PLACES[place]
+    shared = {"rows": rows, "tools": [tool], "max_steps": 2, "max_completion_length": 300}
+    shared |= {"per_device_train_batch_size": 2, "steps_per_generation": 2}  # rows are shuffled and dealt out
+    ours = {"num_initial_generations": 4, "prefix_sharing": False}
+    arpo = trainer_of(family, tmp_path / "arpo", **shared, **ours)
+    arpo.train()
+    assert {len(row.images) for group in arpo._groups for row in group.trajectories} == {2 if place == "both" else 1}
+    grpo = trainer_of(family, tmp_path / "grpo", trainer=GRPOTrainer, config=GRPOConfig, **shared)
+    grpo.train()
+    for stock, own in zip(grpo.state.log_history, arpo.state.log_history, strict=True):
+        same = {name for name in stock if not re.search("time|per_second", name)}
+        assert {name: own[name] for name in same} == {name: stock[name] for name in same}
+    assert grpo.state.log_history[0]["tools/call_frequency"] == 1
+    for left, right in zip(arpo.model.parameters(), grpo.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def sometimes_a_photo():
+    """A tool that returns a photo with every third call, the first one included, and else text alone."""
+    number = itertools.count()
+
+    def weather(city: str) -> list:
+        """
+        Weather.
+
+        Args:
+            city: Where.
+        """
+        return photo(city)[next(number) % 3 > 0 :]
+
+    return weather
+
+
+def check_images_of_rows(rows, reader) -> None:
+    """Each row has the images of its prompt and of its own results, and its tokens stand for these."""
+    for row in rows:
+        shown = [image for own in row.calls for image in images_of(own.call.result)]
+        assert row.images[len(row.images) - len(shown) :] == shown
+        wanted = sum(sum(reader.types(reader.ids(image))) for image in row.images)
+        assert sum(reader.types(row.prompt_ids + row.completion_ids)) == wanted
+        if row.parent is not None:
+            parent = next(other for other in rows if other.row == row.parent)
+            before = sum(place.tokens < row.fork_token for place in row.starts)
+            shared = [image for own in row.calls if own.shared for image in images_of(own.call.result)]
+            kept = len(row.images) - len(shown) + len(shared)
+            assert before and row.images[:kept] == parent.images[:kept]
+
+
+FORKED = [(family, protocol) for family in FAMILIES for protocol in ("chat_template", "tags")]
+FORKED += [(family, "tags") for family in multimodal.IMAGE_MODELS]
+
+
+@pytest.mark.parametrize("family, protocol", FORKED)
+def test_a_fork_shares_the_images_up_to_its_fork_token_and_each_row_is_scored_with_its_own(family, protocol, tmp_path):
+    if family == "LFM2-VL" and not trl_suite.has_torchvision():
+        pytest.skip("its image processor needs torchvision")
+    by_row = family == "Idefics3"  # reads an error in the place of a tool's image
+    trainer = trainer_of(
+        family,
+        tmp_path,
+        rows=ROWS if protocol == "chat_template" else WITH_PICTURES,
+        tools=[sometimes_a_photo()],
+        questions=2,
+        tool_protocol=protocol,
+        num_generations=6,
+        per_device_train_batch_size=1,
+        steps_per_generation=6,  # a row a micro-batch, some without an image of a tool
+        max_completion_length=600,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    if by_row:
+        assert all(len(row.images) == 1 for row in rows)
+    else:
+        check_images_of_rows(rows, trainer._image_reader)
+        assert len({len(row.images) for row in rows}) > 1
+    assert sum(row.kind == "fork" for row in rows) == 4
+    for batch in trainer._buffered_inputs:  # shuffled
+        ids = batch["completion_ids"][0][batch["completion_mask"][0].bool()].tolist()
+        alike = [row for row in rows if row.completion_ids == ids]
+        assert any(batch["num_images"] == [len(row.images)] for row in alike)
+        pixels = [trainer._image_reader.fields([ids], [row.images]).get("pixel_values") for row in alike]
+        assert any(
+            torch.equal(batch["pixel_values"], own) if own is not None else len(batch["pixel_values"]) == 0
+            for own in pixels
+        )
+        row = next(row for row in alike if batch["num_images"] == [len(row.images)])
+        tokens = row.prompt_ids + row.completion_ids
+        fields = trainer._image_reader.fields([tokens], [row.images])
+        fields = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in fields.items()}
+        with torch.no_grad():
+            logits = trainer.model(input_ids=torch.tensor([tokens]), **fields).logits[0]
+        alone = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]][len(row.prompt_ids) - 1 :]
+        old = batch["old_per_token_logps"][0, : len(row.completion_ids)]
+        torch.testing.assert_close(old, alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("together", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_may_hold_prompts_with_images_and_without(family, together, tmp_path):
+    questions = [{"role": "user", "content": "What is the weather there?"}]
+    trainer = trainer_of(
+        family,
+        tmp_path,
+        rows=[{"prompt": PROMPT, "image": PICTURE}, {"prompt": questions, "image": None}] * 2,
+        per_device_train_batch_size=4,
+        steps_per_generation=2,
+        keep_groups_together=together,
+        max_completion_length=300,
+    )
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    assert sorted(len(row.images) for row in rows) == [0] * 4 + [1] * 4
+    check_images_of_rows(rows, trainer._image_reader)
+    for batch in trainer._buffered_inputs:
+        for ids, count in zip(batch["prompt_ids"], batch["num_images"], strict=True):
+            assert count == (1 if sum(trainer._image_reader.types(ids.tolist())) else 0)
+
+
+def test_an_evaluation_reads_images_too(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, tools=[photo], per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(Dataset.from_list(WITH_PICTURES))
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    assert metrics["eval_arpo/initial"] == 4 and all(len(row.images) == 2 for row in rows)
+
+
+class Camera:
+    """An environment whose tool takes a photo, and that counts them."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def reset(self, **kwargs) -> None:
+        self.taken = 0
+
+    def weather(self, city: str) -> list:
+        """
+        Weather.
+
+        Args:
+            city: Where.
+        """
+        self.taken += 1
+        return photo(city)
+
+
+def test_a_stateful_environment_may_return_images(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, tools=[], environment_factory=Camera, questions=2)
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    check_images_of_rows(rows, trainer._image_reader)
+    assert [len(row.images) for row in rows] == [2] * 4 and [row.kind for row in rows][2:] == ["fork"] * 2
+
+
+def test_a_row_that_is_out_of_the_loss_keeps_its_images_in_place():
+    mask = torch.tensor([[0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]])
+    of_image = torch.tensor([[0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 1, 0, 0, 0, 0, 0]]).bool()
+    kept = with_images(mask, of_image, logits_to_keep=4)
+    assert kept.tolist() == [[0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]]
+    assert with_images(mask[1:], of_image[1:], 4) is not None and torch.equal(
+        with_images(mask[1:], of_image[1:], 4), mask[1:]
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_that_expands_images_itself_is_given_what_the_template_writes(family):
+    _, processor = multimodal.build(family)
+    reader = ImageReader(processor)
+    texts = [processor.tokenizer.encode(text, add_special_tokens=False) for text in ("see ", " and ", "!")]
+    other = Image.new("RGB", (96, 64))
+    row = [*texts[0], *reader.ids(PICTURE), *texts[1], *reader.ids(other), *texts[2]]
+    mark = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]}], tokenize=False
+    )
+    mark = mark.split("see")[1].split("<|im_end|>")[0].split("<turn|>")[0].strip()
+    marks = processor.tokenizer.encode(mark, add_special_tokens=False)
+    assert reader.unexpanded(row, [PICTURE, other]) == [*texts[0], *marks, *texts[1], *marks, *texts[2]]
+    assert reader.unexpanded(row, []) == row and reader.unexpanded(texts[0], [PICTURE]) == texts[0]
+
+
+def test_continuous_batching_is_refused_images(tmp_path):
+    trainer = trainer_of("Qwen3-VL", tmp_path, num_initial_generations=4)
+    trainer.args.use_transformers_continuous_batching = True
+    with pytest.raises(ValueError, match="`use_transformers_continuous_batching` reads no images"):
+        trainer._sample_with_trl([[5]], [[PICTURE]])
+
+
+# What a tool returns
+
+
+def tokens_of(image) -> int:
+    """64 pixels a token; no picture that is longer than 20 times its width."""
+    if max(image.size) > 20 * min(image.size):
+        raise ValueError("absolute aspect ratio must be smaller than 20")
+    return image.width * image.height // 64
+
+
+def answer_of(result, image_tokens=tokens_of, **options):
+    """What becomes of a call whose tool returns `result`."""
+
+    def look():
+        return result
+
+    with ToolExecutor(timeout=30, count_tokens=len, image_tokens=image_tokens) as executor:
+        (call,) = executor.run([(ToolCall("look"), tool(look, **options))])
+    return call
+
+
+def image_block(image):
+    return {"type": "image", "image": image}
+
+
+def png(size=(16, 16), **settings) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "blue").save(file, "PNG", **settings)
+    return file.getvalue()
+
+
+TEXT = {"type": "text", "text": "a zoomed part"}
+
+
+@pytest.mark.parametrize(
+    "image", [Image.new("RGB", (16, 16), "blue"), png(), np.full((16, 16, 3), (0, 0, 255), np.uint8)], ids=type
+)
+def test_an_image_is_a_picture_the_bytes_of_a_file_or_an_array(image):
+    call = answer_of([image_block(image), TEXT])
+    block, text = call.result
+    assert call.error is None and text == TEXT
+    assert block["image"].size == (16, 16) and block["image"].getpixel((3, 3)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    "image, told",
+    [
+        (png((64, 64))[:90], "cannot be read"),
+        (b"\x89PNG\r\n\x1a\n and no more", "cannot be read"),
+        (Image.open(io.BytesIO(png((64, 64))[:90])), "cannot be read"),
+        (Image.new("RGB", (0, 4)), "without a pixel"),
+        (np.zeros((2, 2, 7), np.uint8), "cannot be read"),
+        ("/etc/passwd", "a `str` as an image"),
+        ("https://example.com/cat.png", "a `str` as an image"),
+        ({"url": "x"}, "a `dict` as an image"),
+        (None, "a `NoneType` as an image"),
+        (Image.new("RGB", (210, 10)), "the model cannot take: absolute aspect ratio"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_an_error_that_the_model_reads(image, told):
+    call = answer_of([image_block(image), TEXT])
+    assert told in call.error and told in call.result and call.result.startswith("{'error': ")
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    bomb = Image.open(io.BytesIO(png((40, 40))))
+    loaded = []
+    monkeypatch.setattr(type(bomb), "load", lambda self: loaded.append(self))
+    assert "1,600 pixels, more than the 1,000" in answer_of([image_block(bomb)]).result
+    assert not loaded
+    much_more = answer_of([image_block(png((60, 60)))])  # Pillow itself refuses that
+    assert "cannot be read: Image size (3600 pixels) exceeds limit" in much_more.result and not loaded
+
+
+def test_the_tokens_of_a_result_are_those_of_its_images_too():
+    picture, long = image_block(Image.new("RGB", (64, 64))), {"type": "text", "text": "x" * 500}  # 64 and 500 tokens
+    image, text = answer_of([picture, long], max_result_tokens=164).result
+    assert image["image"].size == (64, 64) and "[... " in text["text"] and len(text["text"]) <= 100
+    assert answer_of([picture, TEXT], max_result_tokens=164).result == [picture, TEXT]
+    call = answer_of([picture, picture, TEXT], max_result_tokens=100)
+    assert "an image of 128 tokens, and a result may have 100" in call.result and call.error is not None
+
+
+def test_a_model_that_reads_text_is_told_and_the_log_says_so_once(tmp_path, caplog):
+    trainer = trainer_of("Qwen3", tmp_path, tools=[photo], tool_protocol="tags")
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    text = trainer._tokenizer.decode(records(tmp_path)[0]["completion_ids"])
+    assert "{'error': 'The tool returned an image, and you read text only.'}\nsun in " in text
+    assert sum("which this model cannot be shown" in message for message in caplog.messages) == 1
+    assert not any(row.images for group in trainer._groups for row in group.trajectories)
+
+
+def test_a_row_ends_where_an_image_does_not_fit(tmp_path):
+    trainer = trainer_of("Gemma 4", tmp_path, tools=[photo], max_completion_length=100, tool_protocol="tags")
+    trainer.train()  # an image is more than 60 tokens
+    for row in trainer._groups[0].trajectories:
+        assert row.truncated and row.tool_mask == [1] * len(row.completion_ids)
+        assert row.calls[0].call.error is None and row.images == []
+    assert all("pixel_values" not in batch for batch in trainer._buffered_inputs)
+
+
+# Records
+
+
+def test_records_keep_each_image_once(tmp_path):
+    trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, tools=[photo]).train()
+    rows = records(tmp_path)
+    files = {path.stem: Image.open(path) for path in (tmp_path / "rollouts" / "images").glob("*")}
+    told = {name for row in rows for name in row["images"]}
+    assert told == set(files) and all(path.suffix == ".png" for path in (tmp_path / "rollouts" / "images").iterdir())
+    prompts = {row["images"][0] for row in rows}
+    assert len(prompts) == 1 and files[prompts.pop()].getpixel((0, 0)) == PICTURE.getpixel((0, 0))
+    for row in rows:
+        ((image, text),) = [call["result"] for call in row["tool_calls"]]
+        assert image == {"type": "image", "image": row["images"][1]} and text["type"] == "text"
+
+
+@pytest.mark.parametrize("mode", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "F", "I", "I;16"))
+def test_a_picture_of_any_mode_is_kept(mode, tmp_path):
+    saved = image_saver(tmp_path)
+    one, other = Image.new(mode, (4, 3)), Image.new(mode, (3, 4))
+    names = {saved(one), saved(other), saved(one.copy())}
+    assert len(names) == 2 and {path.stem for path in tmp_path.iterdir()} == names
+    assert {Image.open(path).size for path in tmp_path.iterdir()} == {(4, 3), (3, 4)}
+
+
+# Outside of training
+
+
+@pytest.mark.parametrize("protocol", ("chat_template", "tags"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_agent_reads_images(family, protocol, tmp_path):
+    model, processor = multimodal.build(family)
+    multimodal.asks_then_answers(model.eval(), processor, tags=protocol == "tags")
+    agent = Agent(model, processor, [photo], tool_protocol=protocol, max_completion_length=300)
+    questions = [{"prompt": PROMPT, "image": PICTURE}, {"prompt": PROMPT, "image": None}]
+    path = tmp_path / "records.jsonl"
+    for _ in range(2):  # the second time from the file
+        results = evaluate(agent, questions, lambda completions, **kwargs: [1.0] * len(completions), records_path=path)
+        assert [len(result["records"][0]["images"]) for result in results] == [2, 1]
+    rows = agent.rollout([agent.with_images(question)["prompt"] for question in questions])
+    agent.close()
+    for row, images in zip(rows, (2, 1), strict=True):
+        assert len(row.images) == images and not row.truncated
+        wanted = sum(sum(agent.protocol.image_reader.types(agent.protocol.image_reader.ids(x))) for x in row.images)
+        assert sum(agent.protocol.image_reader.types(row.prompt_ids + row.completion_ids)) == wanted
+    assert len(list((tmp_path / "images").iterdir())) >= 2
+
+
+# The viewer
+
+
+def test_the_page_holds_each_image_once(tmp_path):
+    trainer_of("Qwen3-VL", tmp_path, rows=WITH_PICTURES, tools=[photo]).train()
+    page = render(tmp_path)
+    index = unpacked(page, "index")
+    told = {name for row in records(tmp_path) for name in row["images"]}
+    assert set(index["images"]) == told and not index["notes"]
+    for name, address in index["images"].items():
+        content = base64.b64decode(address.removeprefix("data:image/png;base64,"))
+        assert content == (tmp_path / "rollouts" / "images" / f"{name}.png").read_bytes()
+    (group,) = unpacked(page, "step-0")
+    assert group["images"] == records(tmp_path)[0]["images"][:1]
+    calls = [call for row in group["rows"] for part in row["parts"] for call in part.get("calls", [])]
+    assert len(calls) == 2, "forks share those of their parents"
+    assert {call["images"][0] for call in calls} | set(group["images"]) == told
+    assert all(call["result"].startswith("<image>\nsun in ") for call in calls)
+    assert "img-src data:;" in page
+    for path in (tmp_path / "rollouts" / "images").iterdir():
+        path.unlink()
+    index = unpacked(render(tmp_path), "index")
+    assert index["images"] == {} and f"{len(told)} of {len(told)} images are not shown" in index["notes"][0]
+
+
+def unpacked(page: str, name: str):
+    packed = re.search(f'id="{name}">([^<]*)<', page)[1]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
