@@ -13,6 +13,7 @@ from arpo_trl.execution.options import tool
 from arpo_trl.model_card import complete_card
 from arpo_trl.rollout.engines import shared_engine
 from arpo_trl.rollout.rules import branch_rule
+from arpo_trl.viewer.records import read_file
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -237,7 +238,7 @@ def test_no_tools_and_no_branching_is_grpo(tmp_path, tokenizer):
         tools=(),
     )
     trainer.train()
-    assert len((tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 16
+    assert len(read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")[0]) == 16
 
 
 def test_the_model_card_cites_arpo(tmp_path, tokenizer):
