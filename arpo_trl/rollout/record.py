@@ -45,7 +45,7 @@ def rollout_records(
             row = trajectory.row
             spans = None
             if shared_advantages is not None:
-                spans = [_rounded(span._asdict()) for span in shared_advantages[row]]
+                spans = [span._asdict() for span in shared_advantages[row]]
             records.append(
                 {
                     "step": step,
@@ -57,27 +57,40 @@ def rollout_records(
                     "prompt_ids": trajectory.prompt_ids,
                     "completion_ids": trajectory.completion_ids,
                     "tool_mask": trajectory.tool_mask,
-                    "segments": [_rounded(vars(segment)) for segment in trajectory.segments],
-                    "tool_calls": [{**call, "seconds": _digits(call["seconds"])} for call in call_records(trajectory)],
+                    "segments": [vars(segment) for segment in trajectory.segments],
+                    "tool_calls": call_records(trajectory),
                     "images": trajectory.images,
                     "truncated": trajectory.truncated,
                     "out_of_turns": trajectory.out_of_turns,
                     "rewards": {name: values[row] for name, values in rewards.items()},
-                    "advantage": _digits(advantages[row]),
+                    "advantage": advantages[row],
                     "shared_advantages": spans,
                     "example": example_texts(examples[row]) if examples and row == group.rows.start else None,
                 }
             )
-    return records
+    return [rounded(record) for record in records]
 
 
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _digits(value) for name, value in values.items()}
+def rounded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A record whose measured numbers (entropies, log-probabilities, seconds, advantages) have six digits, which is what
+    they are good for; the others would be most of a short record.
+    """
 
+    def digits(value: Any) -> Any:
+        return float(f"{value:.6g}") if isinstance(value, float) else value
 
-def _digits(value: Any) -> Any:
-    """A measured number to six digits, which is what it is good for; the others would be most of a short record."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    def all_of(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: digits(value) for name, value in part.items()} for part in parts]
+
+    spans = record["shared_advantages"]
+    return {
+        **record,
+        "segments": all_of(record["segments"]),
+        "tool_calls": [{**call, "seconds": digits(call["seconds"])} for call in record["tool_calls"]],
+        "advantage": digits(record["advantage"]),
+        "shared_advantages": None if spans is None else all_of(spans),
+    }
 
 
 def example_texts(example: Mapping[str, Any]) -> dict[str, str]:
