@@ -8,7 +8,7 @@ What the host does for rows of 32k tokens: parsing, results, waves, columns of r
 A rollout of 256 rows in groups of 16, with 6 calls a row, goes through the loop, the chat template and the records of
 the package; only the model and the tools are left out: segments are drawn from a text and tools answer at once. Beside
 it stands what version 0.1.0 did, on the same rows: a turn was parsed with all of its context, and records were whole
-lines. Records are also written of shorter rows and of rows that are mostly their own. Seconds are of one thread;
+lines. Records are also written of shorter rows and of rows that are mostly their own. Seconds are CPU time;
 tokens and bytes are counted.
 """
 
@@ -93,9 +93,9 @@ class Clock:
 
     @contextmanager
     def __call__(self, phase: str):
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.process_time() - started
 
 
 @contextmanager
@@ -199,9 +199,9 @@ def parse_both_ways(world: World, rows) -> dict[str, float]:
     for way, parse in ways.items():
         parse(*turns[0])
         with counted(world.tokenizer) as tokens:
-            started = time.perf_counter()
+            started = time.process_time()
             messages = [parse(*turn) for turn in turns]
-            found[f"{way}_ms"] = (time.perf_counter() - started) / len(turns) * 1e3
+            found[f"{way}_ms"] = (time.process_time() - started) / len(turns) * 1e3
         found[f"{way}_tokens"] = tokens[0] / len(turns)
         assert all(len(message["tool_calls"]) == 1 for message in messages)
     return found
@@ -217,13 +217,13 @@ def records_of(groups) -> list[dict]:
 def write_both_ways(records: list[dict]) -> dict[str, float]:
     """Bytes and seconds of records."""
     with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
+        started = time.process_time()
         write_records(folder, [rounded(record) for record in records], 0, 0, 1, append=False)
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         (path,) = find_steps(Path(folder))[0]
         size = path.stat().st_size
         assert read_file(path)[0] == json.loads(json.dumps([rounded(record) for record in records]))
-        started = time.perf_counter()
+        started = time.process_time()
         before = Path(folder) / "before.jsonl"
         with before.open("w") as file:
             file.writelines(json.dumps(record, default=str) + "\n" for record in records)
@@ -231,7 +231,7 @@ def write_both_ways(records: list[dict]) -> dict[str, float]:
             "rows": len(records),
             "before_bytes": before.stat().st_size,
             "now_bytes": size,
-            "before_s": time.perf_counter() - started,
+            "before_s": time.process_time() - started,
             "now_s": seconds,
         }
 
