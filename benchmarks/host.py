@@ -120,6 +120,7 @@ class World:
     def __init__(self, rows: int, tokens: int, segment: int = 200, result_words: int = 400):
         self.segment, self.result_words = segment, result_words
         self.rng = random.Random(0)
+        self.results: list[str] = []
         self.words = prose()
         self.tokenizer = build_tokenizer(self.words)
         self.template = get_training_chat_template(self.tokenizer)
@@ -140,7 +141,8 @@ class World:
 
     def result(self) -> str:
         start = self.rng.randrange(len(self.words) - self.result_words)
-        return " ".join(self.words[start : start + self.result_words])
+        self.results.append(" ".join(self.words[start : start + self.result_words]))
+        return self.results[-1]
 
     def prompt(self) -> list[int]:
         message = [{"role": "user", "content": "Go on."}]
@@ -263,7 +265,11 @@ def main() -> None:
     print(f"{len(rows)} rows of {tokens / len(rows):.0f} tokens, {sampled} segments sampled\n")
     for part, seconds in parts.items():
         print(f"{part:<32}{seconds:>8.2f} s")
-    print(f"{'in all':<32}{sum(parts.values()):>8.2f} s\n")
+    with clock("encode"):
+        for text in world.results:
+            world.tokenizer.encode(text, add_special_tokens=False)
+    encoded = clock.seconds["encode"]
+    print(f"{'in all':<32}{sum(parts.values()):>8.2f} s, of which the tokenizer reads results: {encoded:.2f} s\n")
     parsing = parse_both_ways(world, rows)
     for way, told in (("before", "with all of its context"), ("now", "from its own tokens")):
         each, read = parsing[f"{way}_ms"], parsing[f"{way}_tokens"]
@@ -282,7 +288,7 @@ def main() -> None:
         print(f"{name:<32}{told['rows']:>6}{sizes}{ratio}{told['before_s']:>11.2f} s{told['now_s']:>7.2f} s")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"rows": len(rows), "tokens": tokens, "turns": sampled, "parts_s": parts}
+        results = {"rows": len(rows), "tokens": tokens, "turns": sampled, "parts_s": parts, "encode_s": encoded}
         args.json.write_text(json.dumps({**results, "parsing": parsing, "records": written}, indent=2) + "\n")
 
 
