@@ -55,6 +55,8 @@ def test_defaults_are_those_of_the_paper(tmp_path):
         ({"rollout_finished_fraction": 90}, ["`rollout_finished_fraction` is 90", "no more than 1"]),
         ({"tool_timeout": 0}, ["`tool_timeout` is 0"]),
         ({"max_tool_concurrency": 0}, ["`max_tool_concurrency` is 0"]),
+        ({"log_rollout_steps": 0}, ["`log_rollout_steps`", "1 or more"]),
+        ({"log_rollout_groups": 0}, ["`log_rollout_groups` is 0", "None", "`log_rollouts=False`"]),
     ],
 )
 def test_bad_values(tmp_path, settings, words):
