@@ -151,7 +151,7 @@ class Limited(Stream):
     def __init__(self, stream: Stream, limit):
         self.stream, self.limit = stream, limit
 
-    def start(self, context, limit):
+    def start(self, context, limit, images=()):
         return self.stream.start(context, self.limit(context))
 
     def step(self, needed_later):
@@ -287,7 +287,7 @@ class ComputedStream(Stream):
         self.tools: list[tuple[float, int, Future, ToolCall]] = []  # a heap by the second at which a tool ends
         self.steps = self.number = 0
 
-    def start(self, context, limit):
+    def start(self, context, limit, images=()):
         sample, future, self.number = self.shape.segment(context), Future(), self.number + 1
         self.clock += READ_SECONDS * new_tokens(context)
         heapq.heappush(self.running, (self.steps + len(sample.ids), self.number, future, sample))

@@ -206,9 +206,12 @@ class World:
             for question in self.questions(split)
         ]
 
-    def lessons(self) -> Iterator[dict]:
+    def lessons(self, system: str) -> Iterator[dict]:
         """
         Lessons in seeing without end: where the tiles of a picture are, and what a tile is.
+
+        Args:
+            system (`str`): System message, which tells of the tool.
 
         Yields:
             `dict`: A row with `messages`, which hold the images, and `images`, which is empty.
@@ -216,19 +219,23 @@ class World:
         rng = random.Random(f"lessons {self.seed}")
         while True:
             question = self.draw_question(rng)
-            if rng.random() < 0.5:
-                # In no order, so that it is the colour that tells which tile is meant
-                places = rng.sample(PLACES, len(PLACES))
-                found = json.dumps([arguments(question.tile(place)[0], place) for place in places])
-                messages = ask(question.picture, "Where are the tiles?") + answer(found)
-            else:
-                magnifier = Magnifier(question.picture)
-                messages = []
-                for place in rng.sample(PLACES, 3):
-                    colour, digit = question.tile(place)
-                    (block,) = magnifier.zoom(colour, place)
-                    messages += ask(block["image"], "What is this?") + answer(f"{colour} {digit}")
-            yield {"messages": messages, "images": []}
+            places = rng.sample(PLACES, len(PLACES))
+            found = [arguments(question.tile(place)[0], place) for place in places]
+            magnifier = Magnifier(question.picture)
+            messages: list[dict] = []
+            match rng.choice(("where all", "where", "what")):
+                case "where all":
+                    messages += ask("Where are the tiles?", question.picture) + answer(json.dumps(found))
+                case "where":
+                    for one in found[:3]:
+                        text = f"Where is the {one['label']} tile?"
+                        messages += ask(text, None if messages else question.picture) + answer(json.dumps(one))
+                case "what":
+                    for one in found[:3]:
+                        colour, digit = question.tile(one["tile"])
+                        (block,) = magnifier.zoom(**one)
+                        messages += ask("What is this?", block["image"]) + answer(f"{colour} {digit}")
+            yield {"messages": [{"role": "system", "content": system}, *messages], "images": []}
 
     def demonstrations(self, system: str) -> Iterator[dict]:
         """
@@ -262,7 +269,7 @@ class World:
         picture = question.picture
         magnifier = Magnifier(picture)
         places = {None: [question.place], "believes": [wrong], "looks_again": [wrong, question.place]}[mistake]
-        messages = ask(picture, question.text)
+        messages = ask(question.text, picture)
         seen: list[dict] = []
         for place in places:
             asked = arguments(question.colour, place)
@@ -276,8 +283,9 @@ class World:
         return messages + answer(f"{colour} {digit}")
 
 
-def ask(picture: Image.Image, text: str) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}]
+def ask(text: str, picture: Image.Image | None = None) -> list[dict]:
+    blocks = [] if picture is None else [{"type": "image", "image": picture}]
+    return [{"role": "user", "content": [*blocks, {"type": "text", "text": text}]}]
 
 
 def answer(text: str) -> list[dict]:
@@ -314,7 +322,8 @@ def build_processor() -> LlavaProcessor:
             *(where[0], *(colour + where[1] for colour in COLOURS), "}, "),
             *("<tool_call>", '\n{"name": "zoom", "arguments": ', "}\n", "</tool_call>"),
             *("<tool_response>\n", "\n</tool_response>", "<|vision_start|>", "<|vision_end|>"),
-            *("Which digit is on the ", *COLOURS, " tile?", "Where are the tiles?", "What is this?"),
+            *("Which digit is on the ", *COLOURS, " tile?"),
+            *("Where are the tiles?", "Where is the ", "What is this?"),
         ]
     )
     images = SiglipImageProcessorPil(size={"height": EYES, "width": EYES}, resample=Image.Resampling.BOX)

@@ -7,7 +7,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
-import packed_rows  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
@@ -31,5 +30,7 @@ def agent_dirs(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def always_share():
+    import packed_rows  # needs hypothesis, which the environment of vLLM has not
+
     with packed_rows.sharing_always():
         yield

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import re
 
 import multimodal
@@ -309,6 +310,7 @@ def test_the_tokens_of_a_result_are_those_of_its_images_too():
 
 
 def test_a_model_that_reads_text_is_told_and_the_log_says_so_once(tmp_path, caplog):
+    logging.Logger.warning_once.cache_clear()
     trainer = trainer_of("Qwen3", tmp_path, tools=[photo], tool_protocol="tags")
     with caplog.at_level("WARNING"):
         trainer.train()

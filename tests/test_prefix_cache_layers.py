@@ -319,7 +319,7 @@ def test_a_mixture_that_asks_for_router_logits_rolls_out_prompts_of_several_leng
     for keeps in (True, False):
         engine = TransformersEngine(
             lambda: model,
-            lambda contexts: generate_ids(model, contexts, generation_config),
+            lambda contexts, images: generate_ids(model, contexts, generation_config),
             None,
             2,
             1.0,
@@ -337,7 +337,7 @@ def test_an_engine_goes_on_from_the_states_at_which_its_rows_ended():
     generation_config = GenerationConfig(do_sample=False, max_new_tokens=9, pad_token_id=0, eos_token_id=[1])
     engine = TransformersEngine(
         lambda: model,
-        lambda contexts: generate_ids(model, contexts, generation_config),
+        lambda contexts, images: generate_ids(model, contexts, generation_config),
         None,
         2,
         1.0,

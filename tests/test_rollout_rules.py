@@ -241,7 +241,7 @@ def test_records_are_complete(tmp_path):
     assert set(records[0]) - {"text"} == {
         *("step", "prompt_index", "row", "kind", "parent", "fork_token", "prompt_ids", "completion_ids", "tool_mask"),
         *("segments", "tool_calls", "truncated", "out_of_turns", "rewards", "advantage", "shared_advantages"),
-        "example",
+        *("example", "images"),
     }
     assert set(records[0]["segments"][0]) == {
         *("start", "end", "entropy", "entropy_gap", "branch_probability", "forks", "logprob"),

@@ -199,7 +199,7 @@ class SlowStream(BatchStream):
         super().__init__(sample)
         self.never, self.running = never, []
 
-    def start(self, context, limit):
+    def start(self, context, limit, images=()):
         if context[0] == self.never:
             self.running.append(Future())
             return self.running[-1]

@@ -141,22 +141,25 @@ def test_a_demonstration_says_what_it_sees(world, mistake):
 
 def test_lessons_tell_what_is_there(world):
     kinds = Counter()
-    for row in islice(world.lessons(), 100):
-        user, assistant = row["messages"][:2]
+    for row in islice(world.lessons("S"), 150):
+        system, user, assistant = row["messages"][:3]
+        assert system == {"role": "system", "content": "S"}
         picture, said = user["content"][0]["image"], assistant["content"][0]["text"]
-        if user["content"][1]["text"] == "Where are the tiles?":
-            kinds["where"] += 1
-            found = json.loads(said)
-            assert {tile["label"] for tile in found} == {*COLOURS} and {tile["tile"] for tile in found} == {*PLACES}
-            eyes = pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
-            seen = {tile["label"]: tuple(eyes[divmod(tile["tile"] - 1, SIDE)]) for tile in found}
-            assert seen == COLOURS
-        else:
-            kinds["what"] += 1
+        asked = user["content"][1]["text"]
+        kinds[asked.split()[0], asked.split()[1]] += 1
+        if asked == "What is this?":
             colour, digit = said.split()
             inner = draw(colour, int(digit))[MARGIN:-MARGIN, MARGIN:-MARGIN]
             assert np.array_equal(pixels(picture.resize(inner.shape[:2], Image.Resampling.NEAREST)), inner)
-    assert min(kinds["where"], kinds["what"]) > 30
+            continue
+        found = json.loads(said)
+        found = found if isinstance(found, list) else [found]
+        eyes = pixels(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+        for tile in found:
+            assert tuple(eyes[divmod(tile["tile"] - 1, SIDE)]) == COLOURS[tile["label"]]
+        if asked == "Where are the tiles?":
+            assert {tile["tile"] for tile in found} == {*PLACES}
+    assert len(kinds) == 3 and min(kinds.values()) > 30
 
 
 def test_the_system_message_reads_as_the_tool_does(world, processor):
