@@ -1,6 +1,7 @@
 """
 Devices that are not there, for tests of what is split over several: a tensor of such a device holds its values on the
-CPU, and where tensors of two devices meet in one operation it raises what PyTorch would raise on real ones.
+CPU, and where tensors of two devices meet in one operation it raises what PyTorch would raise on real ones. Like MPS,
+they know no float64.
 """
 
 from collections.abc import Iterator
@@ -8,11 +9,12 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-# A kind of device whose backend is written in Python; registered for the whole process, hence tests in one of their own
+# A kind of device whose backend is written in Python. It is registered for the whole process, hence tests in one of
+# their own
 KIND = "pretended"
 _setup_privateuseone_for_python_backend(KIND)
 FIRST, SECOND = torch.device(KIND, 0), torch.device(KIND, 1)
@@ -65,7 +67,9 @@ def _run(func, args, kwargs):
         plain = [tensor for tensor in tensors if not isinstance(tensor, Pretended) and tensor.dim() > 0]
         if len(devices) > 1 or (devices and plain and func not in _INDEXING):
             told = sorted({*map(str, devices), *("cpu" for _ in plain)})
-            raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found {' and '.join(told)}")
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, but found {' and '.join(told)}"
+            )
     device = wanted or next(iter(devices), torch.device("cpu"))
     if wanted is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -77,6 +81,8 @@ def _run(func, args, kwargs):
         return args[0]
     if device.type != KIND:
         return result
+    if any(part.dtype == torch.float64 for part in tree_flatten(result)[0] if isinstance(part, torch.Tensor)):
+        raise TypeError(f"{func}: {device} has no float64, as MPS has none")
     return tree_map_only(torch.Tensor, lambda tensor: Pretended(tensor, device), result)
 
 
