@@ -150,7 +150,12 @@ class ARPOConfig(GRPOConfig):
         > Parameters that control logging
 
         log_rollouts (`bool`, *optional*, defaults to `False`):
-            Whether to write every training rollout to `<output_dir>/rollouts/step-<step>.jsonl`.
+            Whether to write training rollouts to `<output_dir>/rollouts/step-<step>.jsonl.gz`.
+        log_rollout_steps (`int`, *optional*, defaults to `1`):
+            Steps between two whose rollouts are written.
+        log_rollout_groups (`int`, *optional*, defaults to `None`):
+            Groups of a generation batch, those of all processes counted, of which the rollouts are written, drawn at
+            random. By default all.
         log_tree_steps (`int`, *optional*, defaults to `0`):
             Steps between two pictures of a group's tree, written to `<output_dir>/trees/step-<step>.png` and logged to
             TensorBoard, trackio and Weights & Biases, whichever `report_to` names. 0 draws none.
@@ -321,7 +326,15 @@ class ARPOConfig(GRPOConfig):
     # Parameters that control logging
     log_rollouts: bool = field(
         default=False,
-        metadata={"help": "Whether to write every training rollout to <output_dir>/rollouts/step-<step>.jsonl."},
+        metadata={"help": "Whether to write training rollouts to <output_dir>/rollouts/step-<step>.jsonl.gz."},
+    )
+    log_rollout_steps: int = field(default=1, metadata={"help": "Steps between two whose rollouts are written."})
+    log_rollout_groups: int | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of a generation batch, those of all processes counted, of which the rollouts are written, "
+            "drawn at random. By default all."
+        },
     )
     log_tree_steps: int = field(
         default=0,
@@ -353,9 +366,15 @@ class ARPOConfig(GRPOConfig):
             ("max_tool_concurrency", 1),
             ("vllm_entropy_top_k", 1),
             ("log_tree_steps", 0),
+            ("log_rollout_steps", 1),
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; set it to {minimum} or more.")
+        if self.log_rollout_groups is not None and self.log_rollout_groups < 1:
+            raise ValueError(
+                f"`log_rollout_groups` is {self.log_rollout_groups}; set it to 1 or more, or to None to write all "
+                "groups; `log_rollouts=False` writes none."
+            )
         if not self.entropy_weight >= 0:
             raise ValueError(f"`entropy_weight` is {self.entropy_weight}; set it to 0 (ignore the entropy) or more.")
         for name in ("branch_probability", "branch_threshold"):

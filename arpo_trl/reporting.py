@@ -7,6 +7,7 @@ there is.
 """
 
 import math
+import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ from .execution.errors import error_repr
 from .rollout.metrics import rollout_metrics, rollout_sums, slowest_calls, sum_names
 from .rollout.observations import add_observations, observation_metrics, observe, useless_signs
 from .rollout.outputs import row_rewards
-from .rollout.record import rollout_records, write_records
+from .rollout.record import rollout_records
+from .rollout.record_files import write_records
 from .rollout.table import completion_columns, table_row, table_text
 from .rollout.tree import Group
 
@@ -57,6 +59,7 @@ class Reporter:
         self._waves = 0  # of the latest rollout
         # The step whose record file may get more lines, and its groups so far
         self._recorded: tuple[int | None, int] = (None, 0)
+        self._next_records = 0  # the step from which on the next rollouts are recorded
         self._records_failed = False
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of the latest rollout, by phase
         self._next_tree = 0  # the step from which on the next tree is drawn
@@ -147,9 +150,10 @@ class Reporter:
         self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
     ) -> None:
         """Write the records of a training rollout, and draw a tree, where the config asks for it."""
-        if self._trainer.args.log_rollouts:
+        step = self._trainer.state.global_step
+        if self._trainer.args.log_rollouts and (step >= self._next_records or step == self._recorded[0]):
             self._record(groups, advantages, spans)
-        if self._trainer.args.log_tree_steps and self._trainer.state.global_step >= self._next_tree:
+        if self._trainer.args.log_tree_steps and step >= self._next_tree:
             self._draw_tree(groups, advantages, spans)
 
     def _rewards_by_name(self) -> dict[str, list[float | None]]:
@@ -162,12 +166,15 @@ class Reporter:
         self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None
     ) -> None:
         trainer = self._trainer
-        step = trainer.state.global_step
+        step, every = trainer.state.global_step, trainer.args.log_rollout_steps
+        self._next_records = step - step % every + every
         groups_before = self._recorded[1] if self._recorded[0] == step else 0
         try:
             records = rollout_records(
                 step, groups, self._rewards_by_name(), advantages, spans, groups_before, self._examples
             )
+            sampled = self._sampled_groups(groups, groups_before)
+            records = [record for record in records if record["prompt_index"] in sampled]
             if self._recorded[0] is None and trainer.is_world_process_zero():
                 trainer._tokenizer.save_pretrained(trainer.args.output_dir)  # the viewer decodes with it
             write_records(
@@ -184,6 +191,19 @@ class Reporter:
                 reason = error_repr(error)
                 logger.warning(f"Rollout records could not be written ({reason}); training goes on without them.")
             self._records_failed = True
+
+    def _sampled_groups(self, groups: Sequence[Group], groups_before: int) -> set[int]:
+        """
+        The groups of this process that are recorded, by their `prompt_index`. All processes draw the same sample of
+        the groups of all, since a group may be spread over several.
+        """
+        args, first = self._trainer.args, self._rows.start
+        numbers = [(first + group.rows.start) // group.size for group in groups]  # among those of all processes
+        total = len(self._rewards) // groups[0].size
+        wanted = total if args.log_rollout_groups is None else min(args.log_rollout_groups, total)
+        rng = random.Random(f"{args.seed}/{self._trainer.state.global_step}/{groups_before}")
+        sample = set(rng.sample(range(total), wanted))
+        return {index for index, number in enumerate(numbers, start=groups_before) if number in sample}
 
     def _draw_tree(
         self, groups: Sequence[Group], advantages: Sequence[float], spans: Sequence[Sequence[Span]] | None

@@ -7,11 +7,10 @@ Takes, of the step asked for, the group that has rows of the most kinds and call
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from arpo_trl.viewer.picture import draw_tree
-from arpo_trl.viewer.records import Row, group_rows
+from arpo_trl.viewer.records import Row, group_rows, read_file
 
 PICTURE = Path(__file__).parent / "tree.png"
 
@@ -28,9 +27,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="Folder of a run with `log_rollouts`.")
     parser.add_argument("--step", type=int, default=0)
     args = parser.parse_args()
-    files = sorted((args.run / "rollouts").glob(f"step-{args.step:06d}*.jsonl"))
-    rows = [[json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files]
-    PICTURE.write_bytes(draw_tree(telling(group_rows(rows))))
+    files = sorted((args.run / "rollouts").glob(f"step-{args.step:06d}*.jsonl*"))
+    PICTURE.write_bytes(draw_tree(telling(group_rows(read_file(file)[0] for file in files))))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from arpo_trl.evaluation import Agent, evaluate, summarize
 from arpo_trl.rewards import exact_match_reward, tags_format_reward
 from arpo_trl.tools.python import PythonSandbox
 from arpo_trl.tools.search import BM25Search
+from arpo_trl.viewer.records import read_file
 
 CPU = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
 SETTINGS = {
@@ -182,7 +183,7 @@ def entropies_after_tool(path: Path, tokenizer, output_dir: Path, before: int = 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     sums, counts = torch.zeros(before + after), torch.zeros(before + after)
     last = sorted((output_dir / "rollouts").iterdir())[-1]
-    for record in map(json.loads, last.read_text().splitlines()):
+    for record in read_file(last)[0]:
         if len(record["segments"]) < 2:
             continue
         ids = torch.tensor([record["prompt_ids"] + record["completion_ids"]])

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl import ARPOTrainer
 from arpo_trl.rewards import exact_match_reward
+from arpo_trl.viewer.records import find_steps, read_file
 
 BEFORE, AFTER, WINDOW = 8, 12, 20
 TAG = re.compile(r"</?(?:think|search|python|answer|result|tool_call)>")
@@ -114,8 +115,8 @@ def probe(run: Run, checkpoint: Path, folder: Path, steps: int) -> None:
 def forks(folder: Path) -> list[tuple[dict, dict]]:
     """Each fork and the row that it left."""
     pairs = []
-    for file in sorted((folder / "rollouts").glob("*.jsonl")):
-        rows = {(row["prompt_index"], row["row"]): row for row in map(json.loads, file.read_text().splitlines())}
+    for steps in find_steps(folder).values():
+        rows = {(row["prompt_index"], row["row"]): row for file in steps for row in read_file(file)[0]}
         for (prompt, _), row in rows.items():
             if row["kind"] == "fork":
                 pairs.append((row, rows[prompt, row["parent"]]))

@@ -450,12 +450,13 @@ def count_rollouts(directory: Path) -> list[dict]:
     """
     from arpo_trl.rollout.metrics import CALL_KINDS
     from arpo_trl.rollout.record import call_kind
+    from arpo_trl.viewer.records import read_file
 
     counts = []
     for path in sorted(directory.iterdir()):
         step = {"calls_made": 0, "tokens_sampled": 0, "forks_after_call": {}, "rows": {}}
         step |= {f"calls_{kind}": 0 for kind in CALL_KINDS}
-        for row in map(json.loads, path.read_text().splitlines()):
+        for row in read_file(path)[0]:
             shared = sum(call["shared"] for call in row["tool_calls"])
             step["calls_made"] += len(row["tool_calls"])
             for call in row["tool_calls"]:

@@ -4,7 +4,6 @@ Models and processors are those of `trl_suite.py`. No test here has a video, so 
 alone needs torchvision.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 MODELS = {
     "Qwen3-VL": "Qwen3VLForConditionalGeneration",
@@ -251,4 +251,4 @@ def trainer_of(
 
 
 def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()]
+    return read_file(folder / "rollouts" / "step-000000.jsonl.gz")[0]

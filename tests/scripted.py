@@ -5,7 +5,6 @@ character, a string of characters to choose from with equal probability, or `END
 its first token. A choice may also be a dict of logits.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 END = "<end>"
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789<>/ ?!.'{}:\""
@@ -129,8 +129,7 @@ def rollout(tmp_path: Path, plans, tools, initial: int, generations: int, **sett
         branch_rule=rule,
     )
     trainer.train(resume_from_checkpoint=resume)
-    path = tmp_path / "rollouts" / "step-000000.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records, _ = read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")
     for record in records:
         record["text"] = tokenizer.decode(record["completion_ids"])
     return records, trainer, model

@@ -13,6 +13,7 @@ from arpo_trl.execution.options import tool
 from arpo_trl.model_card import complete_card
 from arpo_trl.rollout.engines import best_schedule, shared_engine, why_waves
 from arpo_trl.rollout.rules import branch_rule
+from arpo_trl.viewer.records import read_file
 
 CPU = {"bf16": False, "use_cpu": True, "report_to": "none"}
 
@@ -54,6 +55,8 @@ def test_defaults_are_those_of_the_paper(tmp_path):
         ({"rollout_finished_fraction": 90}, ["`rollout_finished_fraction` is 90", "no more than 1"]),
         ({"tool_timeout": 0}, ["`tool_timeout` is 0"]),
         ({"max_tool_concurrency": 0}, ["`max_tool_concurrency` is 0"]),
+        ({"log_rollout_steps": 0}, ["`log_rollout_steps`", "1 or more"]),
+        ({"log_rollout_groups": 0}, ["`log_rollout_groups` is 0", "None", "`log_rollouts=False`"]),
     ],
 )
 def test_bad_values(tmp_path, settings, words):
@@ -240,7 +243,7 @@ def test_no_tools_and_no_branching_is_grpo(tmp_path, tokenizer):
         tools=(),
     )
     trainer.train()
-    assert len((tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 16
+    assert len(read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")[0]) == 16
 
 
 def test_the_model_card_cites_arpo(tmp_path, tokenizer):

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import random
 import re
 import runpy
 import shlex
@@ -32,6 +33,7 @@ from datasets import Dataset
 import arpo_trl
 from arpo_trl import ARPOConfig
 from arpo_trl.advantages import ATTRIBUTIONS
+from arpo_trl.rollout.record_files import write_records
 from arpo_trl.rollout.rules import BRANCH_RULES
 
 ROOT = Path(__file__).parent.parent
@@ -345,7 +347,8 @@ def small(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(arpo_trl, "ARPOConfig", shrunk(ARPOConfig), raising=False)
     monkeypatch.setattr(trl, "GRPOConfig", shrunk(trl.GRPOConfig))
     monkeypatch.chdir(tmp_path)
-    viewer_samples.write_run(tmp_path / "outputs" / "run", steps=1)
+    folder = tmp_path / "outputs" / "run"
+    write_records(folder, viewer_samples.make_group(random.Random(0), 0, 0, 8, 60), 0, 0, 1, append=False)
     return lambda text: text.replace('"Qwen/Qwen3-0.6B"', repr(model_dir))
 
 

@@ -12,6 +12,8 @@ import tiny
 import yaml
 from hub_standin import HubStandIn
 
+from arpo_trl.viewer.records import read_file
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -76,7 +78,7 @@ def test_arpo_from_a_yaml_file_with_lora_and_to_the_hub(agent_dirs, questions, t
         launch("arpo.py", "--config", "recipe.yaml", "--push_to_hub", tmp_path=tmp_path, hub=hub)
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(hub.repos["team/agent"].files)
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
-    assert len((tmp_path / "out" / "rollouts" / "step-000000.jsonl").read_text().splitlines()) == 8
+    assert len(read_file(tmp_path / "out" / "rollouts" / "step-000000.jsonl.gz")[0]) == 8
 
 
 def test_questions_from_parquet_and_an_unknown_column(agent_dirs, tmp_path):

@@ -17,6 +17,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rewards import guard as reward_guard
 from arpo_trl.rewards.guard import UNSCORED, guarded
 from arpo_trl.rollout.engines.base import Sample
+from arpo_trl.viewer.records import read_file
 
 M, N = 4, 2
 DONE = "done<|im_end|>"
@@ -164,8 +165,7 @@ def survived(request, tokenizer, tmp_path_factory):
     trainer.train()
     groups = {}
     for path in sorted((folder / "rollouts").iterdir()):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_file(path)[0]:
             case = int(re.search(r"case (\d+)\.", tokenizer.decode(record["prompt_ids"])).group(1))
             groups.setdefault(list(CASES)[case], []).append(record)
     return side, groups, losses, trainer.state.log_history
@@ -429,8 +429,7 @@ def reward_run(tokenizer, folder, *functions, **changes):
         [{**columns, "place": row} for row, columns in enumerate(inputs)], *rest
     )
     trainer.train()
-    lines = (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines], trainer
+    return read_file(folder / "rollouts" / "step-000000.jsonl.gz")[0], trainer
 
 
 def judge_of(scores, raises=()):
@@ -520,8 +519,8 @@ def test_the_reward_of_an_environment_is_guarded_too(tokenizer, tmp_path):
     args = settings(tmp_path, per_device_train_batch_size=M, max_steps=1, num_initial_generations=M)
     trainer = puppet(tokenizer, args, [DONE], None, tools=None, environment_factory=Shop)
     trainer.train()
-    lines = (tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    assert [json.loads(line)["rewards"]["Shop"] for line in lines] == [0.0, None, 2.0, 3.0]
+    rows, _ = read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")
+    assert [row["rewards"]["Shop"] for row in rows] == [0.0, None, 2.0, 3.0]
 
 
 # The disk
@@ -536,8 +535,8 @@ def test_a_full_disk_costs_the_records_and_not_the_run(tokenizer, tmp_path, capl
         pytest.skip("there is no /dev/full")
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "tokenizer.json").symlink_to("/dev/full")
-    (tmp_path / "rollouts" / "step-000001.jsonl").symlink_to("/dev/full")
-    (tmp_path / "rollouts" / "step-000002.jsonl").symlink_to("/dev/full/none")
+    (tmp_path / "rollouts" / "step-000001.jsonl.gz").symlink_to("/dev/full")
+    (tmp_path / "rollouts" / "step-000002.jsonl.gz").symlink_to("/dev/full/none")
 
     class MakeRoom(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -550,5 +549,5 @@ def test_a_full_disk_costs_the_records_and_not_the_run(tokenizer, tmp_path, capl
     (warning,) = [message for message in caplog.messages if "could not be written" in message]
     assert "No space left on device" in warning and "training goes on" in warning
     written = [path.name for path in (tmp_path / "rollouts").iterdir() if path.is_file()]
-    assert written == ["step-000003.jsonl"]
-    assert len((tmp_path / "rollouts" / "step-000003.jsonl").read_text().splitlines()) == M
+    assert written == ["step-000003.jsonl.gz"]
+    assert len(read_file(tmp_path / "rollouts" / "step-000003.jsonl.gz")[0]) == M

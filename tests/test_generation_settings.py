@@ -34,6 +34,7 @@ from arpo_trl.rollout.engines.generation_settings import (
     without_unfit_settings,
 )
 from arpo_trl.rollout.engines.prefix_cache import cache_obstacle
+from arpo_trl.viewer.records import read_file
 
 # With these the cache steps aside
 ANEW = {
@@ -216,8 +217,8 @@ def train(model, tokenizer, folder, **settings):
         tools=[tiny.add],
     )
     trainer.train()
-    lines = (folder / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    return [json.loads(line)["completion_ids"] for line in lines]
+    rows, _ = read_file(folder / "rollouts" / "step-000000.jsonl.gz")
+    return [row["completion_ids"] for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,15 @@ def test_a_push_creates_the_repository_and_uploads_what_loads_again(pushed, tmp_
 def test_rollouts_are_not_pushed_unless_the_gitignore_says_so(pushed):
     """They hold prompts and what tools returned."""
     hub, folder = pushed
-    assert list((folder / "accepted" / "rollouts").glob("step-*.jsonl"))
+    assert list((folder / "accepted" / "rollouts").glob("step-*.jsonl.gz"))
     assert not any(path.startswith("rollouts") for path in hub.repos["team/agent"].files)
     assert hub.repos["team/agent"].files[".gitignore"] == b"rollouts/\n"
     # A checkpoint that is pushed in mid-run neither
-    assert list((folder / "revoked" / "rollouts").glob("step-*.jsonl"))
+    assert list((folder / "revoked" / "rollouts").glob("step-*.jsonl.gz"))
     assert not any(path.startswith("rollouts") for path in hub.repos["tester/revoked"].files)
     # The user's own file stays
     assert (folder / "public" / ".gitignore").read_text() == "runs/\n"
-    assert "rollouts/step-000000.jsonl" in hub.repos["tester/public"].files
+    assert "rollouts/step-000000.jsonl.gz" in hub.repos["tester/public"].files
 
 
 def test_the_card_cites_arpo_and_names_data_set_base_model_and_tags(pushed):

@@ -1,7 +1,5 @@
 """What is observed of trees, with numbers worked by hand, and through a real trainer with a scripted model."""
 
-import json
-
 import pytest
 from scripted import plan, rollout
 
@@ -15,6 +13,7 @@ from arpo_trl.rollout.observations import (
 )
 from arpo_trl.rollout.record import example_texts
 from arpo_trl.rollout.tree import Group, Segment, Trajectory
+from arpo_trl.viewer.records import read_file
 
 
 def row(number, ids, starts, parent=None, at=None, gaps=(), probabilities=(), kind=None, **changes):
@@ -258,6 +257,6 @@ def test_a_useless_run_says_why_once(tmp_path, caplog):
 
 def test_the_first_row_of_each_group_keeps_the_columns_of_the_data(tmp_path):
     rollout(tmp_path, [plan("Ano"), plan("Bno")], [search], 2, 4, columns={"answer": ["yes", "y"], "level": 2})
-    lines = (tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    examples = [json.loads(line)["example"] for line in lines]
+    rows, _ = read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")
+    examples = [row["example"] for row in rows]
     assert examples == [{"answer": '["yes", "y"]', "level": "2"}, None, None, None]

@@ -20,6 +20,7 @@ from arpo_trl.advantages import ATTRIBUTIONS, Span, check_spans, soft_advantages
 from arpo_trl.rollout.rules import BRANCH_RULES, BranchRule, Node, branch_rule
 from arpo_trl.rollout.rules.answers import decide, expand, priority
 from arpo_trl.rollout.tree import Group, Segment, Trajectory
+from arpo_trl.viewer.records import read_file
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text("utf-8")
@@ -143,8 +144,8 @@ def test_a_resumed_run_goes_on_with_the_rule(tmp_path):
     settings = {"branch_rule": RULE, "branch_factor": 3, "entropy_window": 1, "log_rollouts": True}
 
     def second_step(folder):
-        lines = (folder / "rollouts" / "step-000001.jsonl").read_text().splitlines()
-        return [json.loads(line)["completion_ids"] for line in lines]
+        rows, _ = read_file(folder / "rollouts" / "step-000001.jsonl.gz")
+        return [row["completion_ids"] for row in rows]
 
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     saving = {**settings, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}

@@ -1,6 +1,7 @@
 """Two real processes under `accelerate launch` (gloo, CPU), and a run that is killed with SIGKILL."""
 
 import contextlib
+import gzip
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl.rollout.metrics import CALL_KINDS
 from arpo_trl.rollout.record import call_kind
+from arpo_trl.viewer.records import read_file
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -62,8 +64,7 @@ class Run:
         self.logs = [log for log in self.facts[0]["logs"] if "loss" in log]
 
     def records(self, rank: int, step: int = 0) -> list[dict]:
-        lines = (self.folder / "rollouts" / f"step-{step:06d}-rank{rank}.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return read_file(self.folder / "rollouts" / f"step-{step:06d}-rank{rank}.jsonl.gz")[0]
 
     def tree(self, rank: int) -> list[tuple]:
         return [(record["row"], record["kind"], record["parent"]) for record in self.records(rank)]
@@ -266,7 +267,7 @@ def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(agent_d
     assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-6000:]
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2"]
     # What a kill in the middle of writing leaves: the step is done, and recorded, once more
-    (folder / "rollouts" / "step-000002.jsonl").write_text('{"step": 2, "prompt_ind')
+    (folder / "rollouts" / "step-000002.jsonl.gz").write_bytes(gzip.compress(b'{"step": 2, "prompt_ind')[:-4])
 
     resumed = resumable(folder, checkpoint)
     resumed.train(resume_from_checkpoint=True)
@@ -278,7 +279,7 @@ def test_a_run_that_was_killed_ends_with_the_weights_of_one_that_was_not(agent_d
 
     def recorded(folder):
         paths = sorted((folder / "rollouts").iterdir())
-        lines = [(path.name, json.loads(line)) for path in paths for line in path.read_text().splitlines()]
+        lines = [(path.name, record) for path in paths for record in read_file(path)[0]]
         return [(name, record["row"], record["kind"], record["completion_ids"]) for name, record in lines]
 
     assert recorded(folder) == recorded(tmp_path / "whole"), "also of the steps before the kill"

@@ -1,7 +1,5 @@
 """QLoRA on a CPU: a base model in 4 bits, of which only a LoRA adapter is trained, with branching on."""
 
-import json
-
 import pytest
 import tiny
 import torch
@@ -10,6 +8,7 @@ from test_trainer_options import ROWS, reward
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
@@ -57,7 +56,7 @@ def qlora(checkpoint, tokenizer, folder, quantization_config=FOUR_BITS, **settin
 
 def records(folder):
     paths = sorted((folder / "rollouts").iterdir())
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [record for path in paths for record in read_file(path)[0]]
 
 
 def adapter(model) -> dict[str, torch.Tensor]:

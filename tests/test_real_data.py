@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"the published data is not at {DATA}")
@@ -80,7 +81,7 @@ def test_two_steps_on_published_prompts(tokenizer, tmp_path):
 
     records = []
     for path in sorted((tmp_path / "rollouts").iterdir()):
-        records += [json.loads(line) for line in path.read_text().splitlines()]
+        records += read_file(path)[0]
     assert len(records) == 2 * 25 * 4
     groups = {}
     for record in records:

@@ -281,3 +281,43 @@ def test_processes_that_do_not_wait_for_each_other_take_a_fraction_of_the_time()
     without, _, _ = benchmark["computed_continuous"](4, 64, tools=False)
     assert 0.8 < own_counts["tokens"] / counts["tokens"] < 1.25, "the same work in law"
     assert waves > 2 * continuous and continuous < 1.3 * max(slowest, without)
+
+
+def test_a_call_starts_when_its_row_is_parsed_and_after_the_forks_were_copied():
+    order = []
+
+    class Protocol(RandomProtocol):
+        def parse(self, ids, context, tools):
+            order.append("parse")
+            return super().parse(ids, context, tools)
+
+    def submit(trajectory, calls):
+        order.append("call")
+        for tool_call in calls:
+            tool_call.result = "2"
+        futures = [Future() for _ in calls]
+        for future, tool_call in zip(futures, calls, strict=True):
+            future.set_result(tool_call)
+        return futures
+
+    def sample(contexts, limits):
+        order.append("sample")
+        return [Sample([5, END] if context.count(CALL) == 2 else [5, CALL], [1.0, 1.0]) for context in contexts]
+
+    def copy_state(parent, fork):
+        order.append("copy")
+        return True
+
+    run_waves(
+        group_parts(0, 4, 4, num_initial=2),
+        [[FAST]] * 4,
+        Protocol(),
+        RolloutHooks(sample, lambda trajectory: {}, submit, copy_state=copy_state),
+        branching(100, "bernoulli", branch_probability=1.0),
+        Limits(completion=100, context=200, tool_turns=4),
+        random.Random(0),
+        END.__eq__,
+    )
+    assert order[:5] == ["sample", "parse", "call", "parse", "call"]
+    # The two forks leave where their parents' second segments begin
+    assert order[5:12] == ["sample", "copy", "copy", "parse", "call", "parse", "call"]

@@ -1,7 +1,6 @@
 """Where GRPOTrainer holds, ARPOTrainer holds with branching on: one test an option."""
 
 import asyncio
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 ROWS = [{"prompt": tiny.question(a, b), "a": a, "b": b} for a in range(4) for b in range(4)]
 
@@ -59,8 +59,7 @@ def build(agent_dirs, tokenizer, tmp_path, protocol="chat_template", tools=(tiny
 
 
 def records(tmp_path):
-    lines = [line for path in sorted((tmp_path / "rollouts").iterdir()) for line in path.read_text().splitlines()]
-    return [json.loads(line) for line in lines]
+    return [record for path in sorted((tmp_path / "rollouts").iterdir()) for record in read_file(path)[0]]
 
 
 def check(trainer, tmp_path, groups):

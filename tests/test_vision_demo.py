@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from trl.chat_template_utils import get_training_chat_template
 
+from arpo_trl.viewer.records import read_file
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import vision_demo  # noqa: E402
@@ -219,7 +221,7 @@ def test_the_demo_from_start_to_end(tmp_path, capsys):
     assert 0 <= summary["sft_accuracy"] <= 1 and 0 <= summary["arpo_accuracy"] <= 1
     assert {"report.png", "report.html", "summary.json", "cold_start", "arpo"} <= {p.name for p in tmp_path.iterdir()}
     for step in range(2):
-        records = (tmp_path / "rollouts" / f"step-{step:06}.jsonl").read_text().splitlines()
+        records, _ = read_file(tmp_path / "rollouts" / f"step-{step:06}.jsonl.gz")
         assert len(records) == 8
     assert list((tmp_path / "rollouts" / "images").glob("*.png"))
     assert "Held-out questions, sampled at temperature 1" in capsys.readouterr().out

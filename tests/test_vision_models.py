@@ -1,7 +1,5 @@
 """Vision-language models with a `generate` of their own, which calls no logits processor, and without tools."""
 
-import json
-
 import torch
 import trl_suite
 from datasets import Dataset
@@ -11,6 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 
 def screenshot() -> list:
@@ -98,8 +97,7 @@ def test_a_tool_may_answer_with_an_image(tmp_path, monkeypatch):
     assert [block["type"] for block in call["result"]] == ["image", "text"]
     assert call["result"][0]["image"].size == (64, 64)
     assert none == [] and "Red." in seen["model_text"][0] and "Here it is." not in seen["model_text"][0]
-    lines = (tmp_path / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    first, second = map(json.loads, lines)
+    (first, second), _ = read_file(tmp_path / "rollouts" / "step-000000.jsonl.gz")
     assert [len(first["segments"]), len(second["segments"])] == [2, 1]
     for segment in first["segments"]:
         assert set(first["tool_mask"][segment["start"] : segment["end"]]) == {1}

@@ -16,7 +16,10 @@ WORDS = (
 def write_run(
     run_dir: Path, steps: int = 3, groups: int = 2, rows: int = 8, segment_tokens: int = 60, seed: int = 0
 ) -> None:
-    """Write `steps` files of `groups` trees with `rows` trajectories each, in the format of a training run."""
+    """
+    Write `steps` files of `groups` trees with `rows` trajectories each: whole lines, as training runs wrote them in
+    version 0.1.0.
+    """
     generator = random.Random(seed)
     (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
     for step in range(steps):

@@ -76,11 +76,21 @@ def suffix_renderer(
         )
         return called.count(token) > asked.count(token)
 
+    calls_of: dict[str, Any] = {}  # by the tool's name: what TRL renders before the results, each time anew
+
+    def render(messages: list[dict[str, Any]], **options: Any) -> Any:
+        if messages[-1]["role"] == "tool":
+            return processing_class.apply_chat_template(messages, **options)
+        name = messages[-1]["tool_calls"][0]["function"]["name"]
+        if name not in calls_of:
+            calls_of[name] = processing_class.apply_chat_template(messages, **options)
+        return calls_of[name]
+
     def suffix_ids(messages: Sequence[dict[str, Any]], last: int | None = None) -> list[int]:
         name = messages[0]["name"]
         cut = next((token for token in (last, eos) if token is not None and in_turn(token, name)), _NO_TOKEN)
         renderer: Any = SimpleNamespace(
-            processing_class=processing_class,
+            processing_class=SimpleNamespace(apply_chat_template=render),
             _tokenizer=SimpleNamespace(eos_token_id=cut),
             _is_vlm=multimodal,
             chat_template=chat_template,

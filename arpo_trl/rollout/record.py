@@ -1,15 +1,12 @@
-"""Rollout records: one JSON line a trajectory, read by the viewer, the metrics and the checks (format:
-docs/records.md).
+"""Rollout records: what is kept of a trajectory, read by the viewer, the metrics and the checks (format:
+docs/records.md). Their files are `record_files.py`.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..advantages import Span
-from ..execution.images import image_saver
 from .tree import Group, Trajectory
 
 # What TRL and the trainer put among the columns of a row
@@ -71,7 +68,29 @@ def rollout_records(
                     "example": example_texts(examples[row]) if examples and row == group.rows.start else None,
                 }
             )
-    return records
+    return [rounded(record) for record in records]
+
+
+def rounded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A record whose measured numbers (entropies, log-probabilities, seconds, advantages) have six digits, which is what
+    they are good for; the others would be most of a short record.
+    """
+
+    def digits(value: Any) -> Any:
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    def all_of(parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: digits(value) for name, value in part.items()} for part in parts]
+
+    spans = record["shared_advantages"]
+    return {
+        **record,
+        "segments": all_of(record["segments"]),
+        "tool_calls": [{**call, "seconds": digits(call["seconds"])} for call in record["tool_calls"]],
+        "advantage": digits(record["advantage"]),
+        "shared_advantages": None if spans is None else all_of(spans),
+    }
 
 
 def example_texts(example: Mapping[str, Any]) -> dict[str, str]:
@@ -109,29 +128,3 @@ def call_kind(call: Mapping[str, Any]) -> str:
         `"cached"`, `"refused"` (answered with an error at once) or `"executed"`.
     """
     return next((kind for kind in ("shared", "merged", "cached", "refused") if call.get(kind)), "executed")
-
-
-def write_records(
-    output_dir: str | os.PathLike, records: Sequence[dict], step: int, rank: int, world_size: int, append: bool
-) -> None:
-    """
-    Write `records` to `<output_dir>/rollouts/step-<step>.jsonl`, or to a file of this process's own if there are more.
-
-    Without `append` what the file held goes: a run that was killed after its last checkpoint does the step once more.
-
-    Records hold the prompts and whatever tools returned, which a push of the model should not publish by itself: the
-    first one leaves a `.gitignore` in `output_dir`, unless there is one, by which the Hub leaves `rollouts/` out.
-
-    Raises:
-        `OSError`: the file cannot be written, for instance because the disk is full.
-    """
-    suffix = f"-rank{rank}" if world_size > 1 else ""
-    path = Path(output_dir) / "rollouts" / f"step-{step:06d}{suffix}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ignored = Path(output_dir) / ".gitignore"
-    if rank == 0 and not ignored.exists():
-        ignored.write_text("rollouts/\n", encoding="utf-8")
-    saved = image_saver(path.parent / "images")
-    lines = [json.dumps(record, default=saved) + "\n" for record in records]
-    with path.open("a" if append else "w", encoding="utf-8") as file:
-        file.writelines(lines)

@@ -16,12 +16,13 @@ from typing import Any
 from ..execution.executor import ToolCall
 from ..rollout.metrics import rollout_metrics, rollout_sums, slowest_calls
 from ..rollout.observations import Observations, add_observations, observation_metrics, observe
+from ..rollout.record_files import lines_of, whole
 from ..rollout.tree import CallOfRow, Group, Segment, Trajectory
 from .checks import find_fault
 
 Row = dict[str, Any]
 
-_FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl")
+_FILE = re.compile(r"step-(\d+)(?:-rank(\d+))?\.jsonl(?:\.gz)?")
 _SEGMENT = ("start", "end", "entropy", "entropy_gap", "branch_probability", "forks")
 _CALL = ("name", "arguments", "result", "error", "seconds", "merged", "cached", "refused")
 
@@ -47,7 +48,8 @@ def find_steps(run_dir: Path) -> dict[int, list[Path]]:
     ]
     if not found:
         raise FileNotFoundError(
-            f"run_dir={str(run_dir)!r} has no rollout records (rollouts/step-*.jsonl). Train with log_rollouts=True."
+            f"run_dir={str(run_dir)!r} has no rollout records (rollouts/step-*.jsonl.gz). Train with "
+            "log_rollouts=True."
         )
     steps: dict[int, list[Path]] = {}
     for step, _, path in sorted(found):
@@ -64,10 +66,10 @@ def find_benchmarks(run_dir: Path) -> list[Path]:
 
 def read_file(path: Path) -> tuple[list[Row], int]:
     """
-    Rows of one file.
+    Whole rows of one file, whatever its lines leave out.
 
     Args:
-        path (`Path`): A JSONL file of rollout records.
+        path (`Path`): A file of rollout records (`.jsonl.gz`, or `.jsonl` of earlier versions) or of an evaluation.
 
     Returns:
         `tuple[list[Row], int]`: The rows, and the number of lines that were skipped because they are not whole: the
@@ -77,22 +79,29 @@ def read_file(path: Path) -> tuple[list[Row], int]:
         ValueError: If a line is whole but is no rollout record.
     """
     rows, skipped = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
-                fault = find_fault(row)
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                skipped += 1
-                continue
-            except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
-                fault = f"it cannot be read ({error})"
-            if fault is not None:
-                raise ValueError(f"{path} line {number} is no rollout record: {fault}.")
-            rows.append(row)
+    groups: dict[int, dict[int, Row]] = {}
+    for number, line in enumerate(lines_of(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=lambda name: None, parse_float=_finite)
+            group = groups.setdefault(row["prompt_index"], {}) if _is_numbered(row) else {}
+            row = whole(row, group) if isinstance(row, dict) else row
+            fault = find_fault(row)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            skipped += 1
+            continue
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+            fault = f"it cannot be read ({error})"
+        if fault is not None:
+            raise ValueError(f"{path} line {number} is no rollout record: {fault}.")
+        group[row["row"]] = row
+        rows.append(row)
     return rows, skipped
+
+
+def _is_numbered(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("prompt_index"), int)
 
 
 def _finite(text: str) -> float | None:

@@ -1,6 +1,5 @@
 """The small agent, trained with rollouts that run through vLLM, and transformers' view of what the engine sampled."""
 
-import json
 import math
 from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
@@ -12,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.viewer.records import read_file
 
 ROWS = [{"prompt": tiny.question(a, b), "a": a, "b": b} for a in range(4) for b in range(4)]
 TEMPERATURE = 0.8  # not 1, so that engine and trainer have to agree on it
@@ -154,5 +154,4 @@ def check_samples(
 
 
 def records(folder: Path, step: int, suffix: str = "") -> list[dict]:
-    lines = (Path(folder) / "rollouts" / f"step-{step:06d}{suffix}.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_file(Path(folder) / "rollouts" / f"step-{step:06d}{suffix}.jsonl.gz")[0]

@@ -373,9 +373,10 @@ def read_into(
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     for row, ids in enumerate(rows):
         tokens[row, width - len(ids) :] = ids
-    # Only keys, values and states are wanted. An index rather than a number: what is sliced off for a number is not
-    # contiguous, and torch then copies the head's weight for each row in half precision on a CPU
-    no_logits = torch.empty(0, dtype=torch.long, device=model.device)
+    # Only keys, values and states are wanted. A slice of nothing rather than a number: what is sliced off for a number
+    # is not contiguous, and torch then copies the head's weight for each row in half precision on a CPU. It is no
+    # tensor, since the last layer of a model that is split over devices is on another one than the tokens.
+    no_logits = slice(0, 0)
     for part in parts_to_read(lengths, known, width, recurrent):
         cache = DynamicCache(config=config)
         for index, layer in enumerate(cache.layers):
