@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -51,6 +52,8 @@ from arpo_trl import ARPOConfig, ARPOTrainer  # noqa: E402
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache  # noqa: E402
 
 ROUNDS = 3
+TABLES = ("against_trl", "ways_to_generate", "by_kind_of_layer", "against_critical_path")
+FAMILIES = ("qwen3_5", "gemma4", "gpt_oss", "lfm2", "nemotron_h")
 RESULT = "It is " + "what it is and " * 25
 CALL = '<tool_call>\n{"name": "wait", "arguments": {"x": 7}}\n</tool_call>'
 
@@ -223,11 +226,13 @@ def generated(generate, config: GenerationConfig):
     return continued
 
 
-def seconds_of_segments(generate, results: range) -> float:
-    """Seconds of four segments of 16 rows, with a result of one of the lengths `results` between them."""
+def seconds_of_segments(generate, results: range) -> tuple[float, float]:
+    """
+    Seconds and CPU seconds of four segments of 16 rows, with a result of one of the lengths `results` between them.
+    """
     rng = random.Random(0)
     contexts = [[rng.randrange(3, 200) for _ in range(750)]] * 16
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     with torch.no_grad():
         for _ in range(4):
             outputs = generate(contexts)
@@ -235,7 +240,7 @@ def seconds_of_segments(generate, results: range) -> float:
                 context + output + [rng.randrange(3, 200) for _ in range(rng.choice(results))]
                 for context, output in zip(contexts, outputs, strict=True)
             ]
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
@@ -257,7 +262,7 @@ def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     taken = [
         [
-            seconds_of_segments(generate, range(110, 111))
+            seconds_of_segments(generate, range(110, 111))[0]
             for generate in (
                 generated(stock, config),
                 generated(functools.partial(PrefixCache().generate, model, stock), config),
@@ -274,25 +279,26 @@ def ways_to_generate(hidden: int, repeats: int) -> dict[str, float]:
     return medians
 
 
-def by_kind_of_layer(hidden: int, repeats: int) -> dict[str, dict[str, float]]:
-    print(f"\nFour segments of 16 rows, windows and states, hidden size {hidden}\n")
-    print(f"{'':<14}{'generate, s':>13}{'our cache, s':>14}{'ratio':>8}")
+def by_kind_of_layer(hidden: int, repeats: int, families: Sequence[str] = FAMILIES) -> dict[str, dict[str, float]]:
+    print(f"\nFour segments of 16 rows, windows and states, hidden size {hidden}, medians of {repeats}\n")
+    print(f"{'':<14}{'generate, s':>13}{'our cache, s':>14}{'ratio':>8}{'CPU time':>10}{'least':>8}")
     config = GenerationConfig(do_sample=True, max_new_tokens=32, pad_token_id=0, top_k=0, eos_token_id=None)
     table = {}
-    for family in ("qwen3_5", "gemma4", "gpt_oss", "lfm2", "nemotron_h"):
+    for family in families:
         model = hybrid_models.build(family, hidden=hidden, vocab=1000, window=128)
         model.generation_config.eos_token_id = None
         runs = []
         for _ in range(repeats):
             cached = functools.partial(PrefixCache().generate, model, model.generate)
-            plain, own = (
+            (plain, plain_cpu), (own, own_cpu) = (
                 seconds_of_segments(generated(generate, config), range(90, 131))
                 for generate in (model.generate, cached)
             )
-            runs.append((plain / own, plain, own))
-        ratio, plain, own = statistics.median_low(runs)
-        table[family] = {"generate_s": plain, "cache_s": own, "ratio": ratio}
-        print(f"{family:<14}{plain:>13.2f}{own:>14.2f}{ratio:>7.2f}×", flush=True)
+            runs.append((plain / own, plain, own, plain_cpu / own_cpu))
+        ratio, plain, own, _ = statistics.median_low(runs)
+        cpu, least = statistics.median(run[-1] for run in runs), min(run[0] for run in runs)
+        table[family] = {"generate_s": plain, "cache_s": own, "ratio": ratio, "cpu_ratio": cpu, "least_ratio": least}
+        print(f"{family:<14}{plain:>13.2f}{own:>14.2f}{ratio:>7.2f}×{cpu:>9.2f}×{least:>7.2f}×", flush=True)
     return table
 
 
@@ -324,16 +330,17 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="groups of a rollout, first table")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of the model, three layers")
     parser.add_argument("--repeats", type=int, default=3, help="rollouts of each side; medians are printed")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to make, all by default")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="shapes of the third table")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
-    results = {
-        "hidden": args.hidden,
-        "prompts": args.prompts,
-        "against_trl": against_trl(args.hidden, args.prompts, args.repeats),
-        "ways_to_generate": ways_to_generate(args.hidden, args.repeats),
-        "by_kind_of_layer": by_kind_of_layer(args.hidden, args.repeats),
-        "against_critical_path": against_critical_path(args.hidden, args.repeats),
+    tables = {
+        "against_trl": lambda: against_trl(args.hidden, args.prompts, args.repeats),
+        "ways_to_generate": lambda: ways_to_generate(args.hidden, args.repeats),
+        "by_kind_of_layer": lambda: by_kind_of_layer(args.hidden, args.repeats, args.families),
+        "against_critical_path": lambda: against_critical_path(args.hidden, args.repeats),
     }
+    results = {"hidden": args.hidden, "prompts": args.prompts, **{name: tables[name]() for name in args.only}}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=2) + "\n")

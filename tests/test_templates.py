@@ -302,6 +302,17 @@ def test_results_are_those_of_trl_but_where_it_differs_from_its_template(name):
     assert equal == {"gemma4": [True, False]}.get(family, [family not in DIFFERENT] * 2)
 
 
+def test_results_are_rendered_alike_after_a_padded_batch():
+    conversation = Conversation("qwen3", ("", "I think."))
+    render = suffix_renderer(conversation.tokenizer, conversation.template)
+    message = [{"role": "tool", "name": "add", "content": "told <|im_end|> of it " * 20}]
+    fresh = render(message)
+    conversation.tokenizer(["a", "b"], padding="max_length", max_length=500, truncation=True)
+    assert render(message) == fresh
+    conversation.tokenizer(["a", "b"], max_length=4, truncation=True)
+    assert render(message) == fresh
+
+
 @pytest.mark.parametrize("name", ["glm4moe", "gemma4_v5", "qwen3"])
 def test_a_turn_that_ends_with_a_token_of_another_place_is_answered_all_the_same(name):
     """A question begins with `<|user|>`, which may end a turn too: what is cut after it would repeat the question."""

@@ -49,7 +49,7 @@ class ChatTemplateProtocol(ToolProtocol):
             return Turn({}, [])
         try:
             schemas: dict[str, Any] = {"tools": self._schemas(tools)} if _TYPES_ARGUMENTS else {}
-            message = writable(parse_response(self.tokenizer, ids, prefix=self.turn_prefix(context), **schemas))
+            message = writable(parse_response(self._parser, ids, prefix=self.turn_prefix(context), **schemas))
             _cut_end(message, self.tokenizer, ids[-1])
         except Exception:  # deep nesting, say; what is merely malformed TRL makes plain text of itself
             message = {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
@@ -88,10 +88,20 @@ class ChatTemplateProtocol(ToolProtocol):
         return context
 
     @functools.cached_property
+    def _parser(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, as a copy whose response template is compiled once rather than for each turn."""
+        template = getattr(self.tokenizer, "response_template", None)
+        if template is None:
+            return self.tokenizer
+        parser = copy.copy(self.tokenizer)
+        parser.response_template = load_response_template(template)
+        return parser
+
+    @functools.cached_property
     def _turn_starts(self) -> Any:
         """What a turn of the model starts with, as a pattern; `None` with a parser that looks at no prefix."""
-        template = getattr(self.tokenizer, "response_template", None)
-        return None if template is None else load_response_template(template).start_anchor_re
+        template = getattr(self._parser, "response_template", None)
+        return None if template is None else template.start_anchor_re
 
     def _schemas(self, tools: Tools) -> list[Any]:
         """What the parser types arguments by: the schema of each function, which is made once."""

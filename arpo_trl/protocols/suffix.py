@@ -4,11 +4,13 @@ turn.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
@@ -42,6 +44,26 @@ def _rendered(
     return ids[0] if multimodal else ids
 
 
+def _template_ids(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[dict[str, Any]], **options: Any
+) -> Any:
+    """
+    What `apply_chat_template` answers. A fast tokenizer is asked for the tokens alone, without the place of each in the
+    text, which takes three quarters of the time.
+    """
+    if not isinstance(processing_class, PreTrainedTokenizerFast) or not _encodes_plainly(processing_class):
+        return processing_class.apply_chat_template(messages, **options)
+    text = processing_class.apply_chat_template(messages, **{**options, "tokenize": False})
+    return processing_class.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _encodes_plainly(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a text's tokens are its own: nothing that was set for an earlier one cuts, pads or splits them."""
+    backend = tokenizer.backend_tokenizer
+    splits = tokenizer.split_special_tokens or backend.encode_special_tokens
+    return backend.truncation is None and backend.padding is None and not splits
+
+
 def suffix_renderer(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin,
     chat_template: str | None = None,
@@ -67,6 +89,9 @@ def suffix_renderer(
     multimodal = isinstance(processing_class, ProcessorMixin)
     eos = (processing_class.tokenizer if multimodal else processing_class).eos_token_id
     kwargs = chat_template_kwargs or {}
+    # What is meant for the template may be an option of the method that renders, which then acts upon it
+    options = inspect.signature(processing_class.apply_chat_template).parameters.keys() & kwargs.keys()
+    apply = processing_class.apply_chat_template if options else partial(_template_ids, processing_class)
 
     @functools.cache
     def in_turn(token: int, name: str) -> bool:
@@ -80,10 +105,10 @@ def suffix_renderer(
 
     def render(messages: list[dict[str, Any]], **options: Any) -> Any:
         if messages[-1]["role"] == "tool":
-            return processing_class.apply_chat_template(messages, **options)
+            return apply(messages, **options)
         name = messages[-1]["tool_calls"][0]["function"]["name"]
         if name not in calls_of:
-            calls_of[name] = processing_class.apply_chat_template(messages, **options)
+            calls_of[name] = apply(messages, **options)
         return calls_of[name]
 
     def suffix_ids(messages: Sequence[dict[str, Any]], last: int | None = None) -> list[int]:

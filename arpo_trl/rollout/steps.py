@@ -158,7 +158,7 @@ def start_row(
 ) -> Trajectory:
     """A trajectory that starts from the prompt, in the group's next free row."""
     row = group.next_row
-    trajectory = Trajectory(row, list(prompts[row]), kind, images=list(images[row]))
+    trajectory = Trajectory(row, prompts[row], kind, images=list(images[row]))
     group.trajectories.append(trajectory)
     return trajectory
 
