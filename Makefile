@@ -68,12 +68,14 @@ $(VLLM)/.installed: pyproject.toml
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_engine
 
-# One table of ratios against TRL's own code, and JSON under outputs/
+# One table of ratios against TRL's own code, and JSON under outputs/: about 20 minutes on two idle cores, with one
+# measurement of what takes long. benchmarks/README.md says which commands gave its figures
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
-	$(BIN)/python benchmarks/rollout.py --json outputs/benchmarks/rollout.json
+	$(BIN)/python benchmarks/rollout.py --repeats 1 --tools 0 0.2 --json outputs/benchmarks/rollout.json
 	$(BIN)/python benchmarks/schedules.py --only simulated --json outputs/benchmarks/schedules.json
-	$(BIN)/python benchmarks/prefix_sharing.py --json outputs/benchmarks/prefix_sharing.json
+	$(BIN)/python benchmarks/prefix_sharing.py --repeats 1 --json outputs/benchmarks/prefix_sharing.json
+	$(BIN)/python benchmarks/host.py --json outputs/benchmarks/host.json
 	$(BIN)/python benchmarks/summary.py outputs/benchmarks
 
 # What only a GPU shows: one card, nothing but what is here

@@ -8,14 +8,15 @@ What the host does for rows of 32k tokens: parsing, results, waves, columns of r
 A rollout of 256 rows in groups of 16, with 6 calls a row, goes through the loop, the chat template and the records of
 the package; only the model and the tools are left out: segments are drawn from a text and tools answer at once. Beside
 it stands what version 0.1.0 did, on the same rows: a turn was parsed with all of its context, and records were whole
-lines. Records are also written of shorter rows and of rows that are mostly their own. Seconds are CPU time;
-tokens and bytes are counted.
+lines. Records are also written of shorter rows and of rows that are mostly their own. Seconds are CPU time, medians of
+`--repeats` rollouts; tokens and bytes are counted.
 """
 
 import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ SHAPES = {  # of rows whose records are written beside those of long prompts
     "short rows, as the demo's": {"tokens": 300, "segment": 15, "result_words": 5},
     "long segments": {"tokens": 32_000, "segment": 3_000, "result_words": 1_200},
 }
+READ = "the tokenizer alone"
 WATCHED = 32  # parses of the earlier way that are timed
 
 
@@ -185,6 +187,27 @@ def roll_out(world: World, rows: int, clock: Clock):
     return groups
 
 
+def seconds_of_parts(world: World, groups, clock: Clock) -> dict[str, float]:
+    """CPU seconds of what the host does for a rollout, model and tools left out."""
+    rows = [row for group in groups for row in group.trajectories]
+    with clock("columns"):
+        reward_columns(rows, world.tokenizer)
+    with clock("metrics"):
+        rollout_sums(groups)
+    with clock("encode"):
+        for text in world.results:
+            world.tokenizer.encode(text, add_special_tokens=False)
+    seconds = clock.seconds
+    return {
+        "parse segments, start calls": seconds["parse"],
+        "render and append results": seconds["tools"],
+        "the rest of the waves": seconds["all"] - sum(seconds[phase] for phase in ("sample", "parse", "tools")),
+        "columns of reward functions": seconds["columns"],
+        "sums of metrics": seconds["metrics"],
+        READ: seconds["encode"],
+    }
+
+
 def parse_both_ways(world: World, rows) -> dict[str, float]:
     """Milliseconds and decoded tokens a turn, of the last turn with a call of some rows."""
     turns = []
@@ -242,34 +265,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=32_000, help="of a row at its end")
+    parser.add_argument("--repeats", type=int, default=3, help="rollouts; medians are printed")
     parser.add_argument("--run", type=Path, help="a run with `log_rollouts`, whose records are written both ways")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
-    world, clock = World(args.rows, args.tokens), Clock()
-    groups = roll_out(world, args.rows, clock)
+    world, runs = World(args.rows, args.tokens), []
+    for _ in range(args.repeats):
+        world.results.clear()
+        clock = Clock()
+        groups = roll_out(world, args.rows, clock)
+        runs.append(seconds_of_parts(world, groups, clock))
+    parts = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
+    encoded = parts.pop(READ)
     rows = [row for group in groups for row in group.trajectories]
-    with clock("columns"):
-        reward_columns(rows, world.tokenizer)
-    with clock("metrics"):
-        rollout_sums(groups)
-    loop = clock.seconds.pop("all") - clock.seconds.pop("sample")
-    parts = {
-        "parse segments, start calls": clock.seconds["parse"],
-        "render and append results": clock.seconds["tools"],
-        "the rest of the waves": loop - clock.seconds["parse"] - clock.seconds["tools"],
-        "columns of reward functions": clock.seconds["columns"],
-        "sums of metrics": clock.seconds["metrics"],
-    }
     sampled = sum(segment.start >= (row.fork_token or 0) for row in rows for segment in row.segments)
     tokens = sum(len(row.prompt_ids) + len(row.completion_ids) for row in rows)
     print(f"{len(rows)} rows of {tokens / len(rows):.0f} tokens, {sampled} segments sampled\n")
     for part, seconds in parts.items():
         print(f"{part:<32}{seconds:>8.2f} s")
-    with clock("encode"):
-        for text in world.results:
-            world.tokenizer.encode(text, add_special_tokens=False)
-    encoded = clock.seconds["encode"]
-    print(f"{'in all':<32}{sum(parts.values()):>8.2f} s, of which the tokenizer reads results: {encoded:.2f} s\n")
+    print(f"{'in all':<32}{sum(parts.values()):>8.2f} s; {READ} in {encoded:.2f} s\n")
     parsing = parse_both_ways(world, rows)
     for way, told in (("before", "with all of its context"), ("now", "from its own tokens")):
         each, read = parsing[f"{way}_ms"], parsing[f"{way}_tokens"]

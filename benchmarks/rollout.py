@@ -182,13 +182,13 @@ SIDES = {
 }
 
 
-def against_trl(hidden: int, prompts: int, repeats: int) -> list[dict]:
+def against_trl(hidden: int, prompts: int, repeats: int, tools: Sequence[float] = (0.0, 0.2, 1.0)) -> list[dict]:
     print(f"{prompts} groups of 16, {ROUNDS} calls a row, hidden size {hidden}\n")
     print(
         f"{'tool, s':>8}{'TRL, s':>10}{'waves, s':>10}{'eager, s':>10}{'TRL/waves':>11}{'TRL/eager':>11}{'calls':>12}"
     )
     table = []
-    for seconds in (0.0, 0.2, 1.0):
+    for seconds in tools:
         taken: dict[str, list[float]] = {side: [] for side in SIDES}
         calls = {}
         for _ in range(repeats):
@@ -330,12 +330,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4, help="groups of a rollout, first table")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size of the model, three layers")
     parser.add_argument("--repeats", type=int, default=3, help="rollouts of each side; medians are printed")
+    parser.add_argument("--tools", type=float, nargs="+", default=[0, 0.2, 1], help="seconds of a call, first table")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="tables to make, all by default")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="shapes of the third table")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
     tables = {
-        "against_trl": lambda: against_trl(args.hidden, args.prompts, args.repeats),
+        "against_trl": lambda: against_trl(args.hidden, args.prompts, args.repeats, args.tools),
         "ways_to_generate": lambda: ways_to_generate(args.hidden, args.repeats),
         "by_kind_of_layer": lambda: by_kind_of_layer(args.hidden, args.repeats, args.families),
         "against_critical_path": lambda: against_critical_path(args.hidden, args.repeats),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def lines(folder: Path) -> list[tuple[str, float, float]]:
-    """What was compared, and the seconds of both sides."""
+    """What was compared, and the seconds (or what it says) of both sides."""
     found = []
     for kind, row in read(folder / "tools.json").get("rollout", {}).items():
         found.append((f"wave of {kind} tools, TRL → ours", row["trl_s"], row["arpo_s"]))
@@ -35,6 +35,15 @@ def lines(folder: Path) -> list[tuple[str, float, float]]:
                 found.append(
                     (f"training, {case['case']}, {size} rows a micro-batch", times["row by row", size], seconds)
                 )
+    host = read(folder / "host.json")
+    if host:
+        ours = sum(host["parts_s"].values())
+        saved = host["turns"] * (host["parsing"]["before_ms"] - host["parsing"]["now_ms"]) / 1e3
+        what = f"host, {host['rows']} rows, turns parsed with their context → alone, CPU time"
+        found.append((what, ours + saved, ours))
+        for name, row in host["records"].items():
+            sizes = row["before_bytes"] / 1e6, row["now_bytes"] / 1e6
+            found.append((f"records, {name}, whole lines → ours, MB", *sizes))
     return found
 
 

@@ -48,8 +48,8 @@ def _template_ids(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin, messages: list[dict[str, Any]], **options: Any
 ) -> Any:
     """
-    What `apply_chat_template` answers. A fast tokenizer is asked for the tokens alone, without the place of each in the
-    text, which takes three quarters of the time.
+    What `apply_chat_template` answers. A fast tokenizer is asked for the tokens alone, without the place of each in
+    the text, which takes three quarters of the time.
     """
     if not isinstance(processing_class, PreTrainedTokenizerFast) or not _encodes_plainly(processing_class):
         return processing_class.apply_chat_template(messages, **options)
