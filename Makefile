@@ -74,7 +74,8 @@ bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json
 	$(BIN)/python benchmarks/rollout.py --repeats 1 --tools 0 0.2 --json outputs/benchmarks/rollout.json
 	$(BIN)/python benchmarks/schedules.py --only simulated --json outputs/benchmarks/schedules.json
-	$(BIN)/python benchmarks/prefix_sharing.py --repeats 1 --json outputs/benchmarks/prefix_sharing.json
+	$(BIN)/python benchmarks/prefix_sharing.py --repeats 1 --cases forked-once four-rounds nothing-shared ragged \
+		--json outputs/benchmarks/prefix_sharing.json
 	$(BIN)/python benchmarks/host.py --json outputs/benchmarks/host.json
 	$(BIN)/python benchmarks/summary.py outputs/benchmarks
 

@@ -239,8 +239,8 @@ def measure(case: str, args: argparse.Namespace) -> dict:
     sizes = [size for size in args.micro_batches if len(rows) % size == 0]
     runs = [(side, size) for size in sizes for side in SIDES]
     times: dict[tuple[str, int], list[tuple[float, float]]] = {run: [] for run in runs}
-    for side, size in runs:  # warms up
-        step(model, rows[:size], side, size, args.device)
+    for side in SIDES:  # warms up
+        step(model, rows[: sizes[0]], side, sizes[0], args.device)
     for _ in range(args.repeats):
         for side, size in runs:
             model.zero_grad()
