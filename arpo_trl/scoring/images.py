@@ -2,18 +2,20 @@
 What a model takes of images when rows are scored, put right where TRL's own batch does not fit rows that branch.
 
 TRL says which tokens are of images from the prompt, or under a name of its own choice; a micro-batch may hold no image
-while others do; and a row that is taken out of the loss is taken out of the attention, by which the images of the rows
-after it would come to other places.
+while others do; a row that is taken out of the loss is taken out of the attention, by which the images of the rows
+after it would come to other places; and where tensors have one entry a row (Idefics, SmolVLM), TRL makes one row of all
+that tools return, and takes rows for images where there are as many.
 
 What is not here: the tensors of images themselves, which are TRL's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 if TYPE_CHECKING:
@@ -46,17 +48,23 @@ def score_with_images(
     """
     taken = (reader.names - {reader.type_name}) | {"num_images", "num_tiles"}  # some processors tell more
     inputs = {name: value for name, value in inputs.items() if value is not None and name in taken}
-    of_image = torch.isin(input_ids, torch.tensor(sorted(reader.image_tokens), device=input_ids.device))
+    of_image = reader.of_image(input_ids)
     if reader.type_name is not None:
         inputs[reader.type_name] = of_image.to(input_ids.dtype)
     attention_mask = with_images(attention_mask, of_image, logits_to_keep)
-    counts, size = inputs["num_images"], batch_size or len(input_ids)
-    if all(sum(counts[start : start + size]) for start in range(0, len(counts), size)):
+    if reader.by_row:
+        inputs |= tiles_by_row(inputs, of_image)
+        inputs["num_images"] = [0] * len(input_ids)  # TRL takes tensors by row where they are not as many as images
+        shown = of_image.any(dim=1).tolist()
+    else:
+        shown = inputs["num_images"]
+    size = batch_size or len(input_ids)
+    if all(any(shown[start : start + size]) for start in range(0, len(shown), size)):
         return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
     whole = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
     scores = [
         score(chunk.pop("input_ids"), chunk.pop("attention_mask"), logits_to_keep, None, chunk)
-        for chunk in _chunks(whole, size, reader.type_name)
+        for chunk in _chunks(whole, shown, size, reader.type_name)
     ]
     logps, entropies, losses = zip(*scores, strict=True)
     return (
@@ -79,14 +87,41 @@ def with_images(attention_mask: torch.Tensor, of_image: torch.Tensor, logits_to_
     return torch.cat([attention_mask[:, :start], torch.where(through, 1, attention_mask[:, start:])], dim=1)
 
 
-def _chunks(batch: Mapping[str, Any], size: int, type_name: str | None) -> Iterator[dict[str, Any]]:
-    """The batch in parts of `size` rows, the last perhaps smaller; a part without images has no tensors of any."""
+def tiles_by_row(tensors: Mapping[str, Any], of_image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Tensors of tiles with one entry a row, as the model takes them, from those that TRL has made of one row that holds
+    the images of all. Every tile has as many tokens as any other, so a row's tokens tell how many are its own.
+
+    Args:
+        tensors (`Mapping[str, Any]`): `pixel_values` of shape `(1, tiles, …)`, perhaps `pixel_attention_mask`.
+        of_image (`torch.Tensor` of shape `(B, T)`): Which tokens stand for a part of an image.
+
+    Returns:
+        `dict[str, torch.Tensor]`: of shape `(B, tiles of the row that has most, …)`, with zeros for those that a row
+        has not; empty where `tensors` have one entry a row already.
+    """
+    rows, tiles = len(of_image), tensors["pixel_values"].size(1)
+    if len(tensors["pixel_values"]) == rows:
+        return {}
+    tokens = of_image.sum(dim=1)
+    own = (tokens * tiles // tokens.sum()).tolist()
+    names = {"pixel_values", "pixel_attention_mask"} & tensors.keys()
+    return {name: pad_sequence(tensors[name][0].split(own), batch_first=True) for name in names}
+
+
+def _chunks(
+    batch: Mapping[str, Any], shown: Sequence[int], size: int, type_name: str | None
+) -> Iterator[dict[str, Any]]:
+    """
+    The batch in parts of `size` rows, the last perhaps smaller. A part in which no row is `shown` an image has no
+    tensors of any.
+    """
     rows = split_pixel_values_by_grid(dict(batch))
     texts = {"input_ids", "attention_mask", type_name}
     for start in range(0, len(batch["input_ids"]), size):
         part: Any = {name: value[start : start + size] for name, value in rows.items()}
         part = unsplit_pixel_values_by_grid(part)
-        yield part if sum(part["num_images"]) else {name: value for name, value in part.items() if name in texts}
+        yield part if any(shown[start : start + size]) else {name: value for name, value in part.items() if name in texts}
 
 
 class ImageScoringMixin:
@@ -111,9 +146,18 @@ class ImageScoringMixin:
                 model, ids, mask, keep, size, compute_entropy, compute_aux_loss, **beside
             )
 
+        reader = self._image_reader
+        by_row = inputs.get("pixel_values") is not None and reader.by_row
         # Without tools the batch is TRL's own
-        if not self.tools or self._image_reader is None or inputs.get("num_images") is None:
+        if not by_row and (not self.tools or reader is None or inputs.get("num_images") is None):
             return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
-        return score_with_images(
-            score, self._image_reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs
-        )
+        return score_with_images(score, reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+        if output.get("pixel_values") is not None and self._image_reader.by_row:
+            of_image = self._image_reader.of_image(torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1))
+            output |= tiles_by_row(output, of_image)
+            # By the number of images TRL would take the tensors apart; without it they go with their rows
+            del output["num_images"]
+        return output
