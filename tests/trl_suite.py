@@ -338,9 +338,7 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
             scale_factor=2,
             image_token_id=tokens.convert_tokens_to_ids("<image>"),
         )
-        images = getattr(tf, f"{family}ImageProcessor")(
-            size={"longest_edge": 84}, max_image_size={"longest_edge": 28}
-        )
+        images = getattr(tf, f"{family}ImageProcessor")(size={"longest_edge": 84}, max_image_size={"longest_edge": 28})
         parts = [images, tokens]
         if family == "SmolVLM":
             words = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")

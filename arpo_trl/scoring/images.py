@@ -2,9 +2,9 @@
 What a model takes of images when rows are scored, put right where TRL's own batch does not fit rows that branch.
 
 TRL says which tokens are of images from the prompt, or under a name of its own choice; a micro-batch may hold no image
-while others do; a row that is taken out of the loss is taken out of the attention, by which the images of the rows
-after it would come to other places; and where tensors have one entry a row (Idefics, SmolVLM), TRL makes one row of all
-that tools return, and takes rows for images where there are as many.
+while others do; and a row that is taken out of the loss is taken out of the attention, by which the images of the rows
+after it would come to other places. Where tensors have one entry a row (Idefics, SmolVLM), TRL makes one row of all
+images that tools return, and takes rows for images where there are as many.
 
 What is not here: the tensors of images themselves, which are TRL's.
 """
@@ -121,7 +121,9 @@ def _chunks(
     for start in range(0, len(batch["input_ids"]), size):
         part: Any = {name: value[start : start + size] for name, value in rows.items()}
         part = unsplit_pixel_values_by_grid(part)
-        yield part if any(shown[start : start + size]) else {name: value for name, value in part.items() if name in texts}
+        if not any(shown[start : start + size]):
+            part = {name: value for name, value in part.items() if name in texts}
+        yield part
 
 
 class ImageScoringMixin:
@@ -146,12 +148,12 @@ class ImageScoringMixin:
                 model, ids, mask, keep, size, compute_entropy, compute_aux_loss, **beside
             )
 
-        reader = self._image_reader
-        by_row = inputs.get("pixel_values") is not None and reader.by_row
-        # Without tools the batch is TRL's own
-        if not by_row and (not self.tools or reader is None or inputs.get("num_images") is None):
-            return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
-        return score_with_images(score, reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+        reader, counts = self._image_reader, inputs.get("num_images")
+        shown = inputs.get("pixel_values") is not None
+        # Without tools the batch is TRL's own, where TRL can score it
+        if shown and (reader.by_row or counts is not None and (self.tools or 0 in counts)):
+            return score_with_images(score, reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+        return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
