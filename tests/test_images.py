@@ -171,8 +171,11 @@ def test_a_fork_shares_the_images_up_to_its_fork_token_and_each_row_is_scored_wi
     check_scores(trainer)
 
 
-def check_scores(trainer) -> None:
-    """Micro-batches of one row hold its images, and score it as the model does with it and its images alone."""
+def check_scores(trainer, model=None) -> None:
+    """
+    Micro-batches of one row hold its images, and score it as the model (that of before training, if it has changed)
+    does with it and its images alone.
+    """
     rows = [row for group in trainer._groups for row in group.trajectories]
     for batch in trainer._buffered_inputs:  # shuffled
         ids = batch["completion_ids"][0][batch["completion_mask"][0].bool()].tolist()
@@ -181,7 +184,7 @@ def check_scores(trainer) -> None:
         fields = trainer._image_reader.fields([tokens], [row.images])
         fields = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in fields.items()}
         with torch.no_grad():
-            logits = trainer.model(input_ids=torch.tensor([tokens]), **fields).logits[0]
+            logits = (model or trainer.model)(input_ids=torch.tensor([tokens]), **fields).logits[0]
         alone = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]][len(row.prompt_ids) - 1 :]
         old = batch["old_per_token_logps"][0, : len(row.completion_ids)]
         torch.testing.assert_close(old, alone, rtol=0, atol=1e-4)

@@ -72,7 +72,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(agent_dirs, tmp_path_factory):
-    names = "split,uneven,hang,eager,continuous,contrast,agent-whole,agent-split,agent-shared,agent-stock,multimodal"
+    names = "split,uneven,hang,eager,continuous,contrast,agent-whole,agent-split,agent-shared,agent-stock,multimodal,images"
     return launch("multi_gpu.yaml", names, tmp_path_factory.mktemp("ddp"), agent_dirs["chat_template"])
 
 
@@ -113,6 +113,20 @@ def test_text_on_a_multimodal_checkpoint_whose_vision_tower_gets_no_gradient(run
         assert all(record["tool_calls"][0]["error"] is None for record in run.records(rank))
     here, there = run.weights
     assert torch.equal(here, there) and run.logs[0]["grad_norm"] > 0
+
+
+def test_images_here_and_there_where_not_every_row_has_some(runs):
+    """The script has compared what each process scores with the model, each row and its images alone."""
+    run = runs["images"]
+    for rank, in_prompt in ((0, 1), (1, 0)):
+        records = run.records(rank)
+        assert [record["kind"] for record in records] == ["initial"] * 2 + ["fork"] * 2
+        for record in records:
+            shown = [block for call in record["tool_calls"] for block in call["result"] if block["type"] == "image"]
+            assert len(record["images"]) == in_prompt + len(shown)
+    assert {len(record["images"]) for rank in (0, 1) for record in run.records(rank)} == {0, 1, 2}
+    assert torch.equal(*run.weights)
+    assert all(torch.isfinite(torch.tensor(log["loss"])) and log["grad_norm"] > 0 for log in run.logs)
 
 
 def test_a_tool_that_hangs_on_one_process(runs):
