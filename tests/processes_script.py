@@ -184,16 +184,17 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
             processing_class=processor,
             tools=[multimodal.weather],
         )
-    if name in ("images", "images-everywhere"):  # a group each; "images": the prompt here has one, the prompt there none
-        with_picture = {"prompt": multimodal.PROMPT, "image": multimodal.PICTURE}
-        other = {"prompt": [{"role": "user", "content": "And there?"}], "image": None}
+    if name == "images":  # a group each: the prompt here has one, the prompt there none, and here are more waves
+        rows = [{"prompt": multimodal.PROMPT, "image": multimodal.PICTURE}]
+        rows += [{"prompt": [{"role": "user", "content": "And there?"}], "image": None}]
         settings = {"per_device_train_batch_size": 1, "steps_per_generation": 4, "shuffle_dataset": False}
         return multimodal.trainer_of(
             "Qwen3-VL",
             folder,
-            rows=[with_picture, other if name == "images" else with_picture] * 2,
+            rows=rows * 2,
             tools=[test_images.sometimes_a_photo()],
-            **{**FIXED, **settings, "max_steps": 2, "max_completion_length": 300},
+            questions=2 - rank,
+            **{**FIXED, **settings, "max_steps": 2, "max_completion_length": 400},
         )
     if name == "victim":  # hangs in the middle of its third step until it is killed
 

@@ -272,6 +272,25 @@ def test_a_row_that_is_out_of_the_loss_keeps_its_images_in_place():
     )
 
 
+@pytest.mark.parametrize("length", [12, 120])  # shorter and longer than an image
+@pytest.mark.parametrize("family", [*FAMILIES, *multimodal.IMAGE_MODELS])
+def test_a_row_that_is_read_for_another_process_changes_no_other(family, length, tmp_path, monkeypatch):
+    skip_without_torchvision(family)
+    trainer = trainer_of(family, tmp_path, tool_protocol="tags")
+    trainer.model.eval()
+    ids = torch.arange(100, 100 + 3 * length).view(3, length) % 250
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    alone = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5, 2, True)
+    reader, seen = trainer._image_reader, []
+    monkeypatch.setattr(trainer, "_image_guest", lambda shown: (reader.ids(OTHER), OTHER))
+    trainer.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    beside = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5, 2, True)
+    assert [len(call["input_ids"]) for call in seen] == [3, 2] and all("pixel_values" in call for call in seen)
+    for left, right in zip(alone[:2], beside[:2], strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
 def test_tiles_are_dealt_to_the_rows_whose_tokens_stand_for_them():
     of_image = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()  # two tokens a tile
     pixels = torch.arange(1.0, 4.0).view(1, 3, 1, 1, 1)

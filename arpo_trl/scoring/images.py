@@ -4,7 +4,8 @@ What a model takes of images when rows are scored, put right where TRL's own bat
 TRL says which tokens are of images from the prompt, or under a name of its own choice; a micro-batch may hold no image
 while others do; and a row that is taken out of the loss is taken out of the attention, by which the images of the rows
 after it would come to other places. Where tensors have one entry a row (Idefics, SmolVLM), TRL makes one row of all
-images that tools return, and takes rows for images where there are as many.
+images that tools return, and takes rows for images where there are as many. Where weights are spread over processes,
+each has to read an image if one does.
 
 What is not here: the tensors of images themselves, which are TRL's.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
@@ -30,6 +32,7 @@ def score_with_images(
     logits_to_keep: int,
     batch_size: int | None,
     inputs: Mapping[str, Any],
+    guest: tuple[list[int], Any] | None = None,
 ) -> tuple:
     """
     Score rows of which some have images.
@@ -42,6 +45,8 @@ def score_with_images(
         logits_to_keep (`int`): Tokens of the completion.
         batch_size (`int`, *optional*): Rows that are scored at once.
         inputs (`Mapping[str, Any]`): TRL's: `num_images`, tensors, and types of tokens.
+        guest (`tuple[list[int], PIL.Image.Image]`, *optional*): Tokens of an image and the image, to read beside rows
+            that have none, because another process reads some.
 
     Returns:
         `tuple`: as `score` returns.
@@ -52,7 +57,9 @@ def score_with_images(
     if reader.type_name is not None:
         inputs[reader.type_name] = of_image.to(input_ids.dtype)
     attention_mask = with_images(attention_mask, of_image, logits_to_keep)
-    if reader.by_row:
+    if inputs.get("pixel_values") is None:
+        shown: Sequence[int] = [0] * len(input_ids)
+    elif reader.by_row:
         inputs |= tiles_by_row(inputs, of_image)
         inputs["num_images"] = [0] * len(input_ids)  # TRL takes tensors by row where they are not as many as images
         shown = of_image.any(dim=1).tolist()
@@ -62,10 +69,13 @@ def score_with_images(
     if all(any(shown[start : start + size]) for start in range(0, len(shown), size)):
         return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
     whole = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-    scores = [
-        score(chunk.pop("input_ids"), chunk.pop("attention_mask"), logits_to_keep, None, chunk)
-        for chunk in _chunks(whole, shown, size, reader.type_name)
-    ]
+    scores = []
+    for chunk in _chunks(whole, shown, size, reader.type_name):
+        rows = len(chunk["input_ids"])
+        if guest is not None and "pixel_values" not in chunk:
+            chunk = with_guest(chunk, reader, *guest)
+        *by_token, loss = score(chunk.pop("input_ids"), chunk.pop("attention_mask"), logits_to_keep, None, chunk)
+        scores.append((*(None if values is None else values[:rows] for values in by_token), loss))
     logps, entropies, losses = zip(*scores, strict=True)
     return (
         torch.cat(logps),
@@ -109,6 +119,33 @@ def tiles_by_row(tensors: Mapping[str, Any], of_image: torch.Tensor) -> dict[str
     return {name: pad_sequence(tensors[name][0].split(own), batch_first=True) for name in names}
 
 
+def with_guest(
+    chunk: Mapping[str, torch.Tensor], reader: ImageReader, ids: list[int], image: Any
+) -> dict[str, torch.Tensor | list[int]]:
+    """
+    Rows of text with one more row, which holds an image and is as long as they are, or they as it.
+
+    Args:
+        chunk (`Mapping[str, torch.Tensor]`): `input_ids`, `attention_mask` and perhaps types of tokens, of shape
+            `(B, T)`.
+        reader ([`ImageReader`]): How the model reads images.
+        ids (`list[int]`): Tokens that stand for the image.
+        image (`PIL.Image.Image`): The image.
+    """
+    rows, length = chunk["input_ids"].shape
+    values = {"input_ids": ids, "attention_mask": [1] * len(ids), reader.type_name: reader.types(ids)}
+    made: dict[str, Any] = {}
+    for name, value in chunk.items():
+        made[name] = pad(value, (max(len(ids) - length, 0), 0, 0, 1))
+        made[name][-1, : len(ids)] = value.new_tensor(values[name])
+    fields = reader.fields([*([[]] * rows), ids], [*([[]] * rows), [image]])
+    device = chunk["input_ids"].device
+    made |= {name: value.to(device) for name, value in fields.items() if name != reader.type_name}
+    if reader.by_row:
+        return {**made, "num_images": [0] * (rows + 1)}
+    return {**made, "num_images": [0] * rows + [1], "num_tiles": [0] * rows + [len(made["pixel_values"])]}
+
+
 def _chunks(
     batch: Mapping[str, Any], shown: Sequence[int], size: int, type_name: str | None
 ) -> Iterator[dict[str, Any]]:
@@ -129,8 +166,13 @@ def _chunks(
 class ImageScoringMixin:
     """Goes before [`~trl.GRPOTrainer`] among the bases of a trainer whose rows have images of their own."""
 
+    accelerator: Any
+    is_fsdp_enabled: bool
     tools: Any
     _image_reader: Any
+
+    def _anyone(self, here: bool) -> bool:
+        raise NotImplementedError
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -150,10 +192,25 @@ class ImageScoringMixin:
 
         reader, counts = self._image_reader, inputs.get("num_images")
         shown = inputs.get("pixel_values") is not None
+        guest = self._image_guest(shown and len(inputs["pixel_values"]) > 0)
         # Without tools the batch is TRL's own, where TRL can score it
-        if shown and (reader.by_row or counts is not None and (self.tools or 0 in counts)):
-            return score_with_images(score, reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+        own = shown and (reader.by_row or counts is not None and (self.tools or 0 in counts))
+        if own or guest is not None:
+            return score_with_images(
+                score, reader, input_ids, attention_mask, logits_to_keep, batch_size, inputs, guest
+            )
         return score(input_ids, attention_mask, logits_to_keep, batch_size, inputs)
+
+    def _image_guest(self, shown: bool) -> tuple[list[int], Any] | None:
+        """
+        Tokens and the image of a row to read beside rows without images: where weights are spread over processes, the
+        forward of the vision tower is one of all, and `shown` says that this process, or another, has an image.
+        """
+        plugin = self.accelerator.state.deepspeed_plugin
+        spread = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        if self._image_reader is None or not spread or not self._anyone(shown):
+            return None
+        return self._image_reader.ids(self._image_reader.sample), self._image_reader.sample
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)  # type: ignore[misc]
