@@ -81,7 +81,9 @@ def runs(agent_dirs, tmp_path_factory):
 def sharded(request, agent_dirs, tmp_path_factory):
     if request.param.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    folder, names = tmp_path_factory.mktemp(request.param), "uneven,agent-whole,agent-split,images"
+    folder, names = tmp_path_factory.mktemp(request.param), "uneven,agent-whole,agent-split"
+    if request.param != "deepspeed_zero3":  # under which transformers builds no such model from a config
+        names += ",images"
     return request.param, launch(f"{request.param}.yaml", names, folder, agent_dirs["chat_template"])
 
 
@@ -243,7 +245,8 @@ def test_prefix_sharing_leaves_the_weights_as_they_are(runs):
 
 def test_sharding_does_what_data_parallel_does(runs, sharded):
     config, sharded_runs = sharded
-    check_images(sharded_runs["images"])
+    if "images" in sharded_runs:
+        check_images(sharded_runs["images"])
     for name in ("uneven", "agent-whole", "agent-split"):
         run = sharded_runs[name]
         facts = run.facts[0]

@@ -4,8 +4,8 @@ What a model takes of images when rows are scored, put right where TRL's own bat
 TRL says which tokens are of images from the prompt, or under a name of its own choice; a micro-batch may hold no image
 while others do; and a row that is taken out of the loss is taken out of the attention, by which the images of the rows
 after it would come to other places. Where tensors have one entry a row (Idefics, SmolVLM), TRL makes one row of all
-images that tools return, and takes rows for images where there are as many. Where weights are spread over processes,
-each has to read an image if one does.
+images that tools return, and takes rows for images where there are as many. Under FSDP and ZeRO each process has to
+read an image if one does.
 
 What is not here: the tensors of images themselves, which are TRL's.
 """
@@ -168,6 +168,7 @@ class ImageScoringMixin:
 
     accelerator: Any
     is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
     tools: Any
     _image_reader: Any
 
@@ -203,11 +204,11 @@ class ImageScoringMixin:
 
     def _image_guest(self, shown: bool) -> tuple[list[int], Any] | None:
         """
-        Tokens and the image of a row to read beside rows without images: where weights are spread over processes, the
-        forward of the vision tower is one of all, and `shown` says that this process, or another, has an image.
+        Tokens and the image of a row to read beside rows without images, where `shown` says that this process, or
+        another, has an image. FSDP and ZeRO-3 gather the vision tower's weights from all processes, and ZeRO-2 its
+        gradients.
         """
-        plugin = self.accelerator.state.deepspeed_plugin
-        spread = self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self._image_reader is None or not spread or not self._anyone(shown):
             return None
         return self._image_reader.ids(self._image_reader.sample), self._image_reader.sample
