@@ -1,5 +1,5 @@
 """
-Make the table of docs/models.md from what the tests run, and from what the package says of each model:
+Make the tables of docs/models.md from what the tests run, and from what the package says of each model:
 
     python docs/make_models.py
 """
@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import multimodal  # noqa: E402
 import packed_families  # noqa: E402
+import test_images  # noqa: E402
 import test_models  # noqa: E402
 
 from arpo_trl.rollout.engines.prefix_cache import cache_obstacle  # noqa: E402
@@ -23,6 +24,7 @@ from arpo_trl.scoring.shared_prefix import unsupported_reason  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by docs/make_models.py -->\n", "<!-- end -->"
 PACKED = "<!-- packed families, made by docs/make_models.py -->\n"
+IMAGES = "<!-- images, made by docs/make_models.py -->\n"
 HEAD = "| family | model | tested with forks | rollouts keep what they have read | scoring shares prefixes |\n"
 
 
@@ -88,9 +90,28 @@ def packed_table() -> str:
     return "| layers | model types |\n|---|---|\n" + "".join(lines)
 
 
+def images_row(family: str) -> str:
+    """What `tests/test_images.py` runs of a family."""
+    places = {"prompt": "prompts", "tool": "results", "both": "prompts and results"}
+    protocols = [name.replace("_", " ") for forked, name in test_images.FORKED if forked == family]
+    equal = [places[place] for forked, place in test_images.EQUAL if forked == family]
+    compared = f"with tools: {', '.join(equal)}" if equal else "without tools: prompts"
+    fails = [f"{places[place]}: {how}" for (failing, place), how in test_images.TRL_FAILS.items() if failing == family]
+    taken = "trains" if "chat template" in protocols else "refuses tools: the chat template knows none"
+    return f"| {family} | {', '.join(protocols)} | {compared} | {'; '.join(fails) or taken} |\n"
+
+
+def images_table() -> str:
+    families = dict.fromkeys(family for family, _ in test_images.FORKED)
+    head = (
+        "| family | images in prompts and results, with forks | equal to GRPO to the bit | TRL alone, with tools |\n"
+    )
+    return head + "|---|---|---|---|\n" + "".join(map(images_row, families))
+
+
 def page() -> str:
     text = PAGE.read_text("utf-8")
-    for begin, made in ((BEGIN, table()), (PACKED, packed_table())):
+    for begin, made in ((BEGIN, table()), (PACKED, packed_table()), (IMAGES, images_table())):
         before, _, rest = text.partition(begin)
         text = before + begin + "\n" + made + "\n" + END + rest.partition(END)[2]
     return text

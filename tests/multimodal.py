@@ -34,6 +34,7 @@ IMAGE_MODELS = {
     "LLaVA": "LlavaForConditionalGeneration",
     "LLaVA-Next": "LlavaNextForConditionalGeneration",
     "Idefics3": "Idefics3ForConditionalGeneration",
+    "SmolVLM": "SmolVLMForConditionalGeneration",
     "LFM2-VL": "Lfm2VlForConditionalGeneration",
 }
 """More of them, which `test_images.py` runs with the tags protocol."""
@@ -125,6 +126,8 @@ def call_text(processor, city: str) -> str:
         call = f"<tool_call>\n<function=weather>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
     elif "<|tool_call>" in text:
         return f'<|tool_call>call:weather{{city:<|"|>{city}<|"|>}}<tool_call|><|tool_response>'
+    elif "<|tool_call_start|>" in text:
+        call = f"<|tool_call_start|>[weather(city='{city}')]<|tool_call_end|>"
     else:
         call = f'<tool_call>\n{{"name": "weather", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
     return thought_text(processor) + call + "<|im_end|>"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import multimodal
+import test_images
 import tiny
 import torch
 from accelerate import DistributedType, PartialState
@@ -183,6 +184,18 @@ def scenario(name: str, folder: Path, checkpoint: str) -> ARPOTrainer:
             processing_class=processor,
             tools=[multimodal.weather],
         )
+    if name == "images":  # a group each: the prompt here has one, the prompt there none, and here are more waves
+        rows = [{"prompt": multimodal.PROMPT, "image": multimodal.PICTURE}]
+        rows += [{"prompt": [{"role": "user", "content": "And there?"}], "image": None}]
+        settings = {"per_device_train_batch_size": 1, "steps_per_generation": 4, "shuffle_dataset": False}
+        return multimodal.trainer_of(
+            "Qwen3-VL",
+            folder,
+            rows=rows * 2,
+            tools=[test_images.sometimes_a_photo()],
+            questions=2 - rank,
+            **{**FIXED, **settings, "max_steps": 2, "max_completion_length": 400},
+        )
     if name == "victim":  # hangs in the middle of its third step until it is killed
 
         def hanging(completions, trainer_state, **kwargs):
@@ -213,6 +226,9 @@ def main(names: str, folder: str, checkpoint: str):
     for name in names.split(","):
         trainer = scenario(name, Path(folder) / name, checkpoint)
         trainer.train()
+        if name == "images":  # the steps were those of one rollout, by the weights that the model had
+            model, _ = multimodal.build("Qwen3-VL")
+            test_images.check_scores(trainer, model)
         trainer.save_model(str(Path(folder) / name / "final"))
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         facts = {

@@ -86,7 +86,13 @@ SAID = {
         "self._buffered_inputs = [unsplit_pixel_values_by_grid(batch) for batch in generation_batches]",
         "self._buffered_inputs[self._step % self.args.steps_per_generation]",
     ],
-    "_get_per_token_logps_and_entropies": ["fused_lm_head=True", "self.accelerator.autocast()"],
+    "_get_per_token_logps_and_entropies": [
+        "fused_lm_head=True",
+        "self.accelerator.autocast()",
+        # tensors with one entry a row, where `num_images` does not add up to the number of rows
+        'elif pixel_values is not None: model_inputs["pixel_values"] = pixel_values[start:end]',
+        'model_inputs["pixel_attention_mask"] = pixel_attention_mask[start:end]',
+    ],
     "__init__": [
         "self._standalone_tools",
         "self._env_tools",
@@ -140,6 +146,8 @@ def test_names_we_import():
     )
 
     assert "shift_labels" in inspect.getsource(add_fused_lm_head)
+    # Without `num_images`, tensors with one entry a row are left whole
+    assert split_pixel_values_by_grid({"pixel_values": "as it is"}) == {"pixel_values": "as it is"}
 
     assert grpo_trainer.GRPOTrainer is GRPOTrainer
     assert {"_tag_names", "_name", "_paper"} <= set(vars(GRPOTrainer))

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import importlib.resources
 import io
 import itertools
 import json
@@ -20,19 +21,32 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.evaluation import Agent, evaluate
 from arpo_trl.execution.images import image_saver, images_of
+from arpo_trl.protocols.chat_template import ChatTemplateProtocol
 from arpo_trl.protocols.images import ImageReader
-from arpo_trl.scoring.images import with_images
+from arpo_trl.protocols.suffix import suffix_renderer
+from arpo_trl.scoring.images import tiles_by_row, with_images
 from arpo_trl.tools import ToolCall, ToolExecutor, tool
 from arpo_trl.viewer import render
 
 FAMILIES = ("Qwen3-VL", "Qwen3.5, no thinking", "Gemma 4")
-# Gemma 4 with images in tool results is not: TRL hands it tensors that its `generate` refuses
+UNUSED = "`generate` is given `token_type_ids`, which it refuses"
+TRL_FAILS = {
+    ("Gemma 4", "tool"): UNUSED,
+    ("LFM2-VL", "prompt"): "`KeyError: 'num_tiles'`",
+    ("LFM2-VL", "tool"): UNUSED,
+}
+"""Family, and where images are → how TRL's trainer with tools fails, where it takes the chat template."""
 EQUAL = [(family, place) for family in FAMILIES for place in ("prompt", "tool", "both")]
 EQUAL = [pair for pair in EQUAL if pair[0] != "Gemma 4" or pair[1] == "prompt"]
 ROWS = [{"prompt": PROMPT}] * 4
 WITH_PICTURES = [{"prompt": PROMPT, "image": PICTURE}] * 4
 PLACES = {"prompt": (WITH_PICTURES, weather), "tool": (ROWS, photo), "both": (WITH_PICTURES, photo)}
 """Where images are → rows of the data, and the tool."""
+
+
+def skip_without_torchvision(family) -> None:
+    if family == "LFM2-VL" and not trl_suite.has_torchvision():
+        pytest.skip("its image processor needs torchvision")
 
 
 @pytest.mark.parametrize("family, place", EQUAL)
@@ -52,6 +66,49 @@ def test_grpo_is_the_special_case(family, place, tmp_path):
     assert grpo.state.log_history[0]["tools/call_frequency"] == 1
     for left, right in zip(arpo.model.parameters(), grpo.model.parameters(), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family, place", TRL_FAILS)
+def test_where_trl_fails(family, place, tmp_path):
+    """What `docs/models.md` says of it; ours is held by the tests below."""
+    skip_without_torchvision(family)
+    rows, tool = PLACES[place]
+    settings = {"rows": rows, "tools": [tool], "max_completion_length": 300}
+    grpo = trainer_of(family, tmp_path, trainer=GRPOTrainer, config=GRPOConfig, **settings)
+    with pytest.raises((ValueError, KeyError), match="token_type_ids|num_tiles"):
+        grpo.train()
+
+
+OTHER = Image.new("RGB", (96, 64), "blue")
+ONE_OR_TWO = [{"prompt": PROMPT, "images": [PICTURE, OTHER][:count]} for count in (1, 2, 2, 1)]
+NONE_OR_TWO = [{"prompt": PROMPT, "images": [PICTURE, OTHER][:count]} for count in (0, 2, 2, 0)]
+
+
+@pytest.mark.parametrize("family", multimodal.IMAGE_MODELS)
+def test_grpo_is_the_special_case_where_there_are_no_tools(family, tmp_path):
+    skip_without_torchvision(family)
+    shared = {"rows": ONE_OR_TWO, "tools": (), "max_steps": 2, "max_completion_length": 20, "num_generations": 2}
+    shared |= {"per_device_train_batch_size": 2, "steps_per_generation": 2}
+    arpo = trainer_of(family, tmp_path / "arpo", **shared, num_initial_generations=2, prefix_sharing=False)
+    arpo.train()
+    grpo = trainer_of(family, tmp_path / "grpo", trainer=GRPOTrainer, config=GRPOConfig, **shared)
+    grpo.train()
+    assert sorted(len(row.images) for group in arpo._groups for row in group.trajectories) == [1, 1, 2, 2]
+    for stock, own in zip(grpo.state.log_history, arpo.state.log_history, strict=True):
+        same = {name for name in stock if not re.search("time|per_second", name)}
+        assert {name: own[name] for name in same} == {name: stock[name] for name in same}
+    for left, right in zip(arpo.model.parameters(), grpo.model.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("family", ["Qwen3-VL", "Gemma 3", "Idefics3"])
+def test_without_tools_a_micro_batch_may_hold_no_image_while_others_do(family, tmp_path):
+    settings = {"tools": (), "max_completion_length": 20, "num_generations": 2, "num_initial_generations": 2}
+    settings |= {"per_device_train_batch_size": 1, "steps_per_generation": 4, "learning_rate": 0.0}
+    trainer = trainer_of(family, tmp_path, rows=NONE_OR_TWO, **settings)
+    trainer.train()  # as many images as rows
+    assert sorted(len(row.images) for group in trainer._groups for row in group.trajectories) == [0, 0, 2, 2]
+    check_scores(trainer)
 
 
 def sometimes_a_photo():
@@ -85,15 +142,14 @@ def check_images_of_rows(rows, reader) -> None:
             assert before and row.images[:kept] == parent.images[:kept]
 
 
-FORKED = [(family, protocol) for family in FAMILIES for protocol in ("chat_template", "tags")]
-FORKED += [(family, "tags") for family in multimodal.IMAGE_MODELS]
+# Other templates know no tools
+FORKED = [(family, protocol) for family in (*FAMILIES, "LFM2-VL") for protocol in ("chat_template", "tags")]
+FORKED += [(family, "tags") for family in multimodal.IMAGE_MODELS if family != "LFM2-VL"]
 
 
 @pytest.mark.parametrize("family, protocol", FORKED)
 def test_a_fork_shares_the_images_up_to_its_fork_token_and_each_row_is_scored_with_its_own(family, protocol, tmp_path):
-    if family == "LFM2-VL" and not trl_suite.has_torchvision():
-        pytest.skip("its image processor needs torchvision")
-    by_row = family == "Idefics3"  # reads an error in the place of a tool's image
+    skip_without_torchvision(family)
     trainer = trainer_of(
         family,
         tmp_path,
@@ -109,35 +165,47 @@ def test_a_fork_shares_the_images_up_to_its_fork_token_and_each_row_is_scored_wi
     )
     trainer.train()
     rows = [row for group in trainer._groups for row in group.trajectories]
-    if by_row:
-        assert all(len(row.images) == 1 for row in rows)
-    else:
-        check_images_of_rows(rows, trainer._image_reader)
-        assert len({len(row.images) for row in rows}) > 1
+    check_images_of_rows(rows, trainer._image_reader)
+    assert len({len(row.images) for row in rows}) > 1
     assert sum(row.kind == "fork" for row in rows) == 4
+    check_scores(trainer)
+
+
+def check_scores(trainer, model=None) -> None:
+    """
+    Micro-batches of one row hold its images, and score it as the model (that of before training, if it has changed)
+    does with it and its images alone.
+    """
+    rows = [row for group in trainer._groups for row in group.trajectories]
     for batch in trainer._buffered_inputs:  # shuffled
         ids = batch["completion_ids"][0][batch["completion_mask"][0].bool()].tolist()
-        alike = [row for row in rows if row.completion_ids == ids]
-        assert any(batch["num_images"] == [len(row.images)] for row in alike)
-        pixels = [trainer._image_reader.fields([ids], [row.images]).get("pixel_values") for row in alike]
-        assert any(
-            torch.equal(batch["pixel_values"], own) if own is not None else len(batch["pixel_values"]) == 0
-            for own in pixels
-        )
-        row = next(row for row in alike if batch["num_images"] == [len(row.images)])
+        row = next(row for row in rows if row.completion_ids == ids and has_images_of(batch, row, trainer))
         tokens = row.prompt_ids + row.completion_ids
         fields = trainer._image_reader.fields([tokens], [row.images])
         fields = {name: torch.tensor(x) if isinstance(x, list) else x for name, x in fields.items()}
         with torch.no_grad():
-            logits = trainer.model(input_ids=torch.tensor([tokens]), **fields).logits[0]
+            logits = (model or trainer.model)(input_ids=torch.tensor([tokens]), **fields).logits[0]
         alone = logits.log_softmax(-1)[torch.arange(len(tokens) - 1), tokens[1:]][len(row.prompt_ids) - 1 :]
         old = batch["old_per_token_logps"][0, : len(row.completion_ids)]
         torch.testing.assert_close(old, alone, rtol=0, atol=1e-4)
 
 
+def has_images_of(batch, row, trainer) -> bool:
+    """Whether a batch of one row holds the images of that row and no others."""
+    pixels, reader = batch["pixel_values"], trainer._image_reader
+    own = reader.fields([[]], [row.images]).get("pixel_values")
+    if reader.by_row:  # filled up to the row with the most tiles
+        tiles = 0 if own is None else own.size(1)
+        return not pixels[:, tiles:].any() and (own is None or torch.equal(pixels[:, :tiles], own))
+    if batch["num_images"] != [len(row.images)]:
+        return False
+    return len(pixels) == 0 if own is None else torch.equal(pixels, own)
+
+
 @pytest.mark.parametrize("together", (False, True))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "SmolVLM", "LFM2-VL"])
 def test_a_batch_may_hold_prompts_with_images_and_without(family, together, tmp_path):
+    skip_without_torchvision(family)
     questions = [{"role": "user", "content": "What is the weather there?"}]
     trainer = trainer_of(
         family,
@@ -147,13 +215,15 @@ def test_a_batch_may_hold_prompts_with_images_and_without(family, together, tmp_
         steps_per_generation=2,
         keep_groups_together=together,
         max_completion_length=300,
+        tool_protocol="tags" if family == "SmolVLM" else "chat_template",
     )
     trainer.train()
     rows = [row for group in trainer._groups for row in group.trajectories]
     assert sorted(len(row.images) for row in rows) == [0] * 4 + [1] * 4
     check_images_of_rows(rows, trainer._image_reader)
     for batch in trainer._buffered_inputs:
-        for ids, count in zip(batch["prompt_ids"], batch["num_images"], strict=True):
+        counts = batch.get("num_images") or [int(own.any()) for own in batch["pixel_values"]]
+        for ids, count in zip(batch["prompt_ids"], counts, strict=True):
             assert count == (1 if sum(trainer._image_reader.types(ids.tolist())) else 0)
 
 
@@ -200,6 +270,45 @@ def test_a_row_that_is_out_of_the_loss_keeps_its_images_in_place():
     assert with_images(mask[1:], of_image[1:], 4) is not None and torch.equal(
         with_images(mask[1:], of_image[1:], 4), mask[1:]
     )
+
+
+@pytest.mark.parametrize("length", [12, 120])  # shorter and longer than an image
+@pytest.mark.parametrize("family", [*FAMILIES, *multimodal.IMAGE_MODELS])
+def test_a_row_that_is_read_for_another_process_changes_no_other(family, length, tmp_path, monkeypatch):
+    skip_without_torchvision(family)
+    trainer = trainer_of(family, tmp_path, tool_protocol="tags")
+    trainer.model.eval()
+    ids = torch.arange(100, 100 + 3 * length).view(3, length) % 250
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    alone = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5, 2, True)
+    reader, seen = trainer._image_reader, []
+    monkeypatch.setattr(trainer, "_image_guest", lambda shown: (reader.ids(OTHER), OTHER))
+    trainer.model.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    beside = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 5, 2, True)
+    assert [len(call["input_ids"]) for call in seen] == [3, 2] and all("pixel_values" in call for call in seen)
+    for left, right in zip(alone[:2], beside[:2], strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+def test_tiles_are_dealt_to_the_rows_whose_tokens_stand_for_them():
+    of_image = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0]]).bool()  # two tokens a tile
+    pixels = torch.arange(1.0, 4.0).view(1, 3, 1, 1, 1)
+    made = tiles_by_row({"pixel_values": pixels, "pixel_attention_mask": pixels[:, :, 0], "other": 1}, of_image)
+    assert made["pixel_values"].flatten(1).tolist() == [[1, 2], [0, 0], [3, 0]]
+    assert made["pixel_attention_mask"].shape == (3, 2, 1, 1) and set(made) == {"pixel_values", "pixel_attention_mask"}
+    assert tiles_by_row(made, of_image) == {}, "there is one entry a row already"
+
+
+def test_a_template_of_ones_own_shows_tiles_that_tools_return():
+    _, processor = multimodal.build("Idefics3")
+    template = (importlib.resources.files("trl") / "chat_templates" / "lfm2_2_5_vl.jinja").read_text()
+    protocol = ChatTemplateProtocol(processor.tokenizer, ["weather"], suffix_renderer(processor, template))
+    protocol.image_reader = ImageReader(processor, template)
+    (call,) = [ToolCall("weather", {}, result=photo("a"))]
+    assert protocol.shows_images() and protocol.images([call])[0].size == (96, 64)
+    ids = protocol.result_ids([call])
+    assert sum(protocol.image_reader.types(ids)) == 4 * 7, "of two rows of three tiles, and the whole"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -357,8 +466,10 @@ def test_a_picture_of_any_mode_is_kept(mode, tmp_path):
 # Outside of training
 
 
-@pytest.mark.parametrize("protocol", ("chat_template", "tags"))
-@pytest.mark.parametrize("family", FAMILIES)
+AGENTS = [(family, protocol) for family in FAMILIES for protocol in ("chat_template", "tags")]
+
+
+@pytest.mark.parametrize("family, protocol", [*AGENTS, ("SmolVLM", "tags")])
 def test_an_agent_reads_images(family, protocol, tmp_path):
     model, processor = multimodal.build(family)
     multimodal.asks_then_answers(model.eval(), processor, tags=protocol == "tags")

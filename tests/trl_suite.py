@@ -13,6 +13,7 @@ jmespath.
 """
 
 import argparse
+import importlib
 import importlib.resources
 import json
 import os
@@ -23,6 +24,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ORGANIZATION = "trl-internal-testing"
@@ -325,25 +327,32 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         )
         return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
 
-    def idefics3() -> tuple[Any, Any]:
+    def idefics(family: str, template: str) -> tuple[Any, Any]:
+        """Splits an image into up to nine tiles, and has the whole of it as one more."""
         marks = ["<fake_token_around_image>", "<global-img>", "<image>"]
-        tokens = plain_tokenizer("idefics3", "<end_of_utterance>", *marks, image_token="<image>")
-        config = tf.Idefics3Config(
+        marks += [f"<row_{row}_col_{column}>" for row in (1, 2, 3) for column in (1, 2, 3)]
+        tokens = plain_tokenizer(template, "<end_of_utterance>", *marks, image_token="<image>")
+        config = getattr(tf, f"{family}Config")(
             text_config={**text, "model_type": "llama", "vocab_size": len(tokens), **ids_of(tokens)},
             vision_config={**text, "image_size": 28, "patch_size": 7},
             scale_factor=2,
             image_token_id=tokens.convert_tokens_to_ids("<image>"),
         )
-        images = tf.Idefics3ImageProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28})
-        processor = tf.Idefics3Processor(images, tokens, image_seq_len=4, chat_template=tokens.chat_template)
-        return tf.Idefics3ForConditionalGeneration(config), processor
+        images = getattr(tf, f"{family}ImageProcessor")(size={"longest_edge": 84}, max_image_size={"longest_edge": 28})
+        parts = [images, tokens]
+        if family == "SmolVLM":
+            words = importlib.import_module("transformers.models.smolvlm.processing_smolvlm")
+            words.num2words = words.num2words or str  # counts the frames of videos alone
+            # Its template asks how many frames of a video there may be, also where there is none
+            parts.append(video_processor("SmolVLMVideoProcessor") or SimpleNamespace(num_frames=1, fps=1, size=None))
+        processor = getattr(tf, f"{family}Processor")(*parts, image_seq_len=4, chat_template=tokens.chat_template)
+        return getattr(tf, f"{family}ForConditionalGeneration")(config), processor
 
     def lfm2_vl() -> tuple[Any, Any]:
         marks = ["<|im_start|>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>", "<image>"]
         marks += ["<|tool_call_start|>", "<|tool_call_end|>"]
-        tokens = plain_tokenizer(
-            "lfm2_2_5_vl", "<|im_end|>", *(m for m in marks if m != "<|im_end|>"), image_token="<image>"
-        )
+        marks += [f"<|img_row_{row}_col_{column}|>" for row in (1, 2) for column in (1, 2)]
+        tokens = plain_tokenizer("lfm2_2_5_vl", "<|im_end|>", *marks, image_token="<image>")
         config = tf.Lfm2VlConfig(
             text_config={
                 **text,
@@ -376,7 +385,8 @@ def vision_models() -> dict[str, Callable[[], tuple[Any, Any]]]:
         "Qwen3_5MoeForConditionalGeneration-3.6": lambda: qwen3_5("Qwen3_5Moe", "qwen3_6", **experts),
         "Gemma3ForConditionalGeneration": gemma3,
         "Gemma4ForConditionalGeneration": gemma4,
-        "Idefics3ForConditionalGeneration": idefics3,
+        "Idefics3ForConditionalGeneration": lambda: idefics("Idefics3", "idefics3"),
+        "SmolVLMForConditionalGeneration": lambda: idefics("SmolVLM", "smolvlm"),
         **({"Lfm2VlForConditionalGeneration": lfm2_vl} if has_torchvision() else {}),
         "LlavaForConditionalGeneration": lambda: llava("Llava"),
         "LlavaNextForConditionalGeneration": lambda: llava("LlavaNext"),

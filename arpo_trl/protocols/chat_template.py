@@ -61,7 +61,7 @@ class ChatTemplateProtocol(ToolProtocol):
     @functools.cached_property
     def _template_shows_images(self) -> bool:
         """Whether the template writes an image of a tool's result; some write its texts alone."""
-        if self.image_reader is None or self.image_reader.by_row or self.suffix_ids is None:
+        if self.image_reader is None or self.suffix_ids is None:
             return False
         content = [{"type": "image", "image": self.image_reader.sample}]
         try:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 from transformers import ProcessorMixin
 
 _BEFORE, _AFTER = "before the picture", "after the picture"
@@ -74,6 +75,10 @@ class ImageReader:
         """For each token 1 if it stands for a part of an image, else 0."""
         return [int(token in self.image_tokens) for token in context]
 
+    def of_image(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens stand for a part of an image: truth values in the shape of `ids`."""
+        return torch.isin(ids, torch.tensor(sorted(self.image_tokens), device=ids.device))
+
     def unexpanded(self, context: Sequence[int], images: Sequence[Any]) -> list[int]:
         """A row with what the chat template writes for each image, as an engine takes it that puts in the rest."""
         mark = self.processor.tokenizer.encode(self._mark, add_special_tokens=False)
@@ -92,8 +97,8 @@ class ImageReader:
     @cached_property
     def by_row(self) -> bool:
         """
-        Whether the tensors of a row's images are padded to those of the row with the most, as Idefics and SmolVLM have
-        them. TRL makes such tensors of prompts alone.
+        Whether the tensors have one entry a row, padded to the row with the most tiles, as Idefics and SmolVLM have
+        them.
         """
         made = self.processor.image_processor(images=[self.sample] * 2, return_tensors="pt")
         return made["pixel_values"].dim() == 5 and len(made["pixel_values"]) == 1

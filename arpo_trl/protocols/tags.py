@@ -68,7 +68,7 @@ class TagsProtocol(ToolProtocol):
         return [token for piece in pieces for token in self._encoded(piece)]
 
     def shows_images(self) -> bool:
-        return self.image_reader is not None and not self.image_reader.by_row
+        return self.image_reader is not None
 
     def _encoded(self, piece: Any) -> list[int]:
         if isinstance(piece, str):

@@ -94,6 +94,7 @@ def trainer_engine(
         forks_anywhere=forks_anywhere,
         reads_logprobs=args.branch_measure == "novelty" or args.fork_sampling == "weighted",
         dtype=getattr(torch, args.rollout_dtype) if args.rollout_dtype is not None else None,
+        guest=trainer._image_guest,
     )
 
 

@@ -214,6 +214,9 @@ class TransformersEngine(Engine):
             token at the sampling temperature, before top-p and top-k.
         dtype (`torch.dtype`, *optional*): Data type of a copy of the weights that samples; the model itself where
             there is none.
+        guest (`Callable[[bool], tuple[list[int], Any] | None]`, *optional*): Takes whether a context here has an
+            image, and returns tokens and the image of a row to sample beside those that have none, where another
+            process reads images and this one has to take part; else `None`.
     """
 
     def __init__(
@@ -228,6 +231,7 @@ class TransformersEngine(Engine):
         forks_anywhere: bool = False,
         reads_logprobs: bool = False,
         dtype: torch.dtype | None = None,
+        guest: Callable[[bool], tuple[list[int], Any] | None] = lambda shown: None,
     ):
         config = model().config
         super().__init__(context_length(config), config.get_text_config().vocab_size)
@@ -241,6 +245,7 @@ class TransformersEngine(Engine):
         self._forks_anywhere = forks_anywhere
         self._reads_logprobs = reads_logprobs
         self._dtype = dtype
+        self._guest = guest
         # Of the rollout that is going on
         self._cache: PrefixCache | None = None
         self._sampler: PreTrainedModel | None = None
@@ -248,8 +253,12 @@ class TransformersEngine(Engine):
     def sample(
         self, contexts: Sequence[list[int]], limits: Sequence[int], images: Sequence[Sequence[Any]] = ()
     ) -> list[Sample]:
-        idle = not contexts
-        if idle:
+        asked = len(contexts)
+        guest = self._guest(any(images))
+        if guest is not None and not any(images):
+            images = [*([()] * asked), [guest[1]]]
+            contexts, limits = [*contexts, guest[0]], [*limits, 1]
+        elif not contexts:
             contexts, limits = [[self._idle_token]], [1]
         model = self._model()
         sampler = model if self._sampler is None else self._sampler
@@ -266,7 +275,7 @@ class TransformersEngine(Engine):
         )
         with without_unfit_settings(sampler), recorded as (recorder, stops):
             ids = self._generate(list(contexts), images)
-        return [] if idle else recorded_samples(ids, recorder, stops)
+        return recorded_samples(ids, recorder, stops)[:asked]
 
     def keep(self, contexts: Sequence[list[int]]) -> None:
         if self._cache is not None:
