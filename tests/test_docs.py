@@ -65,6 +65,7 @@ def maker(name: str) -> ModuleType:
 NEITHER = {
     ("data.md", "python -m arpo_trl.data"): "reads published data sets; see test_real_data.py",
     ("evaluation.md", "load_rl"): "reads a published data set; see test_data.py",
+    ("README.md", "└── <think>"): "words of a run, printed by docs/make_fork.py",
     ("vllm.md", "vllm serve"): "vLLM's own command, which needs a GPU; the server is started in tests/vllm_engine/",
 }
 
@@ -536,3 +537,19 @@ def test_the_readme_shows_the_results_as_measured():
                 assert calls == f"{told['calls_total']['value']:.2f}"
                 reached = told["calls"]["value"]
                 assert to_grpo == ("not reached" if reached is None else f"{reached:.2f}")
+
+
+def test_a_fork_is_printed_with_its_words_beside_the_row_that_it_left():
+    shared, other, own = "<search>a</search><result>b\nc</result>", "<answer>1</answer>", "so <answer>2</answer>"
+    parent = {"completion_ids": [*(shared + other)], "rewards": {"r": 0.0}, "advantage": -0.5}
+    fork = {"completion_ids": [*(shared + own)], "rewards": {"r": 1.0}, "advantage": 0.5, "fork_token": len(shared)}
+    assert maker("fork").draw(fork, parent, "Which?", "".join).splitlines() == [
+        "Which?",
+        "│ <search>a</search>",
+        "│ <result>b ⏎ c</result>",
+        "├── <answer>1</answer>",
+        "│   reward 0, advantage -0.50",
+        "└── so",
+        "    <answer>2</answer>",
+        "    reward 1, advantage +0.50",
+    ]
