@@ -21,7 +21,7 @@ import torch
 from loopback import Loopback, http
 from scripted import END, PROMPT, ScriptedModel, character_tokenizer, plan
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from viewer_samples import open_browser
+from viewer_samples import open_browser, write_run
 
 from arpo_trl.evaluation import Agent, bootstrap_interval, evaluate, pass_at_k, summarize
 from arpo_trl.protocols import mark_checkpoint
@@ -737,6 +737,14 @@ def test_the_viewer_reads_an_evaluation(evaluation, monkeypatch):
     assert "step-1" in page and "step-2" not in page
     monkeypatch.setattr("arpo_trl.viewer.page.QUESTIONS", 2)  # gsm8k comes in two parts
     assert "step-2" in render(evaluation)
+
+
+def test_a_run_that_was_evaluated_shows_its_rollouts_and_its_records_the_evaluations(evaluation):
+    of_records = render(evaluation)
+    write_run(evaluation, steps=1)
+    page = render(evaluation)
+    assert "step 0" in page and "gsm8k" not in page
+    assert "gsm8k" in of_records and "gsm8k" in render(evaluation / "records", evaluation)
 
 
 def test_the_page_of_an_evaluation(evaluation):

@@ -44,7 +44,8 @@ def render(run_dir: str | Path, tokenizer: Any = None, max_trajectories: int = M
 
     Args:
         run_dir (`str` or `Path`):
-            `output_dir` of a run with `log_rollouts=True`, or of `examples/evaluate.py`.
+            `output_dir` of a run with `log_rollouts=True`, or of `examples/evaluate.py`. Where a run has both rollouts
+            and `records/` of evaluations, the page has the rollouts, and that of `run_dir/records` the evaluations.
         tokenizer (`str`, `Path` or tokenizer, *optional*):
             Decodes the token ids. By default the one saved in `run_dir` or in its last checkpoint; where there is
             none, the page shows token ids.

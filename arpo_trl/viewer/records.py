@@ -59,9 +59,12 @@ def find_steps(run_dir: Path) -> dict[int, list[Path]]:
 
 def find_benchmarks(run_dir: Path) -> list[Path]:
     """
-    The files of an evaluation, one for each benchmark; none where `run_dir` is not the output of examples/evaluate.py.
+    The files of an evaluation, one for each benchmark, in `run_dir/records` or in `run_dir` itself where that is its
+    name; none where there are rollouts of a training, whose trees say more.
     """
-    return sorted((run_dir / "records").glob("*.jsonl"))
+    if (run_dir / "rollouts").is_dir():
+        return []
+    return sorted((run_dir if run_dir.name == "records" else run_dir / "records").glob("*.jsonl"))
 
 
 def read_file(path: Path) -> tuple[list[Row], int]:
