@@ -3,6 +3,7 @@ itself).
 """
 
 from collections import Counter
+from contextlib import nullcontext
 from math import nan
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from arpo_trl.rollout.engines import Sample
 from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.replaced import generate_with
 from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
-from arpo_trl.rollout.engines.vllm import Asked, check_read, server_by_row, top_k_samples, vllm_settings
+from arpo_trl.rollout.engines.vllm import Asked, _settings, server_by_row, top_k_samples, vllm_settings
+from arpo_trl.rollout.engines.vllm_images import check_read, check_server_reads_images, forget_images
 from arpo_trl.rollout.entropy import top_k_entropy
 
 
@@ -168,6 +170,38 @@ def test_each_request_to_a_server_has_the_images_of_its_rows():
         client.generate(prompts=["a", "b", "c"], features=None, max_tokens=99, logprobs=0)
     assert sorted(asked[:2], key=lambda each: -len(each[0])) == [(["a", "c"], 5, ["A", "C"]), (["b"], 3, [None])]
     assert all(features is None for _, _, features in asked[2:])
+
+
+@pytest.mark.parametrize(
+    "columns, status, refused", [(["image"], 404, True), (["image"], 405, False), ([], 404, False)]
+)
+def test_a_server_that_takes_no_images_is_refused_where_the_data_have_some(columns, status, refused):
+    session = SimpleNamespace(get=lambda url: SimpleNamespace(status_code=status))
+    generation = SimpleNamespace(vllm_client=SimpleNamespace(session=session, base_url="http://server"))
+    trainer = SimpleNamespace(vllm_generation=generation, train_dataset=SimpleNamespace(column_names=columns))
+    with pytest.raises(ValueError, match="--enable-scale-out") if refused else nullcontext():
+        check_server_reads_images(trainer)
+
+
+def test_images_are_forgotten_with_the_weights_they_were_seen_through():
+    forgotten = []
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(reset_encoder_cache=lambda: forgotten.append("here")))
+    forget_images(SimpleNamespace(mode="colocate", llm=llm))
+    session = SimpleNamespace(
+        post=lambda url: forgotten.append(url) or SimpleNamespace(ok=len(forgotten) < 3, status_code=404)
+    )
+    server = SimpleNamespace(mode="server", vllm_client=SimpleNamespace(session=session, base_url="http://server"))
+    forget_images(server)
+    assert forgotten == ["here", "http://server/reset_encoder_cache"]
+    with pytest.raises(RuntimeError, match="answers 404"):
+        forget_images(server)
+
+
+def test_a_model_does_not_write_the_token_of_an_image_itself():
+    protocol, reader = SimpleNamespace(stop_strings=[]), SimpleNamespace(image_tokens=frozenset({7}))
+    generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: 1.0}, "max_tokens": 5})
+    trainer = SimpleNamespace(vllm_generation=generation, _protocol=protocol, _image_reader=reader)
+    assert _settings(trainer) == {"logit_bias": {7: -100.0, 3: 1.0}}
 
 
 def test_an_engine_that_reads_an_image_as_other_tokens_is_refused():

@@ -58,6 +58,18 @@ def test_states_of_long_stretches(family):
     assert_equal_in_double(build_family(family, std=0.2), *long_tree())
 
 
+def test_mixers_that_hand_no_tree_on_are_scored_row_by_row(monkeypatch):
+    """As LFM2's in some versions of transformers, which take what they know by its name."""
+    model = build_family("lfm2")
+    module = sys.modules[type(model).__module__]
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, seq_idx=None):
+        raise AssertionError(module.causal_conv1d_fn)
+
+    monkeypatch.setattr(module.Lfm2ShortConv, "forward", forward)
+    assert prefix_sharing.why_not_packed(model, torch.device("cpu")).code == "states"
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "lfm2", "nemotron_h", "qwen3_5"])
 def test_random_trees(family):
     model = build_family(family)

@@ -143,7 +143,8 @@ def test_what_is_asked_for_is_what_trl_asks_for():
         repetition_penalty=1.1, temperature=0.8, top_p=0.9, top_k=40, min_p=None, structured_outputs_regex=None,
         generation_kwargs={"presence_penalty": 0.5},
     )  # fmt: skip
-    trainer = SimpleNamespace(vllm_generation=generation, _protocol=SimpleNamespace(stop_strings=["</a>"]))
+    protocol = SimpleNamespace(stop_strings=["</a>"])
+    trainer = SimpleNamespace(vllm_generation=generation, _protocol=protocol, _image_reader=None)
     assert sampling_settings(trainer) == {
         "repetition_penalty": 1.1, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.0, "n": 1,
         "presence_penalty": 0.5, "stop": ["</a>"], "include_stop_str_in_output": True, "skip_special_tokens": False,

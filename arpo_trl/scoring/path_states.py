@@ -15,6 +15,7 @@ What it does not do: a scan on several devices of one pack; states longer than a
 memory, as the layer itself does).
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -219,8 +220,23 @@ def _mixing_functions(model: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def can_route_states(model: nn.Module) -> bool:
-    """Whether the mixers of a model call functions that can be given a tree, rather than kernels that replace them."""
-    return not getattr(model, "use_kernels", False) and any(_mixing_functions(model))
+    """
+    Whether the mixers of a model call functions that can be given a tree, rather than kernels that replace them, and
+    hand on what they do not know. In some versions of transformers some do not (LFM2 in 5.17).
+    """
+    if getattr(model, "use_kernels", False) or not any(_mixing_functions(model)):
+        return False
+    methods = {method for module in model.modules() for method in vars(type(module)).values() if callable(method)}
+    return all(_hands_on(method) for method in methods if _ROUTES.keys() & _names(method))
+
+
+def _names(method: Callable[..., Any]) -> set[str]:
+    """What a method calls."""
+    return set(getattr(getattr(inspect.unwrap(method), "__code__", None), "co_names", ()))
+
+
+def _hands_on(method: Callable[..., Any]) -> bool:
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(method).parameters.values())
 
 
 def route_states(model: nn.Module) -> None:

@@ -103,7 +103,9 @@ def unsupported_reason(model: nn.Module, device: torch.device) -> NotPacked | No
         )
     if has_states(config) and not can_route_states(chain[-1]):
         return NotPacked(
-            "states", "its layers with states run kernels that know no tree; load it with use_kernels=False"
+            "states",
+            "its layers with states run kernels that know no tree; load it with use_kernels=False, and if it is, "
+            "update transformers",
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}

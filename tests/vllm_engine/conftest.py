@@ -22,6 +22,7 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
 import urllib.request  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -71,24 +72,39 @@ def clean_environment():
 
 @pytest.fixture(scope="session")
 def server(agents, clean_environment, tmp_path_factory):
-    """The address of a `vllm serve` process, with the command line that `trl vllm-serve` builds."""
+    """The address of a server of text."""
+    with serving(agents["chat_template"], clean_environment, tmp_path_factory.mktemp("server") / "log") as address:
+        yield address
+
+
+@contextmanager
+def serving(checkpoint, environment, log, *flags):
+    """
+    The address of a `vllm serve` process, with the command line that `trl vllm-serve` builds.
+
+    Args:
+        checkpoint (`str`): Folder of the model.
+        environment (`dict[str, str]`): Of the process.
+        log (`Path`): Where the process writes.
+        *flags (`str`): Further flags of `vllm serve`.
+    """
     from trl.scripts.vllm_serve import ScriptArguments, build_command
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = ScriptArguments(
-        model=agents["chat_template"],
+        model=checkpoint,
         host="127.0.0.1",
         port=port,
         dtype="float32",
         enforce_eager=True,
         max_model_len=512,  # the model's own context is longer
     )
-    command = build_command(arguments, ["--worker-extension-cls", "server_weights.LoadFromFile"])
+    command = build_command(arguments, ["--worker-extension-cls", "server_weights.LoadFromFile", *flags])
     module = command.index("-m")
     command[module : module + 2] = [str(HERE / "serve.py")]
-    environment = clean_environment | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(HERE)}
-    log = tmp_path_factory.mktemp("server") / "log"
+    paths = os.pathsep.join(map(str, (HERE, *HERE.parents[:2])))
+    environment = environment | {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": paths}
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     address = f"http://127.0.0.1:{port}"

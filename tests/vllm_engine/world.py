@@ -30,7 +30,17 @@ def correct(completions, a, b, **kwargs):
     return [float(str(x + y) in text) - 0.01 * len(text) for text, x, y in zip(texts, a, b, strict=True)]
 
 
-def trainer(folder: Path, checkpoint: str, protocol: str, peft_config=None, **settings) -> ARPOTrainer:
+def trainer(
+    folder: Path,
+    checkpoint: str,
+    protocol: str,
+    peft_config=None,
+    tools=(tiny.add,),
+    reward=correct,
+    processing_class=None,
+    rows=ROWS,
+    **settings,
+) -> ARPOTrainer:
     defaults = {
         "use_vllm": True,
         "tool_protocol": protocol,
@@ -57,9 +67,10 @@ def trainer(folder: Path, checkpoint: str, protocol: str, peft_config=None, **se
     return ARPOTrainer(
         model=checkpoint,
         args=ARPOConfig(str(folder), **{**defaults, **settings}),
-        reward_funcs=correct,
-        train_dataset=Dataset.from_list(ROWS),
-        tools=[tiny.add],
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processing_class,
+        tools=list(tools),
         peft_config=peft_config,
     )
 
@@ -89,15 +100,15 @@ def entropy_errors(logprobs: torch.Tensor, told: list[float], top_k: int) -> tor
     return errors
 
 
-def check_two_steps(logs: list[dict], steps: list[list[dict]]):
+def check_two_steps(logs: list[dict], steps: list[list[dict]], tolerance: float = TOLERANCE):
     """What must hold of two steps, from their logs and rollout records."""
     logs = [log for log in logs if "loss" in log]
     assert len(logs) == len(steps) == 2
     for log, rows in zip(logs, steps, strict=True):
         # TRL's own comparison, over all rows; the second step's sees whether the engine got the first one's update
-        assert 0 < log["sampling/sampling_logp_difference/max"] < TOLERANCE
+        assert 0 < log["sampling/sampling_logp_difference/max"] < tolerance
         for part in ("min", "mean", "max"):
-            assert log[f"sampling/importance_sampling_ratio/{part}"] == pytest.approx(1, abs=1e-3)
+            assert log[f"sampling/importance_sampling_ratio/{part}"] == pytest.approx(1, abs=20 * tolerance)
         assert [row["row"] for row in rows] == list(range(8)), "the group is full"
         forks = [row for row in rows if row["kind"] == "fork"]
         assert forks and len(forks) == log["arpo/forks"]

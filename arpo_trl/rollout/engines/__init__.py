@@ -1,8 +1,8 @@
 """
 What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`, one request at a time in `vllm_stream.py`; a
-server outside of training in `server.py`). An engine is one class (`base.py`); which one a trainer or a model has is
-decided here and nowhere else.
+`cache_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`, one request at a time in `vllm_stream.py`,
+images in `vllm_images.py`; a server outside of training in `server.py`). An engine is one class (`base.py`); which one
+a trainer or a model has is decided here and nowhere else.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from .parts import StopStrings
 from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length, stops_of
+from .vllm_images import check_server_reads_images
 from .vllm_stream import stream_trl
 
 __all__ = [
@@ -64,6 +65,7 @@ def trainer_engine(
     vocab_size = trainer.model.config.get_text_config().vocab_size
     if trainer.use_vllm:
         check_top_k(trainer)
+        check_server_reads_images(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
         return VLLMEngine(
             ask_trl(trainer),

@@ -19,6 +19,7 @@ from .base import Engine, Sample, Stream
 from .generation_settings import NO_LIMIT
 from .parts import Request, StopStrings, may_be_parted, segment_in_parts
 from .replaced import generate_with
+from .vllm_images import check_read, engine_prompts, forget_images, never_written
 
 # Requests to a server at the same time, each of which holds a connection open
 _MOST_REQUESTS = 512
@@ -131,6 +132,8 @@ def push_weights(trainer: Any, again: bool = False) -> None:
     """Give the engine of a trainer the weights of the present step, unless it has them; with `again` in any case."""
     if again or trainer.state.global_step != trainer._last_loaded_step:
         trainer.vllm_generation.sync_weights()
+        if trainer._image_reader is not None:
+            forget_images(trainer.vllm_generation)
         trainer._last_loaded_step = trainer.state.global_step
 
 
@@ -173,6 +176,8 @@ def _settings(trainer: Any) -> dict[str, Any]:
     """Fields of `vllm.SamplingParams` beside TRL's own and those that each row has for itself."""
     settings = trainer.vllm_generation.generation_kwargs
     settings = {name: value for name, value in settings.items() if name not in ("max_tokens", "logprobs")}
+    if trainer._image_reader is not None:
+        settings["logit_bias"] = never_written(trainer._image_reader) | (settings.get("logit_bias") or {})
     return settings | (_stops(trainer._protocol.stop_strings) if trainer._protocol.stop_strings else {})
 
 
@@ -196,6 +201,8 @@ def ask_llm(
     from vllm import SamplingParams
 
     settings = sampling | _stops(stop) | {"stop_token_ids": list(ends)}
+    if image_reader is not None:
+        settings["logit_bias"] = never_written(image_reader)
 
     def ask(requests: list[Request], lookups: Counter[str], images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         if not requests:
@@ -256,33 +263,6 @@ def ask_trl(trainer: Any) -> Ask:
         return Answer(ids, *told)
 
     return ask
-
-
-def engine_prompts(
-    contexts: list[list[int]], images: Sequence[Sequence[Any]], image_reader: ImageReader | None
-) -> list[list[int]]:
-    """Contexts with one token for each image: vLLM puts in as many as it has features."""
-    if image_reader is None or not images:
-        return contexts
-    return [image_reader.unexpanded(*row) if row[1] else row[0] for row in zip(contexts, images, strict=True)]
-
-
-def check_read(
-    read: Sequence[Sequence[int]], contexts: Sequence[Sequence[int]], images: Sequence[Sequence[Any]]
-) -> None:
-    """
-    Refuse an engine that reads an image as other tokens than the processor has written, which training scores.
-
-    Raises:
-        ValueError: It does.
-    """
-    for ids, context, own in zip(read, contexts, images or [], strict=False):
-        if own and list(ids) != list(context):
-            raise ValueError(
-                f"vLLM reads a prompt with an image as {len(ids)} tokens, and the processor has written "
-                f"{len(context)}: what it samples would be scored after another prompt. Set `use_vllm=False` for "
-                "images with this model."
-            )
 
 
 def served_context_length(trainer: Any) -> int | None:
