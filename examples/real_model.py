@@ -52,8 +52,8 @@ def convert(folder: Path) -> None:
     unfinished.rename(folder)
 
 
-def build_small(folder: Path, texts: Iterable[str]) -> None:
-    """Write an untrained model of a few thousand parameters to `folder`, its tokenizer made from `texts`."""
+def build_small(folder: Path, texts: Iterable[str], layers: int = 1) -> None:
+    """Write an untrained model of some thousand parameters to `folder`, its tokenizer made from `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -66,9 +66,9 @@ def build_small(folder: Path, texts: Iterable[str]) -> None:
     )
     config = LlamaConfig(
         vocab_size=len(fast),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
+        hidden_size=32 * layers,
+        intermediate_size=64 * layers,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=4096,
