@@ -168,6 +168,7 @@ def test_what_counts_sampled_tokens_otherwise_than_a_prompt_is_sampled_at_once(
         _protocol=SimpleNamespace(stop_strings=[]),
         _tokenizer=SimpleNamespace(decode=lambda ids, **settings: decode(ids)),
         _branches=branches,
+        _image_reader=None,
     )
     stops = stops_of(trainer)()
     assert (stops is not None) == parted
