@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import small_models
 import world
-from conftest import serving
 from PIL import Image
 from server_weights import send_through_file
+from vllm_server import serving
 
 SETTINGS = {
     "max_completion_length": 100,
