@@ -129,6 +129,7 @@ def train(
         "gradient_accumulation_steps": size["groups"],
         "max_completion_length": max_completion_length,
         "max_tool_calling_iterations": 6,
+        "rollout_dtype": "bfloat16" if cpu_has_bfloat16() and not arguments.small else None,
         "log_rollouts": True,
         "logging_steps": 1,
         "seed": arguments.seed,
