@@ -2,7 +2,7 @@
 Small models of today's families that vLLM's CPU engine runs, with random weights, and a protocol that these can speak:
 a letter calls the tool.
 
-Where the engine cannot run a family as it is, [`repaired`] says why, and mends it for a test.
+Where the engine cannot run a family as it is, [`repair_lfm2`] and [`prepare_qwen3_5`] say why, and mend it for a test.
 """
 
 import importlib.machinery
