@@ -198,7 +198,7 @@ def test_images_are_forgotten_with_the_weights_they_were_seen_through():
 
 
 def test_a_model_does_not_write_the_token_of_an_image_itself():
-    protocol, reader = SimpleNamespace(stop_strings=[]), SimpleNamespace(image_tokens=frozenset({7}))
+    protocol, reader = SimpleNamespace(stop_strings=[]), SimpleNamespace(never_sampled=frozenset({7}))
     generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: 1.0}, "max_tokens": 5})
     trainer = SimpleNamespace(vllm_generation=generation, _protocol=protocol, _image_reader=reader)
     assert _settings(trainer) == {"logit_bias": {7: -100.0, 3: 1.0}}

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...protocols.images import ImageReader
 from .base import BatchStream, Engine, Sample, Stream
-from .generation_settings import NO_LIMIT, context_length, refuse_unfit_settings, tell_settings
+from .generation_settings import NO_LIMIT, context_length, never_sample, refuse_unfit_settings, tell_settings
 from .parts import StopStrings
 from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
@@ -85,6 +85,8 @@ def trainer_engine(
         )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
+        if trainer._image_reader is not None:
+            never_sample(trainer._image_reader.never_sampled, trainer.generation_config, trainer.model)
     return TransformersEngine(
         lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped),
         generate,
@@ -183,6 +185,8 @@ def model_engine(
         ask = ask_llm(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id, image_reader)
         return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
+    if image_reader is not None:
+        never_sample(image_reader.never_sampled, generation_config, model)
     return TransformersEngine(
         lambda: model,
         lambda contexts, images: generate_ids(

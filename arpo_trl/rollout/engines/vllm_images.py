@@ -45,7 +45,7 @@ def never_written(image_reader: ImageReader) -> dict[int, float]:
     The `logit_bias` with which a model does not write the token of an image itself. vLLM would put the next image of
     the row in its place, and no model finds an image for it.
     """
-    return dict.fromkeys(sorted(image_reader.image_tokens), -100.0)
+    return dict.fromkeys(sorted(image_reader.never_sampled), -100.0)
 
 
 def forget_images(generation: Any) -> None:
