@@ -412,6 +412,22 @@ def test_continuous_batching_is_refused_images(tmp_path):
         trainer._sample_with_trl([[5]], [[PICTURE]])
 
 
+@pytest.mark.parametrize("family, protocol", [("Qwen3-VL", "chat_template"), ("SmolVLM", "tags")])
+def test_an_image_of_a_tool_is_an_error_where_the_engine_takes_none(family, protocol, tmp_path, monkeypatch, caplog):
+    """As with a vLLM server that was started without images; no one knows that a tool returns one before it does."""
+    logging.Logger.warning_once.cache_clear()
+    monkeypatch.setattr("arpo_trl.trainer.reads_images", lambda trainer: False)
+    settings = {"tools": [photo], "tool_protocol": protocol, "max_completion_length": 400}
+    trainer = trainer_of(family, tmp_path, **settings)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    for row in records(tmp_path):
+        text = trainer._tokenizer.decode(row["completion_ids"])
+        assert "{'error': 'The tool returned an image, and you read text only.'}\nsun in " in text
+        assert row["images"] == [] and not sum(trainer._image_reader.types(row["completion_ids"]))
+    assert sum("and an engine that takes them" in message for message in caplog.messages) == 1
+
+
 # What a tool returns
 
 

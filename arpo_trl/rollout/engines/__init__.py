@@ -20,7 +20,7 @@ from .parts import StopStrings
 from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length, stops_of
-from .vllm_images import check_server_reads_images
+from .vllm_images import server_reads_images
 from .vllm_stream import stream_trl
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "end_tokens",
     "find_served_model",
     "model_engine",
+    "reads_images",
     "refuse_unfit_generation",
     "shared_engine",
     "trainer_engine",
@@ -65,7 +66,6 @@ def trainer_engine(
     vocab_size = trainer.model.config.get_text_config().vocab_size
     if trainer.use_vllm:
         check_top_k(trainer)
-        check_server_reads_images(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
         return VLLMEngine(
             ask_trl(trainer),
@@ -100,6 +100,20 @@ def trainer_engine(
         dtype=getattr(torch, args.rollout_dtype) if args.rollout_dtype is not None else None,
         guest=trainer._image_guest,
     )
+
+
+def reads_images(trainer: Any) -> bool:
+    """
+    Whether a trainer's engine is given images. Where it is not, the model reads an error in the place of an image that
+    a tool returns, which is not known before one does.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): Constructed.
+
+    Raises:
+        ValueError: The data have images, and the engine takes none.
+    """
+    return trainer._is_vlm and (not trainer.use_vllm or server_reads_images(trainer))
 
 
 def shared_engine(trainer: Any) -> str | None:
