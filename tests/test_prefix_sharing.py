@@ -22,6 +22,7 @@ from packed_rows import (
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Starcoder2Config
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flex_attention import WrappedFlexAttention
@@ -248,6 +249,28 @@ def test_masks_are_of_the_dtype_that_autocast_attends_in():
     with torch.autocast("cpu", torch.bfloat16):
         assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.bfloat16}
     assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.float32}
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_autocast_reads_each_state_into_its_own_dtype_once(key_heads):
+    rows = [np.r_[np.arange(300), np.full(300, 40 + row)] for row in range(3)]
+    attention = PathAttention(pack(rows, [300] * 3, TOKENS_ONLY))
+    length, cast = sum(attention.query_sizes), []
+    states = [torch.zeros(1, heads, length, 8) for heads in (4, key_heads, key_heads)]
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16:
+                cast.append(tuple(made.shape))
+            return made
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return query.transpose(1, 2), None
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        attention(attend, None, *states)
+    assert cast == [tuple(state.shape) for state in states], "keys of grouped queries are not repeated before"
 
 
 @pytest.mark.parametrize("window", [None, 100])
