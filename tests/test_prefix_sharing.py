@@ -19,6 +19,7 @@ from packed_rows import (
     tools_tree,
     trees,
 )
+from peak_bytes import PeakBytes
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
@@ -286,6 +287,27 @@ def test_masks_are_strips_whatever_the_length(window):
         assert sizes == [256 * (length + 1199) * 4 for length in (2000, 4000)]  # a line for each query of a block
     else:
         assert sizes == [256 * (256 + 100) * 4] * 2
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_memory_of_attention_grows_with_the_length_alone(window):
+    """A row of 4k, 8k and 16k tokens that is forked at its half, forward and backward, counted beside its inputs."""
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(
+            1, 2
+        ), None
+
+    def peak(length: int) -> int:
+        rows = [np.arange(length), np.r_[np.arange(length // 2), np.full(length // 2, 10**6)]]
+        attention = PathAttention(pack(rows, [1, 1], TOKENS_ONLY))
+        states = [torch.randn(1, 2, sum(attention.query_sizes), 16, requires_grad=True) for _ in range(3)]
+        with PeakBytes() as counted:
+            torch.autograd.grad(attention(attend, None, *states, sliding_window=window)[0].sum(), states)
+        return counted.peak
+
+    few, more, many = peak(4096), peak(8192), peak(16_384)
+    assert more < 2.05 * few and many < 2.05 * more
 
 
 def test_a_kernel_with_a_mask_of_its_own_needs_none(monkeypatch):
