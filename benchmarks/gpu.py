@@ -41,14 +41,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, set_seed
 from trl.trainer.utils import add_fused_lm_head
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import demo  # noqa: E402
 import prefix_sharing  # noqa: E402
 import rollout  # noqa: E402
 import schedules  # noqa: E402
-from demo_world import World, build_model, build_tokenizer  # noqa: E402
 
 from arpo_trl.scoring.prefix_tree import Cost, pack  # noqa: E402
-from arpo_trl.tools.search import BM25Search  # noqa: E402
 
 # Dense bfloat16 operations a second, from the makers' data sheets
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -215,6 +212,12 @@ SIDES = {
 
 
 def training(device: str, toy: bool, repeats: int) -> Iterator[dict[str, Any]]:
+    # Here, since the search brings Numba with it, at whose library vLLM's CPU engine stumbles if it is there first
+    import demo
+    from demo_world import World, build_model, build_tokenizer
+
+    from arpo_trl.tools.search import BM25Search
+
     place = demo.CPU | {"bf16": device == "cuda", "use_cpu": device == "cpu"}
     world = World(0, 400, 20) if toy else World()
     steps, questions = (1, 4) if toy else (50, 300)
