@@ -29,7 +29,7 @@ from .reporting import Reporter
 from .resilience import ResilienceMixin
 from .rewards.guard import guarded
 from .rewards.memory import RewardMemory
-from .rollout.engines import best_schedule, refuse_unfit_generation, trainer_engine, why_waves
+from .rollout.engines import best_schedule, reads_images, refuse_unfit_generation, trainer_engine, why_waves
 from .rollout.environments import RowTools
 from .rollout.mixin import BranchingRolloutMixin
 from .rollout.outputs import (
@@ -201,11 +201,12 @@ class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, Sha
         self.keep_groups_together = args.keep_groups_together
         template: tuple[Any, Any, Any] = (self.processing_class, self.chat_template, self.chat_template_kwargs)
         self._image_reader = ImageReader(*template) if self._is_vlm else None
+        shown = self._image_reader if reads_images(self) else None  # what a tool returns; scoring knows of images
         self._executor = ToolExecutor(
             max_workers=args.max_tool_concurrency,
             timeout=args.tool_timeout,
             count_tokens=lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
-            image_tokens=self._image_reader.tokens if self._image_reader is not None else None,
+            image_tokens=shown.tokens if shown is not None else None,
         )
         kept_states = args.max_environment_states if rule.expands else 0
         self._row_tools = RowTools(self, self._executor, self._branches, kept_states)
@@ -213,7 +214,7 @@ class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, Sha
         self._schedule = resolved_schedule(args, rule, best_schedule(self), why_waves(self))
         self._reporter = Reporter(self, self._row_tools.names)
         self._protocol = protocol(self._tokenizer, self._row_tools.names, suffix_renderer(*template))
-        self._protocol.image_reader = self._image_reader
+        self._protocol.image_reader = shown
         if self.tools:
             warn_of_another_protocol(self._tokenizer, args.tool_protocol)
             mark_checkpoint(self._tokenizer, args.tool_protocol)

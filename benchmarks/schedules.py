@@ -70,54 +70,58 @@ class ScriptedProtocol:
 # A real engine
 
 
-def build_engine(folder: str):
-    """A trainer's vLLM engine, as the tests make it, and the engine's own counter of steps."""
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
+def build_engine(folder: str, device: str = "cpu", config=None):
+    """A trainer's vLLM engine, on a CPU as the tests make it, and the engine's own counter of steps."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if device == "cpu":
+        os.environ |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny
     import torch
     from datasets import Dataset
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    from trl.generation import vllm_generation
-    from vllm import _custom_ops
 
     from arpo_trl import ARPOTrainer
 
-    make = vllm_generation.LLM
-    vllm_generation.LLM = lambda **settings: make(**settings, dtype="float32", enforce_eager=True)
-    _custom_ops._supports_onednn = False
+    if device == "cpu":
+        from trl.generation import vllm_generation
+        from vllm import _custom_ops
+
+        make = vllm_generation.LLM
+        vllm_generation.LLM = lambda **settings: make(**settings, dtype="float32", enforce_eager=True)
+        _custom_ops._supports_onednn = False
     tokenizer = tiny.build_tokenizer()
     torch.manual_seed(0)
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=8192,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    ).save_pretrained(folder)
+    config = config or Qwen3Config(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        vocab_size=0,
+    )
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     trainer = ARPOTrainer(
         model=folder,
         args=ARPOConfig(
             folder,
             use_vllm=True,
+            vllm_max_model_length=8192,
             generation_kwargs={"ignore_eos": True},
-            model_init_kwargs={"dtype": "float32"},
-            use_cpu=True,
-            bf16=False,
+            model_init_kwargs={"dtype": dtype},
+            use_cpu=device == "cpu",
+            bf16=device != "cpu",
             report_to="none",
         ),
         reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
@@ -213,9 +217,9 @@ def run_script(engine, plan: list, schedule: str, tools: bool) -> dict[str, floa
         return {"seconds": time.perf_counter() - start, **counts, **engine._llm_steps}
 
 
-def on_an_engine(rows: int, seeds: int) -> list[dict]:
+def on_an_engine(rows: int, seeds: int, device: str = "cpu", config=None) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        engine, engine._llm_steps = build_engine(folder)
+        engine, engine._llm_steps = build_engine(folder, device, config)
     run_script(engine, script(rows, 99), "continuous", tools=False)  # warm
     print(f"{rows} rows on a vLLM engine, up to {CALLS} calls, tools of 0.1 to 5 s\n")
     print(

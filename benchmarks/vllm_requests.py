@@ -16,7 +16,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +113,7 @@ class Client(VLLMClient):
 
 
 def on_server(server: Server, client: Client) -> Callable:
-    def ask(asked: list[Request], lookups: Any) -> Answer | None:
+    def ask(asked: list[Request], lookups: Any, images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         if not asked:
             return None
         answer = server_by_row(client.generate, [Asked(*request[1:]) for request in asked])(
@@ -139,7 +139,7 @@ def colocated() -> Callable:
         ids = [position[0][0] for position in positions]
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids, logprobs=told)])
 
-    def ask(asked: list[Request], lookups: Any) -> Answer | None:
+    def ask(asked: list[Request], lookups: Any, images: Sequence[Sequence[Any]] = ()) -> Answer | None:
         if not asked:
             return None
         outputs = [output(request) for request in asked]
@@ -185,6 +185,19 @@ def parsing(where: str, side: str, rows: int, length: int) -> dict[str, float]:
     return {"bytes": answered / rows / length, "seconds": (ask.seconds + engine.seconds) / rows / length}
 
 
+def one_token_each(url: str) -> Callable:
+    def generate(prompts: list, max_tokens: int, logprobs: int) -> dict[str, list]:
+        asked = {"prompt": prompts, "max_tokens": 1, "logprobs": logprobs}
+        choices = requests.post(f"{url}/v1/completions", json=asked).json()["choices"]
+        return {"ids": [choice["token_ids"] for choice in choices]}
+
+    def ask(asked: list[Request], lookups: Any, images: Sequence[Sequence[Any]] = ()) -> Answer | None:
+        by_row = server_by_row(generate, [Asked(*request[1:]) for request in asked])
+        return Answer(by_row([request.context for request in asked])["ids"])
+
+    return ask
+
+
 def concurrency(rows: int) -> list[dict[str, Any]]:
     """Requests of a wave whose rows have limits of their own, and how many rows a server has at the same time."""
     limits = [8192 - 200 - (row * 1361) % 2800 for row in range(rows)]
@@ -193,17 +206,7 @@ def concurrency(rows: int) -> list[dict[str, Any]]:
         server = Server()
         server.pause = 0.5
 
-        def generate(
-            prompts: list, max_tokens: int, logprobs: int, url: str = f"http://127.0.0.1:{server.server_port}"
-        ):
-            asked = {"prompt": prompts, "max_tokens": 1, "logprobs": logprobs}
-            choices = requests.post(f"{url}/v1/completions", json=asked).json()["choices"]
-            return {"ids": [choice["token_ids"] for choice in choices]}
-
-        def ask(asked: list[Request], lookups: Any, generate: Callable = generate) -> Answer | None:
-            by_row = server_by_row(generate, [Asked(*request[1:]) for request in asked])
-            return Answer(by_row([request.context for request in asked])["ids"])
-
+        ask = one_token_each(f"http://127.0.0.1:{server.server_port}")
         VLLMEngine(ask, 10**6, VOCABULARY, 0, WINDOW, few_limits=few).sample([[1]] * rows, limits)
         lines.append({"limits": "few" if few else "own", "requests": server.requests, "rows at once": server.most})
         server.shutdown()

@@ -5,7 +5,7 @@ alone needs torchvision.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,11 +144,13 @@ class Script(LogitsProcessor):
     Args:
         turns (`list[list[int | list[int]]]`): Of each row.
         start (`int`): Tokens of the contexts.
+        prefers (`Sequence[int]`, *optional*): Tokens that it would rather write than others of their list.
     """
 
-    def __init__(self, turns, start: int):
+    def __init__(self, turns, start: int, prefers: Sequence[int] = ()):
         self.turns = turns
         self.start = start
+        self.prefers = list(prefers)
 
     def __call__(self, input_ids, scores):
         step = input_ids.size(1) - self.start
@@ -156,10 +158,11 @@ class Script(LogitsProcessor):
         for row, turn in enumerate(self.turns):
             wanted = turn[step] if step < len(turn) else turn[-1]
             forced[row, wanted] = scores[row, wanted]
+        forced[:, self.prefers] += 9.0
         return forced
 
 
-def scripted(model, write: Callable[[list[int]], list]):
+def scripted(model, write: Callable[[list[int]], list], prefers: Sequence[int] = ()):
     """
     Have `model.generate` write `write(context)` after each context. It is a method of a class, as a model's own is, so
     that rollouts keep what they have read.
@@ -168,7 +171,7 @@ def scripted(model, write: Callable[[list[int]], list]):
     class Scripted(type(model)):
         def generate(self, input_ids, attention_mask, logits_processor=None, **kwargs):
             contexts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
-            script = Script([write(context) for context in contexts], input_ids.size(1))
+            script = Script([write(context) for context in contexts], input_ids.size(1), prefers)
             processors = LogitsProcessorList([script, *(logits_processor or [])])
             return super().generate(
                 input_ids=input_ids, attention_mask=attention_mask, logits_processor=processors, **kwargs
@@ -179,17 +182,18 @@ def scripted(model, write: Callable[[list[int]], list]):
     return model
 
 
-def asks_then_answers(model, processor, tags: bool = False, questions: int = 1):
+def asks_then_answers(model, processor, tags: bool = False, questions: int = 1, prefers: Sequence[int] = ()):
     """
     A model that asks for the weather of a city, whose first letter it chooses, reads it, and answers with two letters
-    of its choice, so that it is unsure where the result ends. It asks `questions` times.
+    of its choice, so that it is unsure where the result ends. It asks `questions` times. The tokens that it `prefers`
+    it would rather write than a letter.
     """
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
     def ids(text: str) -> list:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    letters = [ids(letter)[0] for letter in "abcdefgh"]
+    letters = [*(ids(letter)[0] for letter in "abcdefgh"), *prefers]
     called = "<weather>X</weather>" if tags else call_text(processor, "X")
     (chosen,) = ids("X")
     asking = [letters if token == chosen else token for token in ids(called)]
@@ -201,7 +205,7 @@ def asks_then_answers(model, processor, tags: bool = False, questions: int = 1):
         known = sum(context[place : place + len(told)] == told for place in range(len(context)))
         return asking if known < questions else answering
 
-    return scripted(model, write)
+    return scripted(model, write, prefers)
 
 
 def reward(completions, **kwargs):
@@ -220,11 +224,12 @@ def trainer_of(
     lora=None,
     questions=1,
     environment_factory=None,
+    prefers=(),
     **own,
 ):
     """A trainer whose model asks for the weather and answers. Its rollouts fork twice, unless `own` says otherwise."""
     model, processor = (build_text if family in TEXT_MODELS else build)(family)
-    asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags", questions=questions)
+    asks_then_answers(model, processor, tags=own.get("tool_protocol") == "tags", questions=questions, prefers=prefers)
     settings = {
         "num_generations": 4,
         "per_device_train_batch_size": 4,

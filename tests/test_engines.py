@@ -17,7 +17,7 @@ from arpo_trl.rollout.engines.prefix_cache import PrefixCache
 from arpo_trl.rollout.engines.replaced import generate_with
 from arpo_trl.rollout.engines.transformers import recorded_generation, recorded_samples, stop_string_criteria
 from arpo_trl.rollout.engines.vllm import Asked, _settings, server_by_row, top_k_samples, vllm_settings
-from arpo_trl.rollout.engines.vllm_images import check_read, check_server_reads_images, forget_images
+from arpo_trl.rollout.engines.vllm_images import check_read, forget_images, server_reads_images
 from arpo_trl.rollout.entropy import top_k_entropy
 
 
@@ -172,15 +172,33 @@ def test_each_request_to_a_server_has_the_images_of_its_rows():
     assert all(features is None for _, _, features in asked[2:])
 
 
+NO_IMAGES, IMAGES = (SimpleNamespace(column_names=names) for names in (["prompt"], ["prompt", "image"]))
+
+
 @pytest.mark.parametrize(
-    "columns, status, refused", [(["image"], 404, True), (["image"], 405, False), ([], 404, False)]
+    "data, status, taken",
+    [
+        ((IMAGES, None), 405, True),
+        ((NO_IMAGES, None), 405, True),
+        ((NO_IMAGES, {"held out": NO_IMAGES}), 404, False),
+        ((IMAGES, None), 404, None),
+        ((NO_IMAGES, {"held out": IMAGES}), 404, None),
+        ((None, IMAGES), 404, None),
+    ],
 )
-def test_a_server_that_takes_no_images_is_refused_where_the_data_have_some(columns, status, refused):
+def test_a_server_that_takes_no_images_is_refused_where_the_data_have_some(data, status, taken):
     session = SimpleNamespace(get=lambda url: SimpleNamespace(status_code=status))
     generation = SimpleNamespace(vllm_client=SimpleNamespace(session=session, base_url="http://server"))
-    trainer = SimpleNamespace(vllm_generation=generation, train_dataset=SimpleNamespace(column_names=columns))
-    with pytest.raises(ValueError, match="--enable-scale-out") if refused else nullcontext():
-        check_server_reads_images(trainer)
+    trainer = SimpleNamespace(vllm_generation=generation, train_dataset=data[0], eval_dataset=data[1])
+    trainer.vllm_mode, trainer.args = "server", SimpleNamespace(vllm_server_base_url="http://server")
+    trainer.accelerator = SimpleNamespace(is_main_process=True, gather=lambda told: told, device="cpu")
+    with pytest.raises(ValueError, match="http://server.*--enable-scale-out") if taken is None else nullcontext():
+        assert server_reads_images(trainer) is taken
+    if status == 404:
+        trainer.accelerator.is_main_process = False  # it has no client, and is told the same
+        trainer.accelerator.gather, trainer.vllm_generation = lambda told: told * 0, None
+        with pytest.raises(ValueError, match="takes none") if taken is None else nullcontext():
+            assert server_reads_images(trainer) is taken
 
 
 def test_images_are_forgotten_with_the_weights_they_were_seen_through():
@@ -198,7 +216,7 @@ def test_images_are_forgotten_with_the_weights_they_were_seen_through():
 
 
 def test_a_model_does_not_write_the_token_of_an_image_itself():
-    protocol, reader = SimpleNamespace(stop_strings=[]), SimpleNamespace(image_tokens=frozenset({7}))
+    protocol, reader = SimpleNamespace(stop_strings=[]), SimpleNamespace(never_sampled=frozenset({7}))
     generation = SimpleNamespace(generation_kwargs={"logit_bias": {3: 1.0}, "max_tokens": 5})
     trainer = SimpleNamespace(vllm_generation=generation, _protocol=protocol, _image_reader=reader)
     assert _settings(trainer) == {"logit_bias": {7: -100.0, 3: 1.0}}

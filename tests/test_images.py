@@ -17,6 +17,7 @@ import trl_suite
 from datasets import Dataset
 from multimodal import PICTURE, PROMPT, photo, records, trainer_of, weather
 from PIL import Image
+from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl.evaluation import Agent, evaluate
@@ -327,11 +328,104 @@ def test_an_engine_that_expands_images_itself_is_given_what_the_template_writes(
     assert reader.unexpanded(row, []) == row and reader.unexpanded(texts[0], [PICTURE]) == texts[0]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *multimodal.IMAGE_MODELS])
+def test_tokens_are_of_an_image_where_the_processor_says_so(family):
+    skip_without_torchvision(family)
+    model, processor = multimodal.build(family)
+    reader = ImageReader(processor)
+    ids = processor.tokenizer.encode("see", add_special_tokens=False) + reader.ids(PICTURE)
+    assert reader.image_tokens == {model.config.image_token_id}
+    (wanted,) = ProcessorMixin.create_mm_token_type_ids(processor, [ids])
+    assert reader.types(ids) == wanted and sum(wanted) > 1
+    if reader.type_name is not None:
+        assert reader.fields([ids], [[PICTURE]])[reader.type_name] == [wanted]
+
+
+# A model that would write the token of an image
+
+
+def prefers_the_tokens_of_images(family) -> list[int]:
+    _, processor = multimodal.build(family)
+    return sorted(ImageReader(processor).never_sampled)
+
+
+PREFERRING = [("Qwen3-VL", "chat_template"), ("Gemma 4", "chat_template"), ("Gemma 3", "tags"), ("SmolVLM", "tags")]
+OTHERS_SUPPRESSED = [None, {"suppress_tokens": [5]}]
+
+
+@pytest.mark.parametrize("own", OTHERS_SUPPRESSED)
+@pytest.mark.parametrize("family, protocol", PREFERRING)
+def test_a_model_that_would_write_the_token_of_an_image_trains(family, protocol, own, tmp_path):
+    trainer = trainer_of(
+        family,
+        tmp_path,
+        prefers=prefers_the_tokens_of_images(family),
+        tools=[photo],
+        tool_protocol=protocol,
+        generation_kwargs=own,
+        per_device_train_batch_size=1,
+        steps_per_generation=4,
+        max_completion_length=300,
+        learning_rate=0.0,
+    )
+    trainer.train()
+    rows = [row for group in trainer._groups for row in group.trajectories]
+    check_images_of_rows(rows, trainer._image_reader)
+    assert all(len(row.images) == 1 for row in rows)
+    check_scores(trainer)
+    assert own is None or set(own["suppress_tokens"]) < set(trainer.generation_config.suppress_tokens)
+
+
+@pytest.mark.parametrize("own", OTHERS_SUPPRESSED)
+def test_a_model_that_would_write_the_token_of_an_image_trains_without_tools(own, tmp_path):
+    settings = {"rows": WITH_PICTURES, "tools": (), "prefers": prefers_the_tokens_of_images("Qwen3-VL")}
+    settings |= {"num_initial_generations": 4, "max_completion_length": 20, "generation_kwargs": own}
+    trainer = trainer_of("Qwen3-VL", tmp_path, **settings)
+    trainer.train()
+    check_images_of_rows([row for group in trainer._groups for row in group.trajectories], trainer._image_reader)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.0))
+@pytest.mark.parametrize("family, protocol", PREFERRING)
+def test_a_model_that_would_write_the_token_of_an_image_answers(family, protocol, temperature):
+    model, processor = multimodal.build(family)
+    model.generation_config.suppress_tokens = [5]  # the checkpoint's own are followed still
+    tokens = prefers_the_tokens_of_images(family)
+    multimodal.asks_then_answers(model.eval(), processor, tags=protocol == "tags", prefers=tokens)
+    settings = {"tool_protocol": protocol, "max_completion_length": 300, "temperature": temperature}
+    agent = Agent(model, processor, [photo], **settings)
+    rows = agent.rollout([agent.with_images(row)["prompt"] for row in WITH_PICTURES[:2]])
+    agent.close()
+    check_images_of_rows(rows, agent.protocol.image_reader)
+    assert all(len(row.images) == 2 and not row.truncated for row in rows)
+    assert agent.generation_config.suppress_tokens == [5, *tokens]
+
+
+def test_a_model_of_text_samples_what_its_config_says(tmp_path):
+    assert trainer_of("Qwen3", tmp_path).generation_config.suppress_tokens is None
+
+
 def test_continuous_batching_is_refused_images(tmp_path):
     trainer = trainer_of("Qwen3-VL", tmp_path, num_initial_generations=4)
     trainer.args.use_transformers_continuous_batching = True
     with pytest.raises(ValueError, match="`use_transformers_continuous_batching` reads no images"):
         trainer._sample_with_trl([[5]], [[PICTURE]])
+
+
+@pytest.mark.parametrize("family, protocol", [("Qwen3-VL", "chat_template"), ("SmolVLM", "tags")])
+def test_an_image_of_a_tool_is_an_error_where_the_engine_takes_none(family, protocol, tmp_path, monkeypatch, caplog):
+    """As with a vLLM server that was started without images; no one knows that a tool returns one before it does."""
+    logging.Logger.warning_once.cache_clear()
+    monkeypatch.setattr("arpo_trl.trainer.reads_images", lambda trainer: False)
+    settings = {"tools": [photo], "tool_protocol": protocol, "max_completion_length": 400}
+    trainer = trainer_of(family, tmp_path, **settings)
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    for row in records(tmp_path):
+        text = trainer._tokenizer.decode(row["completion_ids"])
+        assert "{'error': 'The tool returned an image, and you read text only.'}\nsun in " in text
+        assert row["images"] == [] and not sum(trainer._image_reader.types(row["completion_ids"]))
+    assert sum("and an engine that takes them" in message for message in caplog.messages) == 1
 
 
 # What a tool returns

@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peak_bytes import PeakBytes
 from peft import LoraConfig, get_peft_model
 from test_prefix_cache import GREEDY, padded, read
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -180,24 +179,6 @@ def test_known_prefixes_are_those_of_a_search(data):
         for context in contexts
     ]
     assert known_prefixes(contexts, known) == wanted
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors of one kind have held at once; storage that views share counts once."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.counts, self.live, self.peak = counts, {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and self.counts(tensor):
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
 @torch.no_grad()

@@ -19,9 +19,11 @@ from packed_rows import (
     tools_tree,
     trees,
 )
+from peak_bytes import PeakBytes
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.nn.attention.flex_attention import flex_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config, Starcoder2Config
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flex_attention import WrappedFlexAttention
@@ -250,6 +252,28 @@ def test_masks_are_of_the_dtype_that_autocast_attends_in():
     assert {mask.dtype for mask in masks_of(fork(), "cpu")} == {torch.float32}
 
 
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_autocast_reads_each_state_into_its_own_dtype_once(key_heads):
+    rows = [np.r_[np.arange(300), np.full(300, 40 + row)] for row in range(3)]
+    attention = PathAttention(pack(rows, [300] * 3, TOKENS_ONLY))
+    length, cast = sum(attention.query_sizes), []
+    states = [torch.zeros(1, heads, length, 8) for heads in (4, key_heads, key_heads)]
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16:
+                cast.append(tuple(made.shape))
+            return made
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return query.transpose(1, 2), None
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        attention(attend, None, *states)
+    assert cast == [tuple(state.shape) for state in states], "keys of grouped queries are not repeated before"
+
+
 @pytest.mark.parametrize("window", [None, 100])
 def test_masks_are_strips_whatever_the_length(window):
     sizes = []
@@ -263,6 +287,27 @@ def test_masks_are_strips_whatever_the_length(window):
         assert sizes == [256 * (length + 1199) * 4 for length in (2000, 4000)]  # a line for each query of a block
     else:
         assert sizes == [256 * (256 + 100) * 4] * 2
+
+
+@pytest.mark.parametrize("window", [None, 512])
+def test_memory_of_attention_grows_with_the_length_alone(window):
+    """A row of 4k, 8k and 16k tokens that is forked at its half, forward and backward, counted beside its inputs."""
+
+    def attend(module, query, key, value, mask, **kwargs):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(
+            1, 2
+        ), None
+
+    def peak(length: int) -> int:
+        rows = [np.arange(length), np.r_[np.arange(length // 2), np.full(length // 2, 10**6)]]
+        attention = PathAttention(pack(rows, [1, 1], TOKENS_ONLY))
+        states = [torch.randn(1, 2, sum(attention.query_sizes), 16, requires_grad=True) for _ in range(3)]
+        with PeakBytes() as counted:
+            torch.autograd.grad(attention(attend, None, *states, sliding_window=window)[0].sum(), states)
+        return counted.peak
+
+    few, more, many = peak(4096), peak(8192), peak(16_384)
+    assert more < 2.05 * few and many < 2.05 * more
 
 
 def test_a_kernel_with_a_mask_of_its_own_needs_none(monkeypatch):

@@ -273,14 +273,14 @@ def test_training_goes_on_with_rows_that_the_deadline_left_empty(agent_dirs, tok
     assert all(row.segments for group in trainer._groups for row in group.trajectories)
 
 
-def test_processes_that_do_not_wait_for_each_other_take_a_fraction_of_the_time():
-    """On the benchmark's computed clock, so that it is the same on every machine."""
+def test_processes_that_do_not_wait_for_each_other_take_a_third_of_the_time_at_most():
+    """The benchmark's 8 × 256 rows on its computed clock, so that it is the same on every machine."""
     benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "schedules.py"))
-    waves, counts = benchmark["computed_waves"](4, 64)
-    continuous, slowest, own_counts = benchmark["computed_continuous"](4, 64, tools=True)
-    without, _, _ = benchmark["computed_continuous"](4, 64, tools=False)
-    assert 0.8 < own_counts["tokens"] / counts["tokens"] < 1.25, "the same work in law"
-    assert waves > 2 * continuous and continuous < 1.3 * max(slowest, without)
+    waves, counts = benchmark["computed_waves"](8, 256)
+    continuous, slowest, own_counts = benchmark["computed_continuous"](8, 256, tools=True)
+    without, _, _ = benchmark["computed_continuous"](8, 256, tools=False)
+    assert 0.9 < own_counts["tokens"] / counts["tokens"] < 1.1, "the same work in law"
+    assert waves > 3 * continuous and continuous < 1.3 * max(slowest, without)
 
 
 def test_a_call_starts_when_its_row_is_parsed_and_after_the_forks_were_copied():

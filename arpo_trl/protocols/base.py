@@ -105,7 +105,7 @@ def text_of(result: str | list | None) -> str:
     if images_of(result):
         logger.warning_once(
             "A tool returned an image, which this model cannot be shown: it reads an error in its place. Images are "
-            "for multimodal checkpoints with their processor (docs/models.md)."
+            "for multimodal checkpoints with their processor, and an engine that takes them (docs/models.md)."
         )
     kinds = [block.get("type") if isinstance(block, dict) else None for block in result]
     return whole_text(

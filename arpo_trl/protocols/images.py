@@ -110,11 +110,23 @@ class ImageReader:
 
     @cached_property
     def image_tokens(self) -> frozenset[int]:
-        """The tokens that stand for the parts of an image, in whose places a model puts what it sees."""
-        token = getattr(self.processor, "image_token_id", None)
-        if token is None:
-            token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-        return frozenset({token})
+        """
+        The tokens that stand for the parts of an image, in whose places a model puts what it sees. Gemma 3's processor
+        has another one in its template, which it calls `image_token` and which begins them.
+        """
+        return frozenset(token for token in self.processor.image_token_ids if token is not None) or self._written
+
+    @cached_property
+    def never_sampled(self) -> frozenset[int]:
+        """
+        The tokens that no engine may sample: a model finds no image for one of its parts, and vLLM puts the next image
+        of the row in the place of what the template writes for a whole one.
+        """
+        return self.image_tokens | self._written
+
+    @cached_property
+    def _written(self) -> frozenset[int]:
+        return frozenset({self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)})
 
     @cached_property
     def sample(self) -> Any:

@@ -15,12 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...protocols.images import ImageReader
 from .base import BatchStream, Engine, Sample, Stream
-from .generation_settings import NO_LIMIT, context_length, refuse_unfit_settings, tell_settings
+from .generation_settings import NO_LIMIT, context_length, never_sample, refuse_unfit_settings, tell_settings
 from .parts import StopStrings
 from .server import ServedModel, ask_server, find_served_model
 from .transformers import TransformersEngine, generate_ids, stop_string_criteria
 from .vllm import VLLMEngine, ask_llm, ask_trl, check_top_k, served_context_length, stops_of
-from .vllm_images import check_server_reads_images
+from .vllm_images import server_reads_images
 from .vllm_stream import stream_trl
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "end_tokens",
     "find_served_model",
     "model_engine",
+    "reads_images",
     "refuse_unfit_generation",
     "shared_engine",
     "trainer_engine",
@@ -65,7 +66,6 @@ def trainer_engine(
     vocab_size = trainer.model.config.get_text_config().vocab_size
     if trainer.use_vllm:
         check_top_k(trainer)
-        check_server_reads_images(trainer)
         length = served_context_length(trainer) or context_length(trainer.model.config)
         return VLLMEngine(
             ask_trl(trainer),
@@ -85,6 +85,8 @@ def trainer_engine(
         )
     if trainer.rollout_func is None:
         tell_settings(trainer.model, trainer.generation_config)
+        if trainer._image_reader is not None:
+            never_sample(trainer._image_reader.never_sampled, trainer.generation_config, trainer.model)
     return TransformersEngine(
         lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped),
         generate,
@@ -98,6 +100,20 @@ def trainer_engine(
         dtype=getattr(torch, args.rollout_dtype) if args.rollout_dtype is not None else None,
         guest=trainer._image_guest,
     )
+
+
+def reads_images(trainer: Any) -> bool:
+    """
+    Whether a trainer's engine is given images. Where it is not, the model reads an error in the place of an image that
+    a tool returns, which is not known before one does.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): Constructed.
+
+    Raises:
+        ValueError: The data have images, and the engine takes none.
+    """
+    return trainer._is_vlm and (not trainer.use_vllm or server_reads_images(trainer))
 
 
 def shared_engine(trainer: Any) -> str | None:
@@ -183,6 +199,8 @@ def model_engine(
         ask = ask_llm(model, _sampling(generation_config), stop_strings, generation_config.eos_token_id, image_reader)
         return VLLMEngine(ask, config.max_model_len, config.get_vocab_size(), 0, entropy_window)
     tell_settings(model, generation_config)
+    if image_reader is not None:
+        never_sample(image_reader.never_sampled, generation_config, model)
     return TransformersEngine(
         lambda: model,
         lambda contexts, images: generate_ids(

@@ -8,7 +8,7 @@ such as suppressed tokens: they are followed, as in TRL's `GRPOTrainer`. Both ar
 What is not here: vLLM, which TRL tells every setting itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,6 +86,26 @@ def tell_settings(model: PreTrainedModel, generation_config: GenerationConfig) -
             "they are not samples of the model's own distribution. To sample without, set `model.generation_config = "
             "GenerationConfig(eos_token_id=...)` before you pass the model."
         )
+
+
+def never_sample(tokens: Iterable[int], generation_config: GenerationConfig, model: PreTrainedModel) -> None:
+    """
+    Have `generate` sample none of some tokens, beside those that it would not sample anyway.
+
+    Only the sampler leaves them out. Training scores a row with the policy itself, which gives each of its tokens
+    1 − p of what the sampler gives it, where p is the probability of the tokens left out: next to nothing in a
+    checkpoint that has never been taught to write them. Ratios of the loss do not see it, since the old
+    log-probabilities are the policy's own too.
+
+    Args:
+        tokens (`Iterable[int]`): The tokens.
+        generation_config ([`~transformers.GenerationConfig`]): The config that `generate` is handed; changed.
+        model ([`~transformers.PreTrainedModel`]): The model, whose own config counts where the handed one is silent.
+    """
+    suppressed = generation_config.suppress_tokens
+    if suppressed is None:
+        suppressed = model.generation_config.suppress_tokens
+    generation_config.suppress_tokens = sorted({*tokens, *(suppressed or ())})
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

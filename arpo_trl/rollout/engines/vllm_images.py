@@ -4,8 +4,10 @@ Images with vLLM: what it is given in the place of one, what it must not write, 
 What is not here: how an engine is asked (`vllm.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ...protocols.images import ImageReader
 
@@ -45,7 +47,7 @@ def never_written(image_reader: ImageReader) -> dict[int, float]:
     The `logit_bias` with which a model does not write the token of an image itself. vLLM would put the next image of
     the row in its place, and no model finds an image for it.
     """
-    return dict.fromkeys(sorted(image_reader.image_tokens), -100.0)
+    return dict.fromkeys(sorted(image_reader.never_sampled), -100.0)
 
 
 def forget_images(generation: Any) -> None:
@@ -65,22 +67,36 @@ def forget_images(generation: Any) -> None:
             )
 
 
-def check_server_reads_images(trainer: Any) -> None:
+def server_reads_images(trainer: Any) -> bool:
     """
-    Refuse a server that takes no images where the data have some; TRL's error comes with the first rollout.
+    Whether the vLLM engine of a trainer takes images; a server may not. All processes are told what the main one has
+    asked, which alone has a client.
 
     Args:
         trainer ([`ARPOTrainer`]): Trainer with `use_vllm`, constructed as far as its data.
 
     Raises:
-        ValueError: The server was not started for images.
+        ValueError: The data have images, and the server was not started for them.
     """
-    client = getattr(trainer.vllm_generation, "vllm_client", None)  # of the main process
-    columns = set(getattr(trainer.train_dataset, "column_names", None) or ())
-    if client is None or not columns & {"image", "images"}:
-        return
-    if client.session.get(client.base_url + _RENDER).status_code == 404:  # else the method is not allowed
+    if trainer.vllm_mode != "server":
+        return True
+    accelerator, taken = trainer.accelerator, 1
+    if accelerator.is_main_process:
+        client = trainer.vllm_generation.vllm_client
+        # 404 where there is no such path, else that the method is not allowed
+        taken = int(client.session.get(client.base_url + _RENDER).status_code != 404)
+    taken = int(accelerator.gather(torch.tensor([taken], device=accelerator.device)).min())
+    if not taken and _have_images(trainer.train_dataset, trainer.eval_dataset):
+        args = trainer.args
+        address = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
         raise ValueError(
-            f"The data have images, and the vLLM server at {client.base_url} takes none: start it with "
-            "`--enable-scale-out` (vLLM 0.30 or later), or set `vllm_mode='colocate'`."
+            f"The data have images, and the vLLM server at {address} takes none: start it with `--enable-scale-out` "
+            "(vLLM 0.30 or later), or set `vllm_mode='colocate'`."
         )
+    return bool(taken)
+
+
+def _have_images(*data: Any) -> bool:
+    """Whether some of the data sets, or of those in a `dict`, has a column of images; `None` has none."""
+    sets = [own for each in data for own in (each.values() if isinstance(each, Mapping) else [each])]
+    return any({"image", "images"} & set(getattr(own, "column_names", None) or ()) for own in sets)
