@@ -6,18 +6,24 @@ CPU time of a rollout's segments in float32, with autocast, and with a copy of t
 
 The model has the shape of SmolLM2-135M and random weights; 16 rows of one prompt of 40 tokens sample 64 tokens, read a
 result of 40 and sample 64 more, through the trainer's engine. The sides take turns. A second table has the attention
-of one query a row in a layer of this model: torch's in both data types, and what a copy on a CPU does instead.
+of one query a row in a layer of this model: torch's in both data types, and what a copy on a CPU does instead. A third
+has that together with the token's keys and values put behind those of 230 tokens: in transformers' layer of a cache,
+and in ours.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicLayer
 
+from arpo_trl.rollout.engines.growing_layers import GrowingLayer
 from arpo_trl.rollout.engines.transformers import TransformersEngine, generate_ids
 from arpo_trl.rollout.engines.weights_copy import one_query_attention
 
@@ -28,7 +34,7 @@ def seconds(model: LlamaForCausalLM, dtype: torch.dtype | None, autocast: bool) 
     """CPU seconds of two segments, the copy of the weights included."""
     settings = GenerationConfig(max_new_tokens=SEGMENT, do_sample=True, top_k=0, eos_token_id=[1], pad_token_id=0)
 
-    def generate(contexts: list[list[int]]) -> list[list[int]]:
+    def generate(contexts: list[list[int]], images: Sequence[Sequence[Any]]) -> list[list[int]]:
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
             return generate_ids(model, contexts, settings)
 
@@ -62,6 +68,29 @@ def attention_milliseconds(context: int = 250, repeats: int = 50) -> dict[str, f
     return times
 
 
+def token_milliseconds(rows: int, dtype: torch.dtype, context: int = 230, layers: int = 10) -> dict[str, float]:
+    """Least CPU milliseconds of three that one layer takes to put a token behind its context and to attend to all."""
+    query = torch.randn(rows, 9, 1, 64, dtype=dtype)
+    token, held = torch.randn(rows, 3, 1, 64, dtype=dtype), torch.randn(rows, 3, context, 64, dtype=dtype)
+    times = {}
+    for kind in (DynamicLayer, GrowingLayer):
+        cache = [kind() for _ in range(layers)]
+        for layer in cache:
+            layer.update(held.clone(), held.clone())
+        taken = []
+        for _ in range(3):
+            started = time.process_time()
+            for layer in cache:
+                keys, values = layer.update(token, token)
+                if dtype == torch.bfloat16:
+                    one_query_attention(torch.nn.Module(), query, keys, values, None)
+                else:
+                    scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+            taken.append((time.process_time() - started) / layers * 1e3)
+        times[kind.__name__] = min(taken)
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=576)
@@ -87,6 +116,10 @@ def main() -> None:
     base = statistics.median(times["float32"])
     for name, milliseconds in attention_milliseconds().items():
         print(f"{name:>14}: {milliseconds:6.2f} ms of CPU time")
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (16, 50):
+            told = token_milliseconds(rows, dtype)
+            print(f"{dtype}, {rows} rows: " + ", ".join(f"{name} {taken:.2f} ms" for name, taken in told.items()))
     for name, taken in times.items():
         print(f"{name:>14}: {statistics.median(taken):6.1f} s of CPU time, {base / statistics.median(taken):.2f}×")
 

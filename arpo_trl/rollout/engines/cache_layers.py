@@ -8,7 +8,7 @@ The layers of transformers' caches, by what they hold of the tokens that they ha
 - Layers without a cache, and those that use another layer's: nothing.
 
 Tokens are read into tensors that stand as `generate` will need them, every row ending in the last column
-(`read_into`), so no cache is ever copied to be longer.
+(`read_into`). Layers that `generate` goes on with have room for tokens to come (`growing_layers.py`).
 """
 
 import inspect
@@ -33,6 +33,8 @@ from transformers.cache_utils import (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
+
+from .growing_layers import growing_layer
 
 # A layer that caches nothing, which older transformers do not have
 _EMPTY = tuple(getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name))
@@ -87,16 +89,6 @@ class Part(NamedTuple):
     ends: list[int]
     new: int
     seen: int
-
-
-class WholeWindow(DynamicSlidingWindowLayer):
-    """A sliding window that keeps what has left it. Attention is handed the window, as ever."""
-
-    is_croppable = False  # `generate` must not cut it back to the window
-
-    def __init__(self, sliding_window: int):
-        super().__init__(sliding_window=sliding_window)
-        self.record_past = True
 
 
 class _Reading:
@@ -406,13 +398,16 @@ def read_into(
     return state
 
 
-def generation_cache(config: PreTrainedConfig, layers: Sequence[KeysValues | None], state: State) -> DynamicCache:
-    """The cache from which `generate` goes on: `layers` as they stand, with `state`."""
+def generation_cache(
+    config: PreTrainedConfig, layers: Sequence[KeysValues | None], state: State, new_tokens: int | None
+) -> DynamicCache:
+    """
+    The cache from which `generate` goes on: `layers` as they stand, with `state` and room for at most `new_tokens`.
+    """
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     for index, keys_values in enumerate(layers):
         layer = cache.layers[index]
-        if type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = layer = WholeWindow(layer.sliding_window)
+        cache.layers[index] = layer = growing_layer(layer, new_tokens)
         if keys_values is None:
             continue
         DynamicLayer.lazy_initialization(layer, *keys_values)

@@ -172,11 +172,11 @@ class PrefixCache:
     """
     What the latest `generate` of a rollout has read and written. Use one for each rollout: it knows no weights.
 
-    Keys and values take the memory of the cache of one `generate`, kept while the tools run, and of what [`keep`]
-    names. At the peak one layer stands twice, and what contexts share stands once beside the rows that share it. The
-    keys and values of sliding windows are kept whole, as those of full attention. States stand up to four times: while
-    a segment is sampled, as in one `generate`, where it began, where it ended, and where the prompt ended; equal
-    places stand once.
+    Keys and values take the memory of the cache of one `generate`, with room for at most 32 tokens more a row, kept
+    while the tools run, and of what [`keep`] names. At the peak one layer stands twice, and what contexts share stands
+    once beside the rows that share it. The keys and values of sliding windows are kept whole, as those of full
+    attention. States stand up to four times: while a segment is sampled, as in one `generate`, where it began, where
+    it ended, and where the prompt ended; equal places stand once.
 
     `lookups` counts the tokens that it was given (`prefix_cache_queries`), and those of them that were not read for it
     (`prefix_cache_hits`).
@@ -248,7 +248,7 @@ class PrefixCache:
         first = list({row.tobytes(): index for index, row in reversed(list(enumerate(known)))}.values())
         self._remember([known[row] for row in first], rows_apart(state, first), begins=True)
 
-        cache = generation_cache(model.config, layers, state)
+        cache = generation_cache(model.config, layers, state, generation_config.max_new_tokens)
         del layers, state
         forget_positions(model)
         ending = EndStates(stopping_criteria, _ends(model, generation_config), cache)

@@ -56,11 +56,13 @@ class EntropyRecorder(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if self.reads_logprobs or len(self._columns) < self.window:
-            logprobs = torch.log_softmax(scores.float() / self.temperature, dim=-1)
+            scaled = scores.float() if self.temperature == 1 else scores.float() / self.temperature
+            logprobs = torch.log_softmax(scaled, dim=-1)
             self._latest = logprobs if self.reads_logprobs else None
             if len(self._columns) < self.window:
-                # A token that another processor forbids has log-probability −inf and adds nothing
-                self._columns.append(torch.special.entr(logprobs.exp()).sum(dim=-1))
+                # A token that another processor forbids has log-probability −inf and adds nothing: 0 times a number
+                finite = logprobs.clamp(min=torch.finfo(logprobs.dtype).min)
+                self._columns.append(-finite.mul_(logprobs.exp()).sum(dim=-1))
         return scores
 
     def sampled(self, tokens: torch.Tensor) -> None:

@@ -59,14 +59,28 @@ def one_query_attention(
     if query.size(2) > 1 or any(kwargs.get(name) is not None for name in ("position_bias", "softcap")):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, size = query.shape
-    kv_heads = key.size(1)
-    scores = query.reshape(rows, kv_heads, heads // kv_heads, size) @ key.transpose(2, 3)
-    scores = scores.float() * (size**-0.5 if scaling is None else scaling)
+    kv_heads, length = key.shape[1:3]
+    scores = query.reshape(rows, kv_heads, heads // kv_heads, size) @ _with_room(key).transpose(2, 3)
+    scores = scores[..., :length].float() * (size**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        seen = attention_mask[..., : key.size(2)]
+        seen = attention_mask[..., :length]
         scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
-    attended = scores.softmax(-1).to(value.dtype) @ value
-    return attended.reshape(rows, 1, heads, size), None
+    value = _with_room(value)
+    weights = torch.nn.functional.pad(scores.softmax(-1).to(value.dtype), (0, value.size(2) - length))
+    return (weights @ value).reshape(rows, 1, heads, size), None
+
+
+def _with_room(states: torch.Tensor) -> torch.Tensor:
+    """
+    The whole tensor of which `states` are the first columns, where a layer of a cache has room behind them
+    (`growing_layers.py`). Products read that as it stands, whereas torch copies what is cut off it. Room holds zeros.
+    """
+    rows, heads, length, size = states.shape
+    columns = states.stride(1) // size
+    strides = (heads * columns * size, columns * size, size, 1)
+    if columns <= length or states.stride() != strides or states.storage_offset():
+        return states
+    return states.as_strided((rows, heads, columns, size), strides)
 
 
 AttentionInterface.register(_ATTENTION, one_query_attention)
