@@ -1,5 +1,6 @@
 """The eager and the continuous schedule: rows whose tools are done do not wait for the others."""
 
+import gc
 import random
 import runpy
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -321,3 +322,31 @@ def test_a_call_starts_when_its_row_is_parsed_and_after_the_forks_were_copied():
     assert order[:5] == ["sample", "parse", "call", "parse", "call"]
     # The two forks leave where their parents' second segments begin
     assert order[5:12] == ["sample", "copy", "copy", "parse", "call", "parse", "call"]
+
+
+def test_copies_of_whole_rows_are_let_go_before_turns_are_parsed():
+    """Python's collector looks through whatever lists there are."""
+
+    def long_lists():
+        return sum(isinstance(item, list) and len(item) > 1_000 for item in gc.get_objects())
+
+    alive = []
+
+    class Protocol(RandomProtocol):
+        def parse(self, ids, context, tools):
+            alive.append(long_lists())
+            return super().parse(ids, context, tools)
+
+    prompts = [[FAST] * 1_001] * 8
+    before = long_lists()
+    run_waves(
+        group_parts(0, 8, 8, num_initial=8),
+        prompts,
+        Protocol(),
+        RolloutHooks(lambda contexts, limits: [Sample([5, END], [1.0, 1.0]) for _ in contexts], lambda row: {}, list),
+        branching(100, "bernoulli", branch_probability=1.0),
+        Limits(completion=100, context=2_000, tool_turns=4),
+        random.Random(0),
+        END.__eq__,
+    )
+    assert len(alive) == 8 and max(alive) <= before + 1

@@ -86,8 +86,15 @@ def run_waves(
             sample = partial(hooks.sample, images=seen) if any(seen) else hooks.sample
             samples = sample(contexts, budgets)
             if branching.fork_tries > 1:
-                again = partial(_sample_again, hooks, contexts, budgets, seen, later)
-                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
+                samples = distinct_samples(
+                    samples,
+                    waiting,
+                    group_of,
+                    partial(_sample_again, hooks, contexts, budgets, seen, later),
+                    hooks.anyone,
+                    branching.fork_tries,
+                )
+        del contexts  # Python's collector would look through millions of tokens, again and again
 
         # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
         steps = [cut_segment(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
@@ -98,7 +105,8 @@ def run_waves(
             fork for group in groups for fork in decide_forks(group, steps_of[id(group)], branching.rule, hooks, rng)
         ]
         with hooks.timed("parse"):
-            for step, context in zip(steps, contexts, strict=True):
+            for step in steps:
+                context = step.trajectory.prompt_ids + step.trajectory.completion_ids
                 step.turn = protocol.parse(step.sample.ids, context, hooks.tools_of(step.trajectory))
                 append_segment(step)
                 step.futures = start_calls(step, limits, hooks)
