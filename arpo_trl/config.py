@@ -130,6 +130,12 @@ class ARPOConfig(GRPOConfig):
             a generation batch is one optimiser step and the loss does not depend on which rows a micro-batch holds,
             the rows of a step are the same without it, and prefix sharing brings groups together anyway. Elsewhere it
             changes training: each row is still equally likely to be in each step, but a step sees fewer prompts.
+        micro_batches_by_tokens (`bool`, *optional*, defaults to `False`):
+            Whether the rows of an optimiser step are cut into its `gradient_accumulation_steps` micro-batches by the
+            tokens that the model computes, those that rows share counted once, rather than into
+            `per_device_train_batch_size` rows each. The largest micro-batch, which decides on memory, is then smaller
+            where rows differ in length. The loss of the step is the same. It needs `prefix_sharing`, since rows that
+            are padded to one length cost the same, and a loss that does not depend on which rows a micro-batch holds.
 
         > Parameters that control generation with transformers
 
@@ -302,8 +308,14 @@ class ARPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Whether the shuffle of a generation batch deals whole groups, rather than rows, to optimiser "
-            "steps "
-            "and micro-batches."
+            "steps and micro-batches."
+        },
+    )
+    micro_batches_by_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the rows of an optimiser step are cut into micro-batches by the tokens to compute, "
+            "rather than into as many rows each."
         },
     )
 
@@ -370,6 +382,8 @@ class ARPOConfig(GRPOConfig):
         ):
             if getattr(self, name) < minimum:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; set it to {minimum} or more.")
+        if self.micro_batches_by_tokens:
+            self._check_micro_batches()
         if self.log_rollout_groups is not None and self.log_rollout_groups < 1:
             raise ValueError(
                 f"`log_rollout_groups` is {self.log_rollout_groups}; set it to 1 or more, or to None to write all "
@@ -419,3 +433,20 @@ class ARPOConfig(GRPOConfig):
                 f"`rollout_finished_fraction` is {self.rollout_finished_fraction}; it is a fraction of the rows: set "
                 "it above 0 and to no more than 1, which waits for all."
             )
+
+    def _check_micro_batches(self) -> None:
+        """Refuse `micro_batches_by_tokens` where rows may not change their micro-batch, or gain nothing from it."""
+        for name, fits in (
+            ("prefix_sharing", self.prefix_sharing),
+            ("loss_type", self.loss_type != "bnpo"),
+            ("top_entropy_quantile", self.top_entropy_quantile == 1.0),
+            ("entropy_coef", self.entropy_coef == 0.0),
+            ("use_adaptive_entropy", not self.use_adaptive_entropy),
+            ("use_liger_kernel", not self.use_liger_kernel),
+        ):
+            if not fits:
+                raise ValueError(
+                    f"`micro_batches_by_tokens` does not go with `{name}={getattr(self, name)!r}`: rows have to be "
+                    "scored packed, with a loss that does not depend on which rows a micro-batch holds. Leave one of "
+                    "them out."
+                )

@@ -199,6 +199,7 @@ class ARPOTrainer(ResilienceMixin, BranchingRolloutMixin, ImageScoringMixin, Sha
         self._branches = args.num_initial_generations < args.num_generations
         self.share_prefixes = args.prefix_sharing
         self.keep_groups_together = args.keep_groups_together
+        self.micro_batches_by_tokens = args.micro_batches_by_tokens
         template: tuple[Any, Any, Any] = (self.processing_class, self.chat_template, self.chat_template_kwargs)
         self._image_reader = ImageReader(*template) if self._is_vlm else None
         shown = self._image_reader if reads_images(self) else None  # what a tool returns; scoring knows of images

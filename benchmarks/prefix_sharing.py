@@ -50,7 +50,7 @@ from transformers import (
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from arpo_trl.scoring.prefix_tree import Cost, group_order, pack, sibling_order
+from arpo_trl.scoring.prefix_tree import Cost, group_order, pack, sibling_order, token_sizes
 from arpo_trl.scoring.shared_prefix import shared_prefix_logps
 
 VOCABULARY = 1030
@@ -333,6 +333,33 @@ def count_recipe(path: Path, micro_batch: int | None = None, prompt: int = 1500,
     return {"recipe": path.stem, "micro_batch": size, "rows_a_step": step, **counts}
 
 
+def count_largest(path: Path, prompt: int = 1500, completion: int = 4000, sigma: float = 0.7) -> dict:
+    """
+    Tokens that the largest micro-batch of an optimiser step of a recipe computes, of those of the mean one: with as
+    many rows in each, and by tokens. Completions are of log-normal length, the median `completion`; half of the rows
+    are forked at the half of the row that they leave.
+    """
+    recipe = yaml.safe_load(path.read_text())
+    size, parts = recipe["per_device_train_batch_size"], recipe["gradient_accumulation_steps"]
+    rng = np.random.default_rng(0)
+    rows: list = []
+    for _ in range(-(-size * parts // recipe["num_generations"])):
+        start = rng.integers(0, VOCABULARY, prompt)
+        for length in rng.lognormal(np.log(completion), sigma, recipe["num_generations"] // 2).astype(int):
+            root = np.r_[start, rng.integers(0, VOCABULARY, length)]
+            fork = np.r_[root[: prompt + length // 2], rng.integers(0, VOCABULARY, length - length // 2)]
+            rows += [root, fork]
+    rows = [rows[row] for row in sibling_order(rows[: size * parts])]
+
+    def largest(sizes: list[int]) -> float:
+        ends = np.cumsum(sizes)
+        own = [rows[end - n : end] for end, n in zip(ends, sizes, strict=True)]
+        tokens = [len(pack(part, [prompt] * len(part), Cost(token=1, pair=0, call=0)).input_ids) for part in own]
+        return max(tokens) / (sum(tokens) / parts)
+
+    return {"by rows": largest([size] * parts), "by tokens": largest(token_sizes(rows, parts))}
+
+
 def count_recipes() -> list[dict]:
     """Each recipe as it stands, and the first of deep search at other micro-batches."""
     folder = Path(__file__).parents[1] / "examples" / "configs"
@@ -344,6 +371,11 @@ def count_recipes() -> list[dict]:
             f"{line['recipe']:<27}{line['micro_batch']:>11}{line['shuffled rows']:>10.0%}"
             f"{line['together within a step']:>10.0%}{line['whole groups']:>13.0%}"
         )
+    print("\ntokens of the largest micro-batch of a step, of the mean one")
+    for name in ("qwen2.5-7b_reasoning", "qwen3-8b_deep_search"):
+        largest = count_largest(folder / f"{name}.yaml")
+        print(f"{name:<27}" + ", ".join(f"{value:.2f} {how}" for how, value in largest.items()))
+        lines.append({"recipe": name, "largest micro-batch": largest})
     return lines
 
 

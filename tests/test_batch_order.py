@@ -1,6 +1,7 @@
 """Which rows share a micro-batch, and by which path log-probabilities that are compared with each other are scored."""
 
 import copy
+import itertools
 import logging
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 from transformers import (
@@ -21,9 +24,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.scoring import mixin
+from arpo_trl.scoring import mixin, prefix_tree
 from arpo_trl.scoring import shared_prefix as prefix_sharing
 from arpo_trl.scoring.mixin import reordered as reorder
+from arpo_trl.scoring.prefix_tree import token_sizes
 from arpo_trl.scoring.shared_prefix import rows_may_change_micro_batch
 
 NUM_IMAGES = [1, 2, 0, 1]  # of four rows, which two micro-batches hold
@@ -99,7 +103,7 @@ def test_images_follow_their_row(layout, order):
     batches = micro_batches(tensors, lines)
     for index, batch in enumerate(batches):
         batch["num_images"] = images[2 * index : 2 * index + 2]
-    reordered = reorder(batches, order)
+    reordered = reorder(batches, order, [2, 2])
     assert len(reordered) == 2
     for index, batch in enumerate(reordered):
         rows = order[2 * index : 2 * index + 2]
@@ -120,9 +124,16 @@ def test_images_follow_their_row(layout, order):
 
 def test_a_batch_whose_images_were_dropped_is_reordered():
     batches = [{"prompt_ids": torch.tensor([[row], [row + 1]]), "num_images": None} for row in (0, 2)]
-    first, second = reorder(batches, [3, 0, 1, 2])
+    first, second = reorder(batches, [3, 0, 1, 2], [2, 2])
     assert first["prompt_ids"].tolist() == [[3], [0]] and second["prompt_ids"].tolist() == [[1], [2]]
     assert first["num_images"] is None
+
+
+def test_micro_batches_may_hold_more_rows_and_fewer():
+    batches = [{"prompt_ids": torch.tensor([[row], [row + 1]]), "weight": [row, row + 1]} for row in (0, 2)]
+    first, second = reorder(batches, [3, 0, 1, 2], [1, 3])
+    assert first["prompt_ids"].tolist() == [[3]] and second["prompt_ids"].tolist() == [[0], [1], [2]]
+    assert first["weight"] == [3] and second["weight"] == [0, 1, 2]
 
 
 def length_reward(completions, **kwargs):
@@ -239,6 +250,108 @@ def test_whole_groups_are_dealt_where_asked_for(tokenizer, tmp_path, log, accumu
         for name in {"loss", "grad_norm"} & ours.keys():
             assert ours[name] == pytest.approx(row_by_row[name], rel=1e-3, abs=1e-6)
     assert not log()
+
+
+def tokens_of(batch):
+    """Tokens that a micro-batch computes, those that rows share counted once."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1).bool()
+    rows = [row[own].tolist() for row, own in zip(ids, mask, strict=True)]
+    return len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
+
+
+# The prompts differ much in length, so that equal numbers of rows are far from equal numbers of tokens
+UNEVEN = [{"prompt": [{"role": "user", "content": f"{i * 7919} " * (10 + 60 * (i == 3))}]} for i in range(4)]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo", "sapo", "cispo"])
+def test_micro_batches_by_tokens_are_even_and_their_step_is_the_same(tokenizer, tmp_path, log, loss_type):
+    settings = {"loss_type": loss_type, "prompts": UNEVEN, "per_device_train_batch_size": 2, "beta": 0.1}
+    settings |= {"gradient_accumulation_steps": 8}
+    by_tokens, by_rows = (
+        train(tokenizer, tmp_path / str(by_tokens), micro_batches_by_tokens=by_tokens, **settings)
+        for by_tokens in (True, False)
+    )
+    sizes = [len(batch["prompt_ids"]) for batch in by_tokens._buffered_inputs]
+    assert len(sizes) == 8 and sum(sizes) == 16 and len(set(sizes)) > 1
+    assert max(map(tokens_of, by_tokens._buffered_inputs)) < max(map(tokens_of, by_rows._buffered_inputs))
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (trainer.state.log_history[0][name] for trainer in (by_tokens, by_rows))
+        assert ours == pytest.approx(theirs, rel=2e-3, abs=1e-6)
+    for ours, theirs in zip(by_tokens.model.parameters(), by_rows.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2.5e-3)  # Adam's first step is the sign of a gradient
+    assert by_tokens.state.log_history[0]["arpo/packed_token_fraction"] == 1
+    assert not log()
+
+
+def test_each_optimiser_step_keeps_its_rows_by_tokens(tokenizer, tmp_path):
+    # Two steps of two micro-batches in a generation batch; weights do not move
+    settings = {"prompts": UNEVEN, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "max_steps": 2}
+    by_tokens, by_rows = (
+        train(tokenizer, tmp_path / str(by_tokens), micro_batches_by_tokens=by_tokens, learning_rate=0.0, **settings)
+        for by_tokens in (True, False)
+    )
+    for step in (slice(0, 2), slice(2, 4)):
+        ours, theirs = (
+            sorted(
+                map(tuple, torch.cat([batch["completion_ids"] for batch in trainer._buffered_inputs[step]]).tolist())
+            )
+            for trainer in (by_tokens, by_rows)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [("prefix_sharing", False), ("loss_type", "bnpo"), ("top_entropy_quantile", 0.2), ("entropy_coef", 0.1)],
+)
+def test_micro_batches_by_tokens_are_refused_where_rows_may_not_move(tmp_path, setting, value):
+    with pytest.raises(ValueError, match=f"`micro_batches_by_tokens` does not go with `{setting}={value!r}`"):
+        ARPOConfig(str(tmp_path), use_cpu=True, bf16=False, micro_batches_by_tokens=True, **{setting: value})
+
+
+def arrays(*rows):
+    return [np.array(row) for row in rows]
+
+
+@pytest.mark.parametrize(
+    "rows, parts, sizes",
+    [
+        (arrays([1] * 6, [2] * 2, [3] * 2, [4] * 2), 2, [1, 3]),  # 6 and 6
+        (
+            arrays([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 7], [8]),
+            2,
+            [2, 2],
+        ),  # 4 + 1, and 4 + 1: nothing is shared over a cut
+        (arrays([1], [2], [3]), 3, [1, 1, 1]),
+        (arrays([1, 2], [1, 2], [1, 2], [1, 2]), 3, [2, 1, 1]),  # equal rows cost nothing, and no part is empty
+        (arrays([1] * 9, [2]), 2, [1, 1]),
+        (arrays([1, 1], [2, 2]), 1, [2]),
+    ],
+)
+def test_rows_are_cut_where_the_tokens_are_even(rows, parts, sizes):
+    assert token_sizes(rows, parts) == sizes
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=8), st.integers(1, 4), st.data()
+)
+def test_no_other_cut_has_a_smaller_largest_part(rows, parts, data):
+    parts = min(parts, len(rows))
+    rows = [np.array(rows[index]) for index in prefix_tree.shared_prefixes(arrays(*rows))[0]]
+
+    def largest(sizes):
+        ends = np.cumsum(sizes)
+        return max(
+            len({tuple(row[:end]) for row in rows[stop - size : stop] for end in range(1, len(row) + 1)})
+            for stop, size in zip(ends, sizes, strict=True)
+        )
+
+    sizes = token_sizes(rows, parts)
+    assert len(sizes) == parts and sum(sizes) == len(rows) and min(sizes) >= 1
+    cuts = itertools.combinations(range(1, len(rows)), parts - 1)
+    others = [np.diff([0, *cut, len(rows)]).tolist() for cut in cuts]
+    assert largest(sizes) == min(map(largest, others))
 
 
 def test_rows_may_change_micro_batch(log):

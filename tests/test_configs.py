@@ -66,6 +66,12 @@ def test_recipes_keep_groups_together_and_compute_fewer_tokens():
         assert counts["whole groups"] <= target < counts["together within a step"] <= counts["shuffled rows"]
 
 
+def test_by_tokens_the_largest_micro_batch_of_a_recipe_is_near_the_mean():
+    path = EXAMPLES.parent / "benchmarks" / "prefix_sharing.py"
+    largest = runpy.run_path(str(path))["count_largest"](EXAMPLES / "configs" / "qwen2.5-7b_reasoning.yaml")
+    assert largest["by tokens"] < 1.3 and largest["by rows"] > 2
+
+
 @pytest.mark.parametrize("path", COLD_STARTS, ids=lambda path: path.stem)
 def test_cold_start(path):
     script, args, model = parse(path, ColdStartArguments, SFTConfig, ModelConfig)

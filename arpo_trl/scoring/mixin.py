@@ -14,6 +14,7 @@ once why, and the metrics say how many.
 """
 
 import inspect
+import itertools
 import math
 import time
 from collections import Counter
@@ -24,15 +25,18 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from trl.extras.profiling import profiling_context
-from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
-from .prefix_tree import group_order, sibling_order
+from .prefix_tree import group_order, sibling_order, token_sizes
 from .shared_prefix import rows_may_change_micro_batch, shared_prefix_logps, why_not_packed
 from .tally import NotPacked, chunk_counts, scoring_metrics
 
 # Log-probabilities of a generation batch that those of the loss are compared with, in the order in which TRL scores
 # them, and the phase under which their seconds are logged
 _COMPARED = {"old_per_token_logps": "old_logps", "ref_per_token_logps": "ref_logps"}
+
+# Losses that average over the rows of a micro-batch; the others divide by the tokens of the whole optimiser step
+_ROW_MEANS = ("grpo", "sapo", "dr_grpo", "luspo")
 
 
 class SharedPrefixMixin:
@@ -47,10 +51,14 @@ class SharedPrefixMixin:
         keep_groups_together (`bool`): Whether the shuffle of a generation batch deals whole groups, rather than rows,
             to optimiser steps and micro-batches, whether prefixes are shared or not. `False` leaves each row in the
             optimiser step that TRL's shuffle has put it into.
+        micro_batches_by_tokens (`bool`): Whether the rows of an optimiser step are cut into its micro-batches by the
+            tokens to compute rather than into as many rows each. Where prefixes are not shared, rows are padded to
+            one length, and every micro-batch has as many.
     """
 
     share_prefixes: bool = True
     keep_groups_together: bool = False
+    micro_batches_by_tokens: bool = False
     _ordered_inputs: list | None = None  # the buffered inputs that have been put into order
     _loss_seconds: float = 0.0  # of the optimiser step so far
 
@@ -96,7 +104,10 @@ class SharedPrefixMixin:
         if not self.model.training or batches is self._ordered_inputs:
             return inputs
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if not self.keep_groups_together and (math.gcd(steps, accumulation) == 1 or not self._may_reorder()):
+        together = math.gcd(steps, accumulation)  # micro-batches between which rows may move
+        wanted = self.micro_batches_by_tokens or not self.keep_groups_together
+        may_move = wanted and together > 1 and self._may_reorder()
+        if not self.keep_groups_together and not may_move:
             return inputs  # there is no other micro-batch to go to, or no use, or it would be another loss
         rows = [
             torch.cat([prompt[prompt_mask.bool()], completion[completion_mask.bool()]]).cpu().numpy()
@@ -112,7 +123,13 @@ class SharedPrefixMixin:
             order = group_order(rows, torch.cat([batch["group"] for batch in batches]).tolist())
         # Siblings come together within each optimiser step
         order = [order[place] for place in sibling_order([rows[row] for row in order], steps, accumulation)]
-        self._buffered_inputs = self._ordered_inputs = reordered(batches, order)
+        size = len(rows) // steps
+        sizes = [size] * steps
+        if self.micro_batches_by_tokens and may_move:
+            ordered = [rows[row] for row in order]
+            windows = range(0, len(rows), together * size)
+            sizes = [n for first in windows for n in token_sizes(ordered[first : first + together * size], together)]
+        self._buffered_inputs = self._ordered_inputs = reordered(batches, order, sizes)
         return self._buffered_inputs[self._step % steps]
 
     def _may_reorder(self) -> bool:
@@ -189,6 +206,8 @@ class SharedPrefixMixin:
         # those of an evaluation.
         buffered: dict[str, Any] = (self._buffered_inputs or [{}])[0]
         compared = not torch.is_grad_enabled() or not buffered.keys().isdisjoint(_COMPARED)
+        # Rows that were counted without their padding are not padded either
+        packed = compared or self.micro_batches_by_tokens
         chunks = []
         for ids, mask in zip(
             *(x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask)), strict=True
@@ -196,7 +215,7 @@ class SharedPrefixMixin:
             options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
             with self.accelerator.autocast():
                 shared = shared_prefix_logps(
-                    model, ids, mask, logits_to_keep, **options, only_if_cheaper=not compared, counts=counts
+                    model, ids, mask, logits_to_keep, **options, only_if_cheaper=not packed, counts=counts
                 )
             chunks.append(shared or stock(model, ids, mask, logits_to_keep, **options))
         logps, entropies, aux_losses = zip(*chunks, strict=True)
@@ -220,9 +239,12 @@ class SharedPrefixMixin:
 
     # Metrics
 
-    def compute_loss(self, *args, **kwargs):
+    def compute_loss(self, model, inputs, *args, **kwargs):
         started = time.perf_counter()
-        loss = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        loss = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.model.training and self.micro_batches_by_tokens and self.loss_type in _ROW_MEANS:
+            # A mean over all rows of the step: a micro-batch counts as often as it has rows
+            loss = loss * (len(inputs["completion_ids"]) / self.args.per_device_train_batch_size)
         self._loss_seconds += time.perf_counter() - started
         if not self.model.training or self.accelerator.sync_gradients:  # the last micro-batch of a step
             self._report_scoring("train" if self.model.training else "eval")
@@ -244,10 +266,10 @@ class SharedPrefixMixin:
             metrics[name] = [value]  # a ratio of sums, so that fractions add up whatever the micro-batches hold
 
 
-def reordered(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str, Any]]:
+def reordered(batches: Sequence[dict[str, Any]], order: Sequence[int], sizes: Sequence[int]) -> list[dict[str, Any]]:
     """
-    The micro-batches of a generation batch with their rows in another order. What belongs to the images of a row
-    follows it, as in TRL's own shuffle; what has no rows stays as it is.
+    The micro-batches of a generation batch with their rows in another order, `sizes` of them in each. What belongs to
+    the images of a row follows it, as in TRL's own shuffle; what has no rows stays as it is.
     """
 
     def joined(values: list) -> Any:
@@ -255,11 +277,14 @@ def reordered(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[d
             return [row for value in values for row in value]
         return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].dim() > 0 else values[0]
 
-    def ordered(value: Any) -> Any:
+    def picked(value: Any, rows: Sequence[int]) -> Any:
         if isinstance(value, list):
-            return [value[row] for row in order]
-        return value[order] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
+            return [value[row] for row in rows]
+        return value[rows] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
 
     whole = split_pixel_values_by_grid({name: joined([batch[name] for batch in batches]) for name in batches[0]})
-    reordered: list[Any] = split_tensor_dict({name: ordered(value) for name, value in whole.items()}, len(batches))
-    return [unsplit_pixel_values_by_grid(batch) for batch in reordered]
+    ends = list(itertools.accumulate(sizes))
+    parts = [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return [
+        unsplit_pixel_values_by_grid({name: picked(value, rows) for name, value in whole.items()}) for rows in parts
+    ]

@@ -180,6 +180,48 @@ def group_order(rows: Sequence[np.ndarray], groups: Sequence[int]) -> list[int]:
     return order
 
 
+def token_sizes(rows: Sequence[np.ndarray], parts: int) -> list[int]:
+    """
+    Cut rows into consecutive parts of about as many tokens, a shared one counted once, rather than of as many rows.
+
+    Args:
+        rows (`Sequence[np.ndarray]`): Token ids (prompt and completion, no padding) of each row; siblings are
+            neighbours. At least as many as there are parts.
+        parts (`int`): Number of parts.
+
+    Returns:
+        `list[int]`: the rows of each part, at least one; the largest part has as few tokens as a cut into so many
+        parts allows.
+    """
+    shared = [0]
+    for before, after in zip(rows, rows[1:], strict=False):
+        n = min(len(before), len(after))
+        differs = before[:n] != after[:n]
+        shared.append(int(differs.argmax()) if differs.any() else n)
+
+    def cut(limit: int) -> list[int]:
+        """Parts of at most `limit` tokens, or of one row; as few as will do, but `parts` at the least."""
+        sizes, tokens = [0], 0
+        for row, ids in enumerate(rows):
+            more = len(ids) - (shared[row] if sizes[-1] else 0)
+            needed = len(rows) - row == parts - len(sizes)  # a row for each of the parts that are still to begin
+            if sizes[-1] and (tokens + more > limit or needed):
+                sizes.append(0)
+                tokens, more = 0, len(ids)
+            sizes[-1] += 1
+            tokens += more
+        return sizes
+
+    low, high = 0, sum(len(ids) for ids in rows)
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut(middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    return cut(low)
+
+
 def pack(
     rows: Sequence[np.ndarray], prompt_lengths: Sequence[int], cost: Cost, every_token: bool = False
 ) -> PrefixTree:
