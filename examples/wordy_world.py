@@ -1,8 +1,8 @@
 """The demo's world, asked about in many words: what one look-up is called differs from row to row.
 
 In `demo_world.py` a look-up has one query, so that rows of a group repeat each other's calls word for word. Here each
-demonstration words its plan, its thoughts and its queries in one of many ways, as a pretrained model does, and rows that
-look the same thing up rarely ask for it in the same words.
+demonstration words its plan, its thoughts and its queries in one of many ways, as a pretrained model does, and rows
+that look the same thing up rarely ask for it in the same words.
 
 As in `demo_world.py`, nothing here trains, searches the web or runs code.
 """
