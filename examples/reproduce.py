@@ -575,11 +575,13 @@ def _quiet() -> None:
 
 
 def main(directory: Path, workers: int, report_only: bool) -> None:
-    from reproduce_report import write
+    from reproduce_report import readme_table, write
 
     if not report_only:
         train_all(directory, workers)
-    print(f"Written: {write(directory, GRID)} and docs/results/.")
+    page = write(directory, GRID)
+    print(f"Written: {page} and docs/results/. The table of README.md:\n")
+    print(readme_table(json.loads((page.parent / "results" / "numbers.json").read_text())))
 
 
 if __name__ == "__main__":

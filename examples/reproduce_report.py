@@ -1,6 +1,6 @@
 """
-From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict in the page is
-typed by hand: each verdict is decided here, from the intervals, by rules that were written down before the runs.
+From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict of these runs is
+typed by hand: each verdict is decided here, by the rules that were written down in `reproduce.py` before the runs.
 
 What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close
 to the range of the seeds.
@@ -11,15 +11,17 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 COMMAND = "make reproduce"
 AXES = {
     "calls": ("calls_executed", "tool calls executed"),
     "tokens": ("tokens_sampled", "tokens sampled"),
-    "seconds": ("cpu_seconds", "processor seconds of training"),
+    "seconds": ("cpu_seconds", "processor seconds"),
 }
 RESAMPLES = 2000
 INFINITY = math.inf
@@ -46,7 +48,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(block) for block in blocks for _ in block]
 
 
-def smooth(run: dict, quantity: str | None = None) -> tuple[list[float], list[float]]:
+def smooth(run: dict, quantity: str) -> tuple[list[float], list[float]]:
     """A run's curve made non-decreasing: x, accuracy."""
     xs, values = zip(*curve(run, quantity), strict=True)
     return list(xs), isotonic(values)
@@ -63,21 +65,20 @@ def first_reach(xs: Sequence[float], values: Sequence[float], target: float) -> 
     return INFINITY
 
 
-def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0) -> float:
+def cost_ratio(run: dict, base: dict, quantity: str) -> float:
     """What `run` spent, as a fraction of what `base` spent, until the accuracy that `base` has at the end.
 
     Args:
         run, base (`dict`): Two runs from one cold start. The end of `base` is where arms are compared; `run` may be
             longer.
         quantity (`str`): What is spent.
-        share_of_gain (`float`): Below 1: until `base` had that share of its gain over the cold start.
 
     Returns:
         `float`: infinite if `run` never gets there.
     """
     base = base | {"evaluations": [e for e in base["evaluations"] if e["step"] <= base["compared_at"]]}
     base_xs, base_values = smooth(base, quantity)
-    target = base_values[0] + share_of_gain * (base_values[-1] - base_values[0])
+    target = base_values[-1]
     needed = first_reach(base_xs, base_values, target)
     return first_reach(*smooth(run, quantity), target) / needed if needed else INFINITY
 
@@ -85,12 +86,11 @@ def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0)
 # Statistics
 
 
-def bootstrap(values: Sequence[float], statistic: Callable, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a statistic over seeds; the resampling is seeded, so that it repeats."""
+def bootstrap(values: Sequence[float], statistic: Callable) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over seeds; the resampling is seeded, so that it repeats."""
     rng = random.Random(0)
     draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    tail = (1 - level) / 2
-    return draws[int(tail * RESAMPLES)], draws[min(int((1 - tail) * RESAMPLES), RESAMPLES - 1)]
+    return draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
 
 
 def median(values: Sequence[float]) -> float:
@@ -104,11 +104,11 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
     """
-    95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. One value has none.
+    95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. That of one is infinite.
     """
-    mean = statistics.fmean(values)
     if len(values) < 2:
         return -INFINITY, INFINITY
+    mean = statistics.fmean(values)
     half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
 
@@ -117,6 +117,9 @@ def estimate(values: Sequence[float], statistic: Callable = statistics.fmean) ->
     """A statistic over seeds with its 95 % interval: Student's t for the mean, the bootstrap for the median."""
     low, high = t_interval(values) if statistic is statistics.fmean else bootstrap(values, statistic)
     return {"value": statistic(values), "low": low, "high": high, "seeds": len(values)}
+
+
+# Runs
 
 
 class Runs(dict):
@@ -141,10 +144,28 @@ class Runs(dict):
     def arms(self, world: str) -> list[str]:
         return [arm for of_world, arm in self if of_world == world]
 
+    def all(self) -> list[dict]:
+        return [run for own in self.values() for run in own.values()]
 
-def final(run: dict, name: str = "accuracy") -> float:
-    """What was evaluated after the step at which arms are compared; some train on to see when they get to GRPO's."""
-    return next(entry[name] for entry in run["evaluations"] if entry["step"] == run["compared_at"])
+
+def with_trl(runs: Runs) -> Runs:
+    """
+    `runs` and, before `grpo` of each world, `trl`: the same runs with every call executed that their rows made, as TRL
+    does. Merging changes no token, so that all else is the same; the seconds are those with merging.
+    """
+    result = Runs()
+    for (world, arm), own in runs.items():
+        if arm == "grpo":
+            for seed, run in own.items():
+                steps = [step | {"calls_executed": step["calls_made"], "calls_merged": 0} for step in run["steps"]]
+                result.setdefault((world, "trl"), {})[seed] = run | {"arm": "trl", "steps": steps}
+        result[world, arm] = own
+    return result
+
+
+def final(run: dict) -> float:
+    """Accuracy after the step at which arms are compared; some train on to see when they get to GRPO's."""
+    return next(entry["accuracy"] for entry in run["evaluations"] if entry["step"] == run["compared_at"])
 
 
 def total(run: dict, quantity: str) -> float:
@@ -152,131 +173,40 @@ def total(run: dict, quantity: str) -> float:
     return sum(step[quantity] for step in run["steps"][: run["compared_at"]])
 
 
+def a_step(runs: Iterable[dict], quantity: str) -> float:
+    """What a step spends on average."""
+    return statistics.fmean(total(run, quantity) / run["compared_at"] for run in runs)
+
+
 def compare(runs: Runs, world: str, arm: str, base: str) -> dict | None:
-    """All that is said of two arms: final accuracy and what it cost, over the seeds that both have."""
+    """
+    Two arms over the seeds that both have: the difference in final accuracy, and for each of `AXES` the cost to the
+    final accuracy of `base` and what as many steps spent, as fractions of what `base` spent. One seed decides nothing,
+    so that there is no result for it.
+    """
     pairs = runs.pairs(world, arm, base)
-    if not pairs:
+    if len(pairs) < 2:
         return None
     result = {"difference": estimate([final(run) - final(other) for run, other in pairs])}
     for axis, (quantity, _) in AXES.items():
         result[axis] = estimate([cost_ratio(run, other, quantity) for run, other in pairs], median)
-        result[f"{axis}_90"] = estimate([cost_ratio(run, other, quantity, 0.9) for run, other in pairs], median)
         result[f"{axis}_total"] = estimate([total(run, quantity) / total(other, quantity) for run, other in pairs])
     return result
 
 
-# Words
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
-
-
-def points(e: dict) -> str:
-    return f"{100 * e['value']:+.1f} ({100 * e['low']:+.1f} to {100 * e['high']:+.1f})"
-
-
-def ratio(e: dict) -> str:
-    def one(value):
-        return "not reached" if value == INFINITY else f"{value:.2f}"
-
-    return f"{one(e['value'])} ({one(e['low'])} to {one(e['high'])})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-# Figures
-
-NAMES = {"easy": "the demo's world", "hard": "the harder world"}
-COLORS = {"grpo": "0.35", "small": "0.65", "arpo": "C0", "random": "C1", "expansion": "C2", "expansion_random": "C4"}
-MAIN = tuple(COLORS)
-
-
-def draw_accuracy(runs: Runs, worlds: Sequence[str], plt) -> None:
-    axes_of = [("steps", None, "optimiser steps"), ("calls", *AXES["calls"])]
-    figure, grid = plt.subplots(len(worlds), 2, figsize=(11, 4 * len(worlds)), squeeze=False, layout="constrained")
-    for world, row in zip(worlds, grid, strict=True):
-        for (_, quantity, label), axis in zip(axes_of, row, strict=True):
-            for arm in MAIN:
-                own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
-                if not own:
-                    continue
-                columns = list(zip(*own, strict=True))  # one a step that was evaluated
-                xs = [statistics.fmean(point[0] for point in column) for column in columns]
-                means = [estimate([point[1] for point in column]) for column in columns]
-                axis.plot(
-                    xs,
-                    [e["value"] for e in means],
-                    marker="o",
-                    ms=3,
-                    color=COLORS[arm],
-                    label=f"{arm} ({len(own)} seeds)",
-                )
-                axis.fill_between(
-                    xs, [e["low"] for e in means], [e["high"] for e in means], color=COLORS[arm], alpha=0.15, lw=0
-                )
-            axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
-            axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(_path("accuracy"), dpi=110)
-
-
-def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
-    counts = [sum(arm != "grpo" for arm in runs.arms(world)) for world in worlds]
-    figure, grid = plt.subplots(
-        len(worlds),
-        3,
-        figsize=(12, 2.2 * len(worlds) + 0.25 * sum(counts)),
-        height_ratios=[6 + count for count in counts],
-        squeeze=False,
-        layout="constrained",
-    )
-    for world, row in zip(worlds, grid, strict=True):
-        arms = [arm for arm in runs.arms(world) if arm != "grpo" and runs.pairs(world, arm, "grpo")]
-        for (quantity, label), axis in zip(AXES.values(), row, strict=True):
-            for y, arm in enumerate(arms):
-                values = [cost_ratio(run, base, quantity) for run, base in runs.pairs(world, arm, "grpo")]
-                shown = [min(value, 2.0) for value in values]  # at the edge: never reached, or more than twice
-                axis.plot(
-                    shown,
-                    [y + 0.1 * (i % 3 - 1) for i in range(len(shown))],
-                    "o",
-                    ms=4,
-                    color=COLORS.get(arm, "0.6"),
-                    alpha=0.6,
-                )
-                axis.plot([min(median(values), 2.0)], [y], "|", ms=16, mew=2, color="black")
-            axis.axvline(1, color="0.5", lw=1)
-            axis.axvline(0.5, color="0.5", lw=1, ls=":")
-            axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 2.05), title=NAMES[world])
-            axis.set_ylim(len(arms) - 0.4, -0.6)
-            axis.set_xlabel(f"{label} to GRPO's end,\nGRPO = 1; right edge: not reached", fontsize=8)
-    figure.savefig(_path("cost"), dpi=110)
-
-
-def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.8), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        lines = [("cold start (one checkpoint)", "grpo", "entropy_before", "C3")]
-        for arm in ("grpo", "arpo"):
-            seeds = len(runs.get((world, arm), {}))
-            lines.append((f"after {arm} ({seeds} seeds)", arm, "entropy_after", COLORS[arm]))
-        for label, arm, name, color in lines:
-            own = [run[name] for run in runs.get((world, arm), {}).values()]
-            if not own:
-                continue
-            # Few answers have a token far from a result; a mean of less than ten tokens is left out
-            kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
-            means = [estimate([each["mean"][i] for each in own]) for i in kept]
-            xs = [i - own[0]["before"] for i in kept]
-            axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
-            axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
-        axis.axvline(-0.5, color="0.6", ls="--", lw=1)
-        axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)", title=NAMES[world])
-        axis.legend(fontsize=8)
-    figure.savefig(_path("entropy"), dpi=110)
+def levers(runs: Runs, world: str, arm: str) -> dict | None:
+    """
+    Of the calls that `trl` executes in as many steps: those that the rows of an arm make, those that forks alone would
+    leave, and those that are executed, after merging. As for [`compare`], one seed is too few.
+    """
+    pairs = [(run, total(base, "calls_executed")) for run, base in runs.pairs(world, arm, "trl")]
+    if len(pairs) < 2:
+        return None
+    return {
+        "made": estimate([total(run, "calls_made") / base for run, base in pairs]),
+        "forked": estimate([(total(run, "calls_made") - total(run, "calls_shared")) / base for run, base in pairs]),
+        "executed": estimate([total(run, "calls_executed") / base for run, base in pairs]),
+    }
 
 
 def fork_shares(run: dict) -> list[float]:
@@ -288,336 +218,400 @@ def fork_shares(run: dict) -> list[float]:
     return [counts.get(calls, 0) / max(sum(counts.values()), 1) for calls in range(1, 5)]
 
 
-def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        arms = [arm for arm in MAIN if arm not in ("grpo", "small") and (world, arm) in runs]
-        width = 0.8 / max(len(arms), 1)
-        for place, arm in enumerate(arms):
-            shares = [
-                estimate(list(values)) for values in zip(*map(fork_shares, runs[world, arm].values()), strict=True)
-            ]
-            xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
-            axis.bar(
-                xs, [e["value"] for e in shares], width, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
-            )
-            spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
-            axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
-        axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5), title=NAMES[world])
-        axis.set_ylim(0, 0.9)  # room for the legend
-        axis.legend(fontsize=8)
-    figure.savefig(_path("forks"), dpi=110)
+# Words
+
+NAMES = {"easy": "the demo's world", "hard": "the harder world", "wordy": "the wordy world"}
+MARKS = {True: "Holds", False: "Does not hold", None: "Not run"}
 
 
-def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        arms = [arm for arm in MAIN if (world, arm) in runs]
-        for place, arm in enumerate(arms):
-            own = [estimate([final(run, f"pass@{k}") for run in runs[world, arm].values()]) for k in (1, 3, 5)]
-            xs = [i + 0.8 / len(arms) * (place - (len(arms) - 1) / 2) for i in range(3)]
-            axis.bar(
-                xs,
-                [e["value"] for e in own],
-                0.8 / len(arms),
-                color=COLORS[arm],
-                label=f"{arm} ({own[0]['seeds']} seeds)",
-            )
-            spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
-            axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
-        axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1.25), title=NAMES[world])
-        axis.legend(loc="upper left", ncols=3, fontsize=8)
-    figure.savefig(_path("pass"), dpi=110)
+def with_interval(e: dict, form: Callable[[float], str]) -> str:
+    return form(e["value"]) + (f" ({form(e['low'])} to {form(e['high'])})" if e["seeds"] > 1 else " (one seed)")
 
 
-_directory = Path("docs/results")
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
 
 
-def _path(name: str) -> Path:
-    return _directory / f"{name}.png"
+def points(e: dict) -> str:
+    return with_interval(e, lambda value: f"{100 * value:+.1f}")
 
 
-# The page
+def ratio(e: dict) -> str:
+    return with_interval(e, lambda value: "not reached" if value == INFINITY else f"{value:.2f}")
 
 
-def verdict(claim: str, holds: bool | None, why: str) -> str:
-    mark = {True: "**Holds.**", False: "**Does not hold.**", None: "**Not run.**"}[holds]
-    return f"{mark} {claim} {why}"
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def calls_claim(runs: Runs, world: str, arm: str, base: str = "grpo") -> tuple[bool | None, str]:
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+# Claims, in the order of reproduce.py
+
+LIMITS = {"distinct": 0.20, "grpo": 0.20, "arpo": 0.20, "distinct_reuse": 0.15, "reuse2": 0.15}
+WORDY_LIMIT = 0.45
+
+
+class Claim(NamedTuple):
+    number: int
+    text: str  # the same in all worlds
+    holds: bool | None  # None: not run
+    why: str
+
+
+def judge(
+    runs: Runs, world: str, number: int, text: str, arms: tuple[str, str], rule: Callable[[dict], bool]
+) -> Claim:
+    """A claim about an arm and what it is compared with, by a rule for what [`compare`] finds."""
+    arm, base = arms
     result = compare(runs, world, arm, base)
     if result is None:
-        return None, ""
-    e = result["calls"]
-    holds = e["value"] <= 0.5 and e["high"] < 1
+        return Claim(number, text, None, "")
     reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, base))
-    return holds, (
-        f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} "
-        f"seeds; to 90 % of its gain: {ratio(result['calls_90'])}. The same number of steps executed "
-        f"{ratio(result['calls_total'])} of the calls." + trained_on(runs, world, arm, base)
+    why = (
+        f"Difference in points: {points(result['difference'])}. Executed calls to the final accuracy of `{base}`, "
+        f"`{base}` = 1: {ratio(result['calls'])}, reached by {reached} of {result['calls']['seeds']} seeds."
     )
+    return Claim(number, text, rule(result), why)
 
 
-def trained_on(runs: Runs, world: str, arm: str, base: str = "grpo") -> str:
-    """Where the arm's last evaluation stands against the end of `base`, and for how many of its calls."""
-    pairs = runs.pairs(world, arm, base)
-    longer = [(run, other) for run, other in pairs if len(run["steps"]) > run["compared_at"]]
-    if not longer:
-        return ""
-    steps = {len(run["steps"]) for run, _ in longer}
-    above = estimate([run["evaluations"][-1]["accuracy"] - final(other) for run, other in longer])
-    spent = [
-        sum(step["calls_executed"] for step in run["steps"]) / total(other, "calls_executed") for run, other in longer
-    ]
-    return (
-        f" Trained on to step {max(steps)} it has executed {statistics.fmean(spent):.2f} of them and is "
-        f"{points(above)} points above the end of `{base}`."
-    )
+def few_calls(result: dict, limit: float) -> bool:
+    calls = result["calls"]
+    return calls["value"] <= limit and calls["high"] < 0.5 and result["difference"]["value"] >= 0
 
 
-def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tuple[bool | None, str]:
-    result = compare(runs, world, arm, base)
-    if result is None:
-        return None, ""
-    e = result["difference"]
-    doubt = " The interval holds 0, so no difference is shown." if e["low"] <= 0 <= e["high"] else ""
-    middle = statistics.median(final(run) - final(other) for run, other in runs.pairs(world, arm, base))
-    return (e["low"] > 0 if strictly else e["value"] >= 0), (
-        f"Difference in points: {points(e)}, median {100 * middle:+.1f}, {e['seeds']} seeds.{doubt}"
-    )
+def cheaper(result: dict) -> bool:
+    return result["calls"]["high"] < 1
 
 
-def entropy_claim(runs: Runs, world: str, arm: str, control: str) -> tuple[bool | None, str]:
-    result = compare(runs, world, arm, control)
-    if result is None:
-        return None, ""
-    difference, calls = result["difference"], result["calls"]
-    return difference["low"] > 0 or calls["high"] < 1, (
-        f"Difference in points: {points(difference)}; calls to the control's final accuracy, the control's = 1: "
-        f"{ratio(calls)}; {difference['seeds']} seeds."
-    )
+def better(result: dict) -> bool:
+    return result["difference"]["low"] > 0 or cheaper(result)
 
 
-def spike_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
+def spike_claim(runs: Runs, world: str) -> Claim:
+    text = "Entropy is higher after a tool result than before it, at the cold start"
     own = [run for arm in runs.arms(world) for run in runs[world, arm].values()]
     if not own:
-        return None, ""
+        return Claim(6, text, None, "")
     entropy = own[0]["entropy_before"]  # of the cold start, which all runs of a world share
 
-    def mean(places):
+    def mean(places: range) -> float:
         tokens = sum(entropy["tokens"][i] for i in places)
         return sum(entropy["mean"][i] * entropy["tokens"][i] for i in places) / max(tokens, 1)
 
     start = entropy["before"]
-    before, after = mean(range(start)), mean(range(start, min(start + 6, len(entropy["mean"]))))
-    return after > before, f"{before:.3f} nats before a tool result, {after:.3f} after it, at the cold start."
+    before = mean(range(max(start - 6, 0), start))
+    after = mean(range(start, min(start + 6, len(entropy["mean"]))))
+    return Claim(6, text, after > before, f"{before:.3f} nats before, {after:.3f} after.")
 
 
-def claims(runs: Runs, worlds: Sequence[str]) -> str:
-    lines = []
-    for world in worlds:
-        own = [
-            ("ARPO reaches GRPO's accuracy with at most half of the calls.", calls_claim(runs, world, "arpo")),
-            ("ARPO ends at or above GRPO.", end_claim(runs, world, "arpo", "grpo", strictly=False)),
-            ("Branching by entropy beats branching at random.", entropy_claim(runs, world, "arpo", "random")),
-            ("Soft attribution beats hard.", end_claim(runs, world, "arpo", "hard_credit", strictly=True)),
-            ("Entropy rises after a tool result.", spike_claim(runs, world)),
-        ]
-        lines += [f"### In {NAMES[world]}", ""]
-        lines += [f"{place}. {verdict(claim, *decided)}" for place, (claim, decided) in enumerate(own, start=1)]
-        lines += [""]
-    return "\n".join(lines).rstrip()
+def claims(runs: Runs, world: str) -> list[Claim]:
+    own = []
+    for arm, limit in LIMITS.items():
+        text = f"`{arm}` needs at most {limit:.2f} of the calls of `trl` ({WORDY_LIMIT:.2f} in the wordy world)"
+        here = WORDY_LIMIT if world == "wordy" else limit
+        own.append(judge(runs, world, 1, text, (arm, "trl"), partial(few_calls, limit=here)))
+    text = "`distinct` ends no lower than `trl`: the interval of the difference lies above −1 point"
+    own.append(judge(runs, world, 2, text, ("distinct", "trl"), lambda result: result["difference"]["low"] > -0.01))
+    for arm in ("distinct", "arpo"):
+        text = f"`{arm}` needs fewer executed calls than `grpo`, which merges too"
+        own.append(judge(runs, world, 3, text, (arm, "grpo"), cheaper))
+    for number, what, arm, control in (
+        (4, "Entropy beats chance", "arpo", "random"),
+        (4, "Entropy beats chance", "distinct", "distinct_random"),
+        (5, "Forks that differ beat those that may repeat", "distinct", "expansion"),
+    ):
+        own.append(judge(runs, world, number, f"{what}: `{arm}` against `{control}`", (arm, control), better))
+    return [*own, spike_claim(runs, world)]
 
 
-IMPROVEMENTS = {
-    "expansion": "N = 2, forks anywhere in the finished tree by entropy and cost "
-    '(`branch_rule="expansion"`, [AT²PO](https://huggingface.co/papers/2601.04767)), hard attribution',
-    "n4": "the paper's rule with N = 4 instead of 8, so that more is shared",
-    "small": "no ARPO at all: GRPO with M = 8, which executes half of the calls since it has half of the rows",
-}
-
-
-def improvements(runs: Runs, worlds: Sequence[str]) -> str:
-    lines = []
-    for arm, what in IMPROVEMENTS.items():
-        lines += [f"`{arm}`: {what}.", ""]
-        for world in worlds:
-            tried = [
-                ("At most half of the calls.", calls_claim(runs, world, arm)),
-                ("Ends at or above GRPO.", end_claim(runs, world, arm, "grpo", strictly=False)),
-            ]
-            lines += [
-                f"- In {NAMES[world]}. {verdict(claim, *decided)}"
-                for claim, decided in tried
-                if decided[0] is not None
-            ]
-        lines += [""]
-    lines += ["What the parts of `expansion` are worth:", ""]
-    for world in worlds:
-        for claim, decided in (
-            (
-                "Entropy beats random (`expansion_random`).",
-                entropy_claim(runs, world, "expansion", "expansion_random"),
-            ),
-            ("It beats GRPO with half of the rows (`small`).", entropy_claim(runs, world, "expansion", "small")),
-        ):
-            if decided[0] is not None:
-                lines += [f"- In {NAMES[world]}. {verdict(claim, *decided)}"]
-    return "\n".join(lines)
-
-
-def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
-    """What lies behind the verdicts, in this experiment's numbers."""
-    lines = []
-    for world in worlds:
-        told = []
-        for arm in ("arpo", "random", "expansion", "expansion_random"):
-            result = compare(runs, world, arm, "grpo")
-            if result is not None:
-                early = statistics.fmean(fork_shares(run)[0] for run in runs[world, arm].values())
-                told.append(f"`{arm}` {result['calls_total']['value']:.2f}, {percent(early, 0)}")
-        if told:
-            lines.append(
-                f"- **Calls of a step in {NAMES[world]}**, GRPO = 1, and the share of forks that leave after the "
-                f"first call: {'; '.join(told)}. An initial row shares nothing, so that with N = M / 2 the paper's "
-                "rule cannot go below half even if every fork left after the last call."
-            )
-    for world in (world for world in worlds if world in starts):
-        told = []
-        for calls, gaps in starts[world]["gaps"].items():
-            if len(gaps) >= 20:
-                low, middle, high = (0.5 + 0.2 * gaps[int(share * (len(gaps) - 1))] for share in (0.25, 0.5, 0.75))
-                told.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) after call {calls}")
-        lines.append(
-            f"- **Probability of a fork in {NAMES[world]}**, α + β·ΔH with the defaults at the cold start, median and "
-            f"quartiles: {', '.join(told)}. For `random` it is 0.50. A row that asks for a fork with such a "
-            "probability at each result has mostly asked by its second, so that there is little left for entropy to "
-            "choose."
-        )
-    lines.append(
-        "- **Soft and hard** give a shared token the same sum of advantages, and differ in how rows of different "
-        "length weigh in it, as long as no ratio is clipped; the more of a row is shared, the more that is."
+def claims_table(by_world: Mapping[str, Sequence[Claim]]) -> str:
+    rows = (
+        (f"{each[0].number}. {each[0].text}", *(MARKS[claim.holds] for claim in each))
+        for each in zip(*by_world.values(), strict=True)
     )
-    return "\n".join(lines)
+    return table(["claim", *(NAMES[world] for world in by_world)], rows)
+
+
+def expectations(by_world: Mapping[str, Sequence[Claim]]) -> str:
+    """What `reproduce.py` expected of the claims, against what they say."""
+
+    def holds(number: int, worlds: Sequence[str], wanted: bool) -> bool | None:
+        found = [claim.holds for world in worlds for claim in by_world.get(world, []) if claim.number == number]
+        if not found or (None in found and all(each in (None, wanted) for each in found)):
+            return None
+        return all(each is wanted for each in found)
+
+    told = {True: "it is so", False: "it is not so", None: "not all of it was run"}
+    small = ("easy", "hard")
+    return (
+        "Expected before the runs: claim 1 holds in the two small worlds for all arms that merge "
+        f"(**{told[holds(1, small, True)]}**); claim 3 does not hold there, since forks and merging save the same "
+        f"calls (**{told[holds(3, small, False)]}**); claim 3 holds in the wordy world "
+        f"(**{told[holds(3, ('wordy',), True)]}**)."
+    )
+
+
+# Levers
+
+LEVER_ARMS = {
+    "grpo": "merging",
+    "small": "half of the rows, merging",
+    "reuse2": "each batch twice, merging",
+    "reuse4": "each batch four times, merging",
+    "arpo": "the paper's forks, merging",
+    "expansion": "forks by expansion, merging",
+    "distinct": "the same forks, which differ, merging",
+    "distinct_reuse": "the same, each batch twice",
+}
+FORKING = ("arpo", "expansion", "distinct")
+
+
+def levers_table(runs: Runs, world: str) -> str:
+    rows = []
+    for arm, what in LEVER_ARMS.items():
+        left, against = levers(runs, world, arm), compare(runs, world, arm, "grpo")
+        if left is None or against is None:
+            continue
+        calls, tokens, seconds = (ratio(against[f"{axis}_total"]) for axis in AXES)
+        parts = (f"{left[name]['value']:.2f}" for name in ("made", "forked", "executed"))
+        rows.append((f"`{arm}`", what, *parts, calls, points(against["difference"]), tokens, seconds))
+    header = ["arm", "levers", "calls made", "forks alone", "forks and merging", "executed, `grpo` = 1"]
+    return table([*header, "points above `grpo`", "tokens, `grpo` = 1", "seconds, `grpo` = 1"], rows)
+
+
+def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
+    """Whether forks save executed calls once calls are merged, and whether they cost accuracy: where, of how many."""
+    results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    found = {key: result for key, result in results.items() if result is not None}
+
+    def where(test: Callable[[dict], bool]) -> str:
+        return listed(f"`{arm}` in {NAMES[world]}" for (world, arm), result in found.items() if test(result))
+
+    return (
+        f"Of {len(found)} pairs of a world and an arm that forks, once equal calls are merged, forks **save executed "
+        f"calls** in: {where(lambda r: r['calls_total']['high'] < 1)}. They **cost accuracy** in: "
+        f"{where(lambda r: r['difference']['high'] < 0)}. They **save tokens** in: "
+        f"{where(lambda r: r['tokens_total']['high'] < 1)}, and **processor seconds** in: "
+        f"{where(lambda r: r['seconds_total']['high'] < 1)}. Each is decided by the whole interval, against `grpo` "
+        "after as many steps."
+    )
+
+
+# Tables
 
 
 def arms_table(runs: Runs, world: str) -> str:
     rows = []
     for arm in runs.arms(world):
         own = list(runs[world, arm].values())
-        compared = compare(runs, world, arm, "grpo") if arm != "grpo" else None
-        accuracy = estimate([final(run) for run in own])
+        compared = compare(runs, world, arm, "trl")
+        rates = {run["arguments"]["learning_rate"] for run in own}
         rows.append(
             (
                 f"`{arm}`",
                 len(own),
-                f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
-                *(percent(statistics.fmean(final(run, f"pass@{k}") for run in own)) for k in (3, 5)),
-                round(statistics.fmean(total(run, "calls_executed") for run in own)),
-                round(statistics.fmean(total(run, "tokens_sampled") for run in own)),
-                round(statistics.fmean(total(run, "cpu_seconds") for run in own)),
-                *(
-                    (points(compared["difference"]), *(ratio(compared[axis]) for axis in AXES))
-                    if compared
-                    else ("",) * 4
-                ),
+                listed(f"{rate:g}" for rate in sorted(rates)),
+                with_interval(estimate([final(run) for run in own]), percent),
+                points(compared["difference"]) if compared else "",
+                f"{a_step(own, 'calls_executed'):.0f} / {a_step(own, 'calls_made'):.0f}",
+                *(ratio(compared[axis]) if compared else "" for axis in AXES),
             )
         )
-    header = ["arm", "seeds", "final accuracy", "pass@3", "pass@5", "calls", "tokens", "seconds"]
-    return table([*header, "points above GRPO", "calls to GRPO's", "tokens to GRPO's", "seconds to GRPO's"], rows)
+    header = ["arm", "seeds", "learning rate", "final accuracy", "points above `trl`", "calls executed / made, a step"]
+    return table([*header, "calls to the accuracy of `trl`", "tokens", "seconds"], rows)
 
 
-SWEEPS = {
-    "N, initial rows of 16 (8)": ("n2", "n4", "n12"),
-    "β, weight of the entropy gap (0.2)": ("beta0", "beta1"),
-    "α = 0 and β = 1, entropy alone (0.5, 0.2)": ("selective",),
-    "k, tokens read (20)": ("k5",),
-    "rule (bernoulli)": ("threshold", "random"),
-    "credit (soft)": ("hard_credit", "tree"),
+def read_search(directory: Path) -> list[dict]:
+    """The runs of the search for learning rates, which are named by their rate."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*@*.json"))]
+
+
+def search_table(search: Sequence[dict]) -> str:
+    """Mean accuracy at each rate; the best, or the smallest of those that are level, in bold."""
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in search:
+        of_arm = found.setdefault((run["world"], run["arm"]), {})
+        of_arm.setdefault(run["arguments"]["learning_rate"], []).append(run["evaluations"][-1]["accuracy"])
+    rates = sorted({rate for of_arm in found.values() for rate in of_arm})
+    rows = []
+    for (world, arm), of_arm in sorted(found.items()):
+        means = {rate: statistics.fmean(of_arm[rate]) for rate in sorted(of_arm)}
+        best = max(means, key=lambda rate: means[rate])
+        cells = [percent(means[rate]) if rate in means else "" for rate in rates]
+        cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
+        rows.append((NAMES[world], f"`{arm}`", max(map(len, of_arm.values())), *cells))
+    return table(["world", "arm", "seeds", *(f"{rate:g}" for rate in rates)], rows)
+
+
+README_ARMS = {
+    "GRPO as TRL runs it": "trl",
+    "GRPO, equal calls merged": "grpo",
+    "the same with M = 8": "small",
+    "ARPO, the paper's forks": "arpo",
+    "ARPO, `distinct` forks": "distinct",
+    "the same, each batch twice": "distinct_reuse",
+    "GRPO, merged, each batch twice": "reuse2",
 }
 
 
-def sweeps_table(runs: Runs, world: str) -> str:
-    """Each arm against `arpo`, over the seeds that both have."""
+def readme_table(numbers: Mapping[str, Mapping[str, dict]]) -> str:
+    """
+    The main arms in three columns a world, for README.md, from what docs/results/numbers.json holds: final accuracy
+    with half of its interval, executed calls of as many steps and calls to the accuracy of `trl`, `trl` = 1.
+    """
     rows = []
-    for name, arms in SWEEPS.items():
-        for arm in arms:
-            result = compare(runs, world, arm, "arpo")
-            if result is not None:
-                calls = f"{result['calls_total']['value']:.2f}"
-                rows.append((name, f"`{arm}`", result["difference"]["seeds"], points(result["difference"]), calls))
-    return table(["what (default)", "arm", "seeds", "points above `arpo`", "calls executed, `arpo` = 1"], rows)
-
-
-def supplements(runs: Runs, world: str, arm: str) -> float:
-    """Share of an arm's rows that were started from the prompt because too few forks were made."""
-    rows = [step.get("rows", {}) for run in runs[world, arm].values() for step in run["steps"]]
-    return sum(row.get("supplement", 0) for row in rows) / max(sum(sum(row.values()) for row in rows), 1)
-
-
-def advice(runs: Runs, worlds: Sequence[str]) -> str:
-    """
-    What the sweeps say of the defaults, decided by intervals of paired differences to `arpo` over 3 seeds or more.
-    """
-    said = []
-    for world in worlds:
-        better, worse = [], []
-        for arm in (arm for arms in SWEEPS.values() for arm in arms):
-            result = compare(runs, world, arm, "arpo")
-            if result is not None and result["difference"]["seeds"] >= 3:
-                better += [f"`{arm}`"] if result["difference"]["low"] > 0 else []
-                worse += [f"`{arm}`"] if result["difference"]["high"] < 0 else []
-        sentence = (
-            f"In {NAMES[world]}, of the arms with three seeds or more, above the defaults by the whole interval: "
-            f"{', '.join(better) or 'none'}; below by the whole interval: {', '.join(worse) or 'none'}."
-        )
-        sizes = {arm: compare(runs, world, arm, "arpo") for arm in ("n2", "n4", "n12")}
-        calls = {arm: result["calls_total"]["value"] for arm, result in sizes.items() if result is not None}
-        if calls and min(calls.values()) < 0.9:
-            arm = min(calls, key=calls.get)
-            sentence += (
-                f" Of the values of N, `{arm}` executes the fewest calls, {calls[arm]:.2f} of the default's, and ends "
-                f"{points(sizes[arm]['difference'])} points away from it."
-            )
-        if "n2" in calls and "n4" in calls and calls["n2"] > calls["n4"]:
-            sentence += (
-                " N = 2 executes more than N = 4: two rows pass too few tool results to ask for 14 forks, so that "
-                f"{percent(supplements(runs, world, 'n2'), 0)} of all rows are supplements from the prompt, against "
-                f"{percent(supplements(runs, world, 'n4'), 0)}."
-            )
-        said.append(sentence)
-    fewer = []
-    for world in worlds:
-        result = compare(runs, world, "expansion", "arpo")
-        if result is not None:
-            fewer.append(
-                f"{result['calls_total']['value']:.2f} of the default's calls in {NAMES[world]} and ends "
-                f"{points(result['difference'])} points away from it"
-            )
-    if fewer:
-        said.append(
-            'For fewer calls there is `branch_rule="expansion"` with N = 2 and hard attribution: it executes '
-            + ", ".join(fewer)
-            + "."
-        )
-    said.append(
-        "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says "
-        "next to nothing."
+    for label, arm in README_ARMS.items():
+        cells = []
+        for world in numbers:
+            of_arm = numbers[world].get(arm)
+            if of_arm is None or "calls" not in of_arm:
+                cells += [""] * 3
+                continue
+            accuracy, cost = of_arm["accuracy"], of_arm["calls"]["value"]
+            half = "" if accuracy["high"] is None else f" ± {100 * (accuracy['high'] - accuracy['value']):.1f}"
+            cells += [f"{100 * accuracy['value']:.1f}{half} %", f"{of_arm['calls_total']['value']:.2f}"]
+            cells += ["not reached" if cost is None else f"{cost:.2f}"]
+        rows.append((label, *cells))
+    columns = ("accuracy", "calls", "to TRL's")
+    return table(
+        ["", *(f"{NAMES[world][4:]}: {columns[0]}" if i == 0 else columns[i] for world in numbers for i in range(3))],
+        rows,
     )
-    return " ".join(said)
+
+
+# Figures
+
+COLORS = {
+    "trl": "black",
+    "grpo": "0.45",
+    "small": "0.75",
+    "arpo": "C0",
+    "distinct": "C2",
+    "distinct_reuse": "C4",
+    "random": "C1",
+    "expansion": "C3",
+    "distinct_random": "C5",
+}
+
+
+def panels(plt, worlds: Sequence[str], height: float):
+    """A figure with one panel a world, side by side."""
+    width = 4.4 * len(worlds) + 1
+    figure, grid = plt.subplots(1, len(worlds), figsize=(width, height), squeeze=False, layout="constrained")
+    for world, axis in zip(worlds, grid[0], strict=True):
+        axis.set_title(NAMES[world])
+    return figure, list(zip(worlds, grid[0], strict=True))
+
+
+def draw_levers(runs: Runs, worlds: Sequence[str], plt):
+    figure, axes = panels(plt, worlds, 4)
+    for world, axis in axes:
+        found = {arm: left for arm in LEVER_ARMS if (left := levers(runs, world, arm)) is not None}
+        for name, label, color in (
+            ("made", "calls made", "0.85"),
+            ("forked", "left by forks alone", "0.65"),
+            ("executed", "executed: left by forks and merging", "C0"),
+        ):
+            values = [left[name]["value"] for left in found.values()]
+            axis.barh(range(len(found)), values, 0.75, color=color, label=label)
+        for y, left in enumerate(found.values()):
+            axis.text(left["executed"]["value"] + 0.01, y, f"{left['executed']['value']:.2f}", va="center", fontsize=8)
+        tokens = [result["tokens_total"]["value"] for arm in found if (result := compare(runs, world, arm, "trl"))]
+        axis.plot(tokens, range(len(found)), "D", ms=4, color="C1", label="tokens sampled")
+        axis.set(
+            yticks=range(len(found)), yticklabels=found, xlim=(0, 1.1), xlabel="of what `trl` spends in as many steps"
+        )
+        axis.invert_yaxis()
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def draw_accuracy(runs: Runs, worlds: Sequence[str], plt):
+    quantities = [(None, "optimiser steps"), AXES["calls"]]
+    figure, grid = plt.subplots(
+        2, len(worlds), figsize=(4.4 * len(worlds) + 1, 8), squeeze=False, layout="constrained"
+    )
+    for row, (quantity, label) in zip(grid, quantities, strict=True):
+        for world, axis in zip(worlds, row, strict=True):
+            for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
+                own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
+                if not own or (arm == "trl" and quantity is None):  # the same points as grpo
+                    continue
+                columns = list(zip(*own, strict=True))  # one a step that was evaluated
+                xs = [statistics.fmean(point[0] for point in column) for column in columns]
+                means = [estimate([point[1] for point in column]) for column in columns]
+                _line(axis, xs, means, COLORS[arm], f"{arm} ({len(own)} seeds)")
+            if quantity is not None:
+                axis.set_xscale("log", nonpositive="mask")
+            axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
+            axis.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def _line(axis, xs: Sequence[float], means: Sequence[dict], color: str, label: str) -> None:
+    """A curve of means with a band of their intervals, where there are any."""
+    axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
+    if all(e["seeds"] > 1 for e in means):
+        axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
+
+
+def draw_entropy(runs: Runs, worlds: Sequence[str], plt):
+    figure, axes = panels(plt, worlds, 3.8)
+    for world, axis in axes:
+        first = next(arm for arm in runs.arms(world))
+        lines = [("cold start (one checkpoint)", first, "entropy_before", "C3")]
+        for arm in ("grpo", "arpo", "distinct"):
+            lines.append((f"after {arm} ({len(runs.get((world, arm), {}))} seeds)", arm, "entropy_after", COLORS[arm]))
+        for label, arm, name, color in lines:
+            own = [run[name] for run in runs.get((world, arm), {}).values()]
+            if not own:
+                continue
+            # Few answers have a token far from a result; a mean of less than ten tokens is left out
+            kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
+            means = [estimate([each["mean"][i] for each in own]) for i in kept]
+            _line(axis, [i - own[0]["before"] for i in kept], means, color, label)
+        axis.axvline(-0.5, color="0.6", ls="--", lw=1)
+        axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_forks(runs: Runs, worlds: Sequence[str], plt):
+    figure, axes = panels(plt, worlds, 3.6)
+    for world, axis in axes:
+        arms = [arm for arm in ("arpo", "random", "expansion", "distinct", "distinct_random") if (world, arm) in runs]
+        width = 0.8 / max(len(arms), 1)
+        for place, arm in enumerate(arms):
+            shares = list(zip(*map(fork_shares, runs[world, arm].values()), strict=True))
+            means = [statistics.fmean(values) for values in shares]
+            xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
+            axis.bar(xs, means, width, color=COLORS[arm], label=f"{arm} ({len(shares[0])} seeds)")
+        axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5))
+        if arms:
+            axis.legend(fontsize=8)
+    return figure
 
 
 FIGURES = {
-    "accuracy": (draw_accuracy, "Held-out accuracy against optimiser steps and against executed tool calls."),
-    "cost": (
-        draw_cost,
-        "What each arm spent to reach GRPO's final accuracy. A dot is a seed, the black bar the median of the seeds.",
+    "levers": (
+        draw_levers,
+        "Of the calls that TRL executes in as many steps: what the rows of each arm make, what forks alone would leave, "
+        "and what is executed, after merging. Means over seeds.",
     ),
-    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results, all results of a row together."),
-    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row."),
-    "pass": (draw_pass, "pass@1, 3 and 5 on held-out questions at the step at which arms are compared."),
+    "accuracy": (
+        draw_accuracy,
+        "Held-out accuracy against optimiser steps and against executed tool calls. Bands: 95 % interval over seeds.",
+    ),
+    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results. Bands: 95 % interval over seeds."),
+    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row. Means over seeds."),
 }
+
+
+# The page
 
 
 def write(directory: Path, grid: Grid, docs: Path = Path("docs")) -> Path:
@@ -629,38 +623,38 @@ def write(directory: Path, grid: Grid, docs: Path = Path("docs")) -> Path:
         grid (`Sequence[tuple[str, str, Sequence[int]]]`): What was to be run, so that the page says what is missing.
         docs (`Path`): Where the page goes.
     """
-    global _directory
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = Runs.read(directory / "runs", grid)
-    if not runs:
+    made = Runs.read(directory / "runs", grid)
+    if not made:
         raise SystemExit(f"There are no runs in {directory / 'runs'}; run `{COMMAND}` first.")
+    runs = with_trl(made)
     worlds = [world for world in NAMES if any(of_world == world for of_world, _ in runs)]
-    _directory = docs / "results"
-    _directory.mkdir(parents=True, exist_ok=True)
-    for draw, _ in FIGURES.values():
-        draw(runs, worlds, plt)
+    results = docs / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    for name, (draw, _) in FIGURES.items():
+        draw(runs, worlds, plt).savefig(results / f"{name}.png", dpi=110)
         plt.close("all")
-    numbers = {
-        world: {arm: compare(runs, world, arm, "grpo") for arm in runs.arms(world) if arm != "grpo"}
-        for world in worlds
-    }
-    (_directory / "numbers.json").write_text(json.dumps(_finite(numbers), indent=1) + "\n")
-    (_directory / "runs.json").write_text(
-        json.dumps([_compact(run) for own in runs.values() for run in own.values()]).replace('{"world"', '\n{"world"')
-        + "\n"
-    )
+    (results / "numbers.json").write_text(json.dumps(numbers(runs, worlds), indent=1) + "\n")
+    compact = json.dumps([_compact(run) for run in made.all()]).replace('{"world"', '\n{"world"')
+    (results / "runs.json").write_text(compact + "\n")
     page = docs / "results.md"
-    starts = {}
-    for world in worlds:
-        told = directory / "cold_start" / world / "start.json"
-        if told.exists():
-            starts[world] = json.loads(told.read_text())
-    page.write_text(_page(runs, worlds, grid, starts))
+    page.write_text(_page(made, worlds, grid, read_search(directory / "runs")))
     return page
+
+
+def numbers(runs: Runs, worlds: Sequence[str]) -> dict:
+    """Of each arm in each world, against `trl`: accuracy, `compare` and `levers`. Infinite becomes null."""
+    found: dict = {}
+    for world in worlds:
+        for arm in runs.arms(world):
+            accuracy = estimate([final(run) for run in runs[world, arm].values()])
+            compared, left = compare(runs, world, arm, "trl") or {}, levers(runs, world, arm)
+            found.setdefault(world, {})[arm] = {"accuracy": accuracy, **compared, "levers": left}
+    return _finite(found)
 
 
 def _finite(value):
@@ -670,106 +664,137 @@ def _finite(value):
     return None if value is None or math.isinf(value) else round(value, 5)
 
 
+def _compact(run: dict) -> dict:
+    """What the page needs of a run: evaluations, and what was spent until each of them."""
+    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
+    kept["learning_rate"] = run["arguments"]["learning_rate"]
+    spent = {
+        quantity: [round(x, 1) for x, _ in curve(run, quantity)]
+        for quantity in ("calls_made", "calls_shared", "calls_executed", "tokens_sampled", "cpu_seconds")
+    }
+    return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
+
+
 def measured(runs: Sequence[dict]) -> str:
-    """How accuracy was read, and how that compares with plain sampling in these very runs."""
+    """How much of accuracy was sampled, and how that compares with plain sampling in these very runs."""
     read = [entry for run in runs for entry in run["evaluations"] if entry["step"] and "sampled" in entry]
     if not read:
         return ""
     apart = [entry["sampled"] - entry["accuracy"] for entry in read]
     return (
-        "The faultless demonstration of an answer is scored exactly, as the product of its tokens' probabilities; "
-        f"what is right in another way is sampled: {percent(statistics.median(entry['otherwise'] for entry in read))} "
-        f"of the answers (median of {len(read)} evaluations), {percent(max(entry['otherwise'] for entry in read), 0)} "
-        "in the one run where most are. The plain share of right answers among the same samples, mostly one a "
-        f"question, is on average {100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of "
+        f"{percent(statistics.median(entry['otherwise'] for entry in read))} of the answers are right in another way "
+        f"(median of {len(read)} evaluations; {percent(max(entry['otherwise'] for entry in read), 0)} in the one where "
+        f"most are); the plain share of right answers among the same samples is on average "
+        f"{100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of "
         f"{100 * statistics.pstdev(apart):.1f}."
     )
 
 
-def _compact(run: dict) -> dict:
-    """What the page needs of a run: evaluations, and what was spent until each of them."""
-    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
-    spent = {
-        quantity: [round(x, 1) for x, _ in curve(run, quantity)]
-        for quantity in ("calls_executed", "calls_shared", "tokens_sampled", "cpu_seconds")
-    }
-    return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
-
-
-def _page(runs: Runs, worlds: Sequence[str], grid: Grid, starts: dict[str, dict]) -> str:
+def _missing(runs: Runs, grid: Grid) -> str:
     planned = dict.fromkeys((world, arm, seed) for world, arm, seeds in grid for seed in seeds)
-    missing = [key for key in planned if key[2] not in runs.get(key[:2], {})]
     wanted: dict[str, list[int]] = {}
-    for world, arm, seed in missing:
-        wanted.setdefault(f"{world} {arm}", []).append(seed)
-    left = (
-        "All runs of the grid are in."
-        if not missing
-        else f"**{len(planned) - len(missing)} of the grid's {len(planned)} runs are in.** Missing: "
+    for world, arm, seed in planned:
+        if seed not in runs.get((world, arm), {}):
+            wanted.setdefault(f"{world} {arm}", []).append(seed)
+    if not wanted:
+        return "All runs of the grid are in."
+    return (
+        f"**{len(planned) - sum(map(len, wanted.values()))} of the grid's {len(planned)} runs are in.** Missing: "
         + "; ".join(f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in wanted.items())
         + ". The command runs what is missing and writes this page anew."
     )
-    every_run = [run for own in runs.values() for run in own.values()]
-    longest = max(every_run, key=lambda run: len(run["steps"]))
+
+
+def _figure(name: str) -> str:
+    caption = FIGURES[name][1]
+    return f"![{caption}](results/{name}.png)\n\n*{caption} Made by `{COMMAND}`.*"
+
+
+def _page(made: Runs, worlds: Sequence[str], grid: Grid, search: Sequence[dict]) -> str:
+    runs = with_trl(made)
+    by_world = {world: claims(runs, world) for world in worlds}
+    longest = max(made.all(), key=lambda run: len(run["steps"]))
     steps, evaluations = longest["compared_at"], [entry["step"] for entry in longest["evaluations"]]
-    shown = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
     parts = [
-        "# Results: ARPO against GRPO, DAPO, RLOO and a random control",
+        "# Results: what a step pays for, with merging, forks and reuse",
         "<!-- Written by examples/reproduce_report.py; do not edit. -->",
         f"""`{COMMAND}` trains the grid of `examples/reproduce.py`, in which the claims and the rules that decide them stand as they were
-written before the runs, and writes this page and everything in `docs/results/`. {left}
+written before the runs, and writes this page and everything in `docs/results/`. {_missing(made, grid)}
 
-Small models (half a million parameters) in two invented worlds, optimiser steps of 64 rows in groups of M = 16 (`small`: 32
-rows, M = 8), all arms of a world from one cold start, in pairs by seed. "Final" is after {steps} steps, for all arms. All but `grpo` then train on to step
-{len(longest["steps"])}, only so that an arm which needs a few steps more than GRPO for GRPO's final accuracy is told from one that never gets
-there. A cost is the ratio of what an arm and GRPO spent until that accuracy, on curves that were made non-decreasing.
-Intervals are over seeds, 95 %: Student's t for means, the bootstrap for medians of costs, which with five seeds is nearly
-their range. Time is that of the processor, rollouts and update, one thread a run; runs share the machine, so it is rough.
-Made with {shown}, on a CPU.
-
-Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. {measured(every_run)}
-
-This is the second grid. The first one read accuracy from 200 to 1000 sampled answers, whose noise was larger than the
-differences, and counted an arm that was level with GRPO at the end as one that never gets there. This one has other seeds
-and the same worlds and settings. The arms that expand are new: they were chosen among some seventeen variants on seeds that
-are in neither grid, but on the same cold starts and held-out questions. `examples/reproduce.py` lists them, and what was
-changed in the list of runs while it was run.
+`trl` is GRPO as TRL runs it, every call executed. It is read from the runs of `grpo`, which executes equal calls of a group
+once; that changes no token (`tests/test_merging.py`). Costs are fractions of what `trl` spends; its tokens and seconds are
+those of `grpo`.""",
+        "## What holds",
+        claims_table(by_world),
+        expectations(by_world),
+        "## Each lever alone and together",
+        "Merging executes equal calls of a group once. Forks share what was paid before they left. Reuse takes two or four "
+        "steps on each batch. Merging changes no token, so what forks alone would leave is counted in the same runs.",
+        _figure("levers"),
+        forks_in_short(runs, worlds),
+    ]
+    for world in worlds:
+        parts += [f"### Levers in {NAMES[world]}", levers_table(runs, world)]
+    parts += [
+        "All columns are of as many steps. The first three are fractions of the calls of `trl`. The tools answer at once, so that "
+        "seconds hold no waiting for calls.",
+        "## Arms",
+        f"""`grpo`, `grpo_fast` (twice the learning rate), `small` (half of the rows), `dapo`, `reinforce_pp` and `reuse2`, `reuse4` do not
+branch. `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `arpo_distinct` with forks that
+differ. `expansion`, `weighted`, `distinct`, `distinct_random`, `novelty`, `contrast` and `distinct_reuse` are not the paper's.
+`examples/reproduce.py` has the settings. "Final" is after {steps} steps. The last three columns are what was spent until the
+final accuracy of `trl`, medians over seeds.""",
+    ]
+    for world in worlds:
+        parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
+    parts += [_figure("accuracy"), "## The claims in numbers"]
+    for world, own in by_world.items():
+        lines = [f"- {each.number}. {each.text}. **{MARKS[each.holds]}.** {each.why}".rstrip() for each in own]
+        parts += [f"### Claims in {NAMES[world]}", "\n".join(lines)]
+    parts += ["## Learning rates"]
+    if search:
+        parts += [
+            f"Mean accuracy after {steps} steps, on seeds of their own. Arms that branch take the best rate of `distinct` "
+            "(bold), the others that of `grpo`.",
+            search_table(search),
+        ]
+    else:
+        parts += ["The runs of the search are not there."]
+    parts += [
+        "## How it was measured",
+        f"""Small models (half a million parameters), optimiser steps of 64 rows in groups of M = 16 (`small`: 32 rows, M = 8), all arms of
+a world from one cold start, in pairs by seed. All arms but `grpo` train on to step {len(longest["steps"])}, only so that an arm which needs
+a few steps more for the accuracy of `trl` is told from one that never gets there. Costs are read on curves that were made
+non-decreasing. Intervals are over seeds, 95 %: Student's t for means, the bootstrap for medians of costs, which with five
+seeds is nearly their range. Time is that of the processor, rollouts and update, one thread a run; runs share the machine, so
+it is rough. Made with {packages}, on a CPU.
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
   results, and no call to spare.
+- **{NAMES["wordy"]}** (`examples/wordy_world.py`): the demo's questions, plans and queries worded in many ways, so that few calls of a
+  group are equal.
 
-What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One cold
-start a world means that the intervals are over training runs, not over worlds.""",
-        "## Claims",
-        claims(runs, worlds),
-        "## What was tried, and why",
-        improvements(runs, worlds),
-        "### Why",
-        reasons(runs, worlds, starts),
-        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes three or "
-        "four calls; its budget by the entropy of the prompt, which `expansion` has in its own way, since the prompt "
-        "is one of its nodes; larger M.",
-        "## Arms",
-        """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
-theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
-attribution. The others are named by what they change; `examples/reproduce.py` has them all. `expansion` and its control
-`expansion_random` are options of the package that are not the paper's.""",
+Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. The faultless demonstration of
+an answer is scored exactly, as the product of its tokens' probabilities; what is right in another way is sampled.""",
     ]
-    for world in worlds:
-        parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
+    told = [(world, measured([run for run in made.all() if run["world"] == world])) for world in worlds]
+    parts += ["\n".join(f"- In {NAMES[world]}: {each}" for world, each in told if each)]
     parts += [
-        "Each batch is used for one optimiser step, so no ratio is clipped, and DAPO differs from GRPO only in how "
-        "rows of different length weigh.",
-        "## Figures",
+        "What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One "
+        "cold start a world means that the intervals are over training runs, not over worlds.",
+        "## Entropy and forks",
+        _figure("entropy"),
+        _figure("forks"),
+        "## Before",
+        """The [second grid](results/second/README.md) executed every call of every row, and had other seeds. Its results stand, the
+negative ones too: there the paper's rule did not halve the calls, and forks by entropy did no better than forks at random.
+
+Others report what agrees with the latter: [APPO](https://huggingface.co/papers/2606.12384), that the entropy of tokens alone
+does not reliably tell which decisions matter for the outcome, and that these are not gathered at tool calls;
+[A²TGPO](https://huggingface.co/papers/2605.06200), that rollouts as trees redistribute the signal of the outcome and constrain
+how much trajectories differ; [BranPO](https://huggingface.co/papers/2602.03719), in a table, 48.1 for a random tree and 47.2
+for ARPO.""",
     ]
-    for name, (_, caption) in FIGURES.items():
-        parts.append(
-            f"![{caption}](results/{name}.png)\n\n{caption}{'' if name == 'cost' else ' Band or bar: 95 % interval over seeds.'} "
-            f"Made by `{COMMAND}`."
-        )
-    parts.append("## Sweeps")
-    for world in worlds:
-        parts += [f"### In {NAMES[world]}", sweeps_table(runs, world)]
-    parts += ["### Advice", advice(runs, worlds)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
