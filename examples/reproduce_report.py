@@ -221,7 +221,7 @@ def fork_shares(run: dict) -> list[float]:
 # Words
 
 NAMES = {"easy": "the demo's world", "hard": "the harder world", "wordy": "the wordy world"}
-MARKS = {True: "Holds", False: "Does not hold", None: "Not run"}
+MARKS = {True: "**Holds**", False: "**Does not hold**", None: "**Not run**"}
 
 
 def with_interval(e: dict, form: Callable[[float], str]) -> str:
@@ -233,7 +233,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def points(e: dict) -> str:
-    return with_interval(e, lambda value: f"{100 * value:+.1f}")
+    return with_interval(e, lambda value: f"{round(100 * value, 1) + 0.0:+.1f}")  # −0 is 0
 
 
 def ratio(e: dict) -> str:
@@ -243,10 +243,6 @@ def ratio(e: dict) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
 
 
 # Claims, in the order of reproduce.py
@@ -262,20 +258,13 @@ class Claim(NamedTuple):
     why: str
 
 
-def judge(
-    runs: Runs, world: str, number: int, text: str, arms: tuple[str, str], rule: Callable[[dict], bool]
-) -> Claim:
-    """A claim about an arm and what it is compared with, by a rule for what [`compare`] finds."""
-    arm, base = arms
+def judge(runs: Runs, world: str, claim: tuple[int, str], arm: str, base: str, rule: Callable[[dict], bool]) -> Claim:
+    """A claim, its number and its text, about an arm against another, by a rule for what [`compare`] finds."""
     result = compare(runs, world, arm, base)
     if result is None:
-        return Claim(number, text, None, "")
-    reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, base))
-    why = (
-        f"Difference in points: {points(result['difference'])}. Executed calls to the final accuracy of `{base}`, "
-        f"`{base}` = 1: {ratio(result['calls'])}, reached by {reached} of {result['calls']['seeds']} seeds."
-    )
-    return Claim(number, text, rule(result), why)
+        return Claim(*claim, None, "")
+    calls, difference = result["calls"], result["difference"]
+    return Claim(*claim, rule(result), f"calls {ratio(calls)}; points {points(difference)}; {calls['seeds']} seeds")
 
 
 def few_calls(result: dict, limit: float) -> bool:
@@ -305,34 +294,34 @@ def spike_claim(runs: Runs, world: str) -> Claim:
     start = entropy["before"]
     before = mean(range(max(start - 6, 0), start))
     after = mean(range(start, min(start + 6, len(entropy["mean"]))))
-    return Claim(6, text, after > before, f"{before:.3f} nats before, {after:.3f} after.")
+    return Claim(6, text, after > before, f"{before:.3f} nats before, {after:.3f} after")
 
 
 def claims(runs: Runs, world: str) -> list[Claim]:
     own = []
     for arm, limit in LIMITS.items():
-        text = f"`{arm}` needs at most {limit:.2f} of the calls of `trl` ({WORDY_LIMIT:.2f} in the wordy world)"
+        text = f"`{arm}` needs at most {limit:.2f} of the calls of `trl` (wordy: {WORDY_LIMIT:.2f})"
         here = WORDY_LIMIT if world == "wordy" else limit
-        own.append(judge(runs, world, 1, text, (arm, "trl"), partial(few_calls, limit=here)))
+        own.append(judge(runs, world, (1, text), arm, "trl", partial(few_calls, limit=here)))
     text = "`distinct` ends no lower than `trl`: the interval of the difference lies above −1 point"
-    own.append(judge(runs, world, 2, text, ("distinct", "trl"), lambda result: result["difference"]["low"] > -0.01))
+    own.append(judge(runs, world, (2, text), "distinct", "trl", lambda result: result["difference"]["low"] > -0.01))
     for arm in ("distinct", "arpo"):
         text = f"`{arm}` needs fewer executed calls than `grpo`, which merges too"
-        own.append(judge(runs, world, 3, text, (arm, "grpo"), cheaper))
+        own.append(judge(runs, world, (3, text), arm, "grpo", cheaper))
     for number, what, arm, control in (
         (4, "Entropy beats chance", "arpo", "random"),
         (4, "Entropy beats chance", "distinct", "distinct_random"),
         (5, "Forks that differ beat those that may repeat", "distinct", "expansion"),
     ):
-        own.append(judge(runs, world, number, f"{what}: `{arm}` against `{control}`", (arm, control), better))
+        own.append(judge(runs, world, (number, f"{what}: `{arm}` against `{control}`"), arm, control, better))
     return [*own, spike_claim(runs, world)]
 
 
 def claims_table(by_world: Mapping[str, Sequence[Claim]]) -> str:
-    rows = (
-        (f"{each[0].number}. {each[0].text}", *(MARKS[claim.holds] for claim in each))
-        for each in zip(*by_world.values(), strict=True)
-    )
+    rows = []
+    for own in zip(*by_world.values(), strict=True):  # one claim in all worlds
+        cells = [MARKS[claim.holds] + (f": {claim.why}" if claim.why else "") for claim in own]
+        rows.append((f"{own[0].number}. {own[0].text}", *cells))
     return table(["claim", *(NAMES[world] for world in by_world)], rows)
 
 
@@ -384,20 +373,27 @@ def levers_table(runs: Runs, world: str) -> str:
 
 
 def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
-    """Whether forks save executed calls once calls are merged, and whether they cost accuracy: where, of how many."""
-    results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
-    found = {key: result for key, result in results.items() if result is not None}
-
-    def where(test: Callable[[dict], bool]) -> str:
-        return listed(f"`{arm}` in {NAMES[world]}" for (world, arm), result in found.items() if test(result))
-
+    """Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval."""
+    found = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    lines = []
+    for what, name, sign in (
+        ("execute fewer calls", "calls_total", 1),
+        ("execute more calls", "calls_total", -1),
+        ("cost accuracy", "difference", 1),
+        ("add accuracy", "difference", -1),
+        ("save tokens", "tokens_total", 1),
+        ("save processor seconds", "seconds_total", 1),
+    ):
+        level, where = 0 if name == "difference" else 1, []
+        for world in worlds:
+            own = [(arm, found[world, arm][name]) for arm in FORKING if found[world, arm] is not None]
+            yes = [f"`{arm}`" for arm, e in own if (e["high"] < level if sign > 0 else e["low"] > level)]
+            where += [f"{', '.join(yes)} in {NAMES[world]}"] if yes else []
+        lines.append(f"- Forks **{what}**: {'; '.join(where) or 'none'}.")
+    pairs = sum(result is not None for result in found.values())
     return (
-        f"Of {len(found)} pairs of a world and an arm that forks, once equal calls are merged, forks **save executed "
-        f"calls** in: {where(lambda r: r['calls_total']['high'] < 1)}. They **cost accuracy** in: "
-        f"{where(lambda r: r['difference']['high'] < 0)}. They **save tokens** in: "
-        f"{where(lambda r: r['tokens_total']['high'] < 1)}, and **processor seconds** in: "
-        f"{where(lambda r: r['seconds_total']['high'] < 1)}. Each is decided by the whole interval, against `grpo` "
-        "after as many steps."
+        f"Once equal calls are merged, of {pairs} pairs of a world and an arm that forks, against `grpo`, which merges "
+        "too, after as many steps, by the whole interval:\n\n" + "\n".join(lines)
     )
 
 
@@ -414,7 +410,7 @@ def arms_table(runs: Runs, world: str) -> str:
             (
                 f"`{arm}`",
                 len(own),
-                listed(f"{rate:g}" for rate in sorted(rates)),
+                ", ".join(f"{rate:g}" for rate in sorted(rates)),
                 with_interval(estimate([final(run) for run in own]), percent),
                 points(compared["difference"]) if compared else "",
                 f"{a_step(own, 'calls_executed'):.0f} / {a_step(own, 'calls_made'):.0f}",
@@ -547,6 +543,10 @@ def draw_accuracy(runs: Runs, worlds: Sequence[str], plt):
                 _line(axis, xs, means, COLORS[arm], f"{arm} ({len(own)} seeds)")
             if quantity is not None:
                 axis.set_xscale("log", nonpositive="mask")
+                left, right = axis.get_xlim()
+                ticks = [tick for tick in (10, 30, 100, 300, 1000, 3000, 10_000) if left <= tick <= right]
+                axis.minorticks_off()
+                axis.set_xticks(ticks, ticks)
             axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
             axis.legend(loc="lower right", fontsize=8)
     return figure
@@ -726,6 +726,8 @@ written before the runs, and writes this page and everything in `docs/results/`.
 once; that changes no token (`tests/test_merging.py`). Costs are fractions of what `trl` spends; its tokens and seconds are
 those of `grpo`.""",
         "## What holds",
+        "In each cell: the executed calls to the final accuracy of what the arm is compared with, whose own are 1 (median over "
+        "seeds); the difference in final accuracy from it (mean); 95 % intervals.",
         claims_table(by_world),
         expectations(by_world),
         "## Each lever alone and together",
@@ -748,10 +750,7 @@ final accuracy of `trl`, medians over seeds.""",
     ]
     for world in worlds:
         parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
-    parts += [_figure("accuracy"), "## The claims in numbers"]
-    for world, own in by_world.items():
-        lines = [f"- {each.number}. {each.text}. **{MARKS[each.holds]}.** {each.why}".rstrip() for each in own]
-        parts += [f"### Claims in {NAMES[world]}", "\n".join(lines)]
+    parts += [_figure("accuracy")]
     parts += ["## Learning rates"]
     if search:
         parts += [

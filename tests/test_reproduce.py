@@ -146,10 +146,15 @@ def test_whether_forks_save_calls_that_merging_leaves_and_what_they_cost():
     saves = seeds_of("distinct", calls=8, made=40)
     lower = seeds_of("arpo", calls=11, made=40, accuracies=(0.5, 0.6, 0.7))
     said = report.forks_in_short(runs_of(*grpo, *saves, *lower), ["easy", "hard"])
-    assert said.startswith("Of 2 pairs of a world and an arm that forks")
-    assert "forks **save executed calls** in: `distinct` in the demo's world." in said
-    assert "They **cost accuracy** in: `arpo` in the demo's world." in said
-    assert "They **save tokens** in: none, and **processor seconds** in: none." in said
+    assert said.startswith("Once equal calls are merged, of 2 pairs of a world and an arm that forks")
+    assert said.split("\n\n")[1].splitlines() == [
+        "- Forks **execute fewer calls**: `distinct` in the demo's world.",
+        "- Forks **execute more calls**: `arpo` in the demo's world.",
+        "- Forks **cost accuracy**: `arpo` in the demo's world.",
+        "- Forks **add accuracy**: none.",
+        "- Forks **save tokens**: none.",
+        "- Forks **save processor seconds**: none.",
+    ]
 
 
 # Verdicts
@@ -244,7 +249,7 @@ def test_claim_6_weighs_six_tokens_on_each_side_by_how_often_they_were_seen():
     mean = [9, 9, 0.3, 0.3, 0.3, 0.3, 0.3, 0.9, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3, 9]
     run["entropy_before"] = {"before": 8, "mean": mean, "tokens": [10] * 15}
     (claim,) = [claim for claim in report.claims(runs_of(run), "easy") if claim.number == 6]
-    assert claim.why == "0.400 nats before, 0.333 after." and claim.holds is False
+    assert claim.why == "0.400 nats before, 0.333 after" and claim.holds is False
     run["entropy_before"]["tokens"] = [10] * 7 + [0] + [10] * 7  # the 0.9 was never seen
     assert holds(verdicts(runs_of(run)), "6 ") is True
 
@@ -292,10 +297,13 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
     page = report.write(tmp_path, grid, docs=tmp_path / "docs").read_text()
     assert "4 of the grid's 6 runs are in" in page
     assert "easy arpo (seeds 2); easy random (seeds 0)" in page
-    assert "| 1. `grpo` needs at most 0.20 of the calls of `trl` (0.45 in the wordy world) | Holds |" in page
-    assert "| 1. `arpo` needs at most 0.20 of the calls of `trl` (0.45 in the wordy world) | Does not hold |" in page
-    assert "| 4. Entropy beats chance: `arpo` against `random` | Not run |" in page
-    assert "**Does not hold.** Difference in points: -10.0 (-10.0 to -10.0). Executed calls to the final" in page
+    assert "| 1. `grpo` needs at most 0.20 of the calls of `trl` (wordy: 0.45) | **Holds**: calls 0.12 (0.12" in page
+    assert (
+        "| 1. `arpo` needs at most 0.20 of the calls of `trl` (wordy: 0.45) | **Does not hold**: calls not reached ("
+        in page
+    )
+    assert "| 4. Entropy beats chance: `arpo` against `random` | **Not run** |" in page
+    assert "; points -10.0 (-10.0 to -10.0); 2 seeds |" in page
     assert "| the demo's world | `grpo` | 1 | 70.0 % | **90.0 %** | 90.0 % |" in page
     assert "| `trl` | 2 | 0.0006 | 80.0 % (80.0 % to 80.0 %) | +0.0 (+0.0 to +0.0) | 80 / 80 | 1.00 (1.00 to" in page
     for name in report.FIGURES:
