@@ -374,7 +374,8 @@ def levers_table(runs: Runs, world: str) -> str:
 
 def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
     """Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval."""
-    found = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    found = {key: result for key, result in results.items() if result is not None}
     lines = []
     for what, name, sign in (
         ("execute fewer calls", "calls_total", 1),
@@ -386,13 +387,12 @@ def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
     ):
         level, where = 0 if name == "difference" else 1, []
         for world in worlds:
-            own = [(arm, found[world, arm][name]) for arm in FORKING if found[world, arm] is not None]
+            own = [(arm, found[world, arm][name]) for arm in FORKING if (world, arm) in found]
             yes = [f"`{arm}`" for arm, e in own if (e["high"] < level if sign > 0 else e["low"] > level)]
             where += [f"{', '.join(yes)} in {NAMES[world]}"] if yes else []
         lines.append(f"- Forks **{what}**: {'; '.join(where) or 'none'}.")
-    pairs = sum(result is not None for result in found.values())
     return (
-        f"Once equal calls are merged, of {pairs} pairs of a world and an arm that forks, against `grpo`, which merges "
+        f"Once equal calls are merged, of {len(found)} pairs of a world and an arm that forks, against `grpo`, which merges "
         "too, after as many steps, by the whole interval:\n\n" + "\n".join(lines)
     )
 
@@ -459,51 +459,40 @@ def readme_table(numbers: Mapping[str, Mapping[str, dict]]) -> str:
     The main arms in three columns a world, for README.md, from what docs/results/numbers.json holds: final accuracy
     with half of its interval, executed calls of as many steps and calls to the accuracy of `trl`, `trl` = 1.
     """
-    rows = []
+    header, rows = [""], []
+    for world in numbers:
+        header += [f"{NAMES[world].removeprefix('the ')}: accuracy", "calls", "to TRL's"]
     for label, arm in README_ARMS.items():
         cells = []
         for world in numbers:
-            of_arm = numbers[world].get(arm)
-            if of_arm is None or "calls" not in of_arm:
-                cells += [""] * 3
+            of_arm = numbers[world].get(arm, {})
+            if "calls" not in of_arm:
+                cells += ["", "", ""]
                 continue
             accuracy, cost = of_arm["accuracy"], of_arm["calls"]["value"]
-            half = "" if accuracy["high"] is None else f" ± {100 * (accuracy['high'] - accuracy['value']):.1f}"
-            cells += [f"{100 * accuracy['value']:.1f}{half} %", f"{of_arm['calls_total']['value']:.2f}"]
-            cells += ["not reached" if cost is None else f"{cost:.2f}"]
+            cells += [f"{100 * accuracy['value']:.1f} ± {100 * (accuracy['high'] - accuracy['value']):.1f} %"]
+            cells += [f"{of_arm['calls_total']['value']:.2f}", "not reached" if cost is None else f"{cost:.2f}"]
         rows.append((label, *cells))
-    columns = ("accuracy", "calls", "to TRL's")
-    return table(
-        ["", *(f"{NAMES[world][4:]}: {columns[0]}" if i == 0 else columns[i] for world in numbers for i in range(3))],
-        rows,
-    )
+    return table(header, rows)
 
 
 # Figures
 
-COLORS = {
-    "trl": "black",
-    "grpo": "0.45",
-    "small": "0.75",
-    "arpo": "C0",
-    "distinct": "C2",
-    "distinct_reuse": "C4",
-    "random": "C1",
-    "expansion": "C3",
-    "distinct_random": "C5",
-}
+COLORS = dict(trl="black", grpo="0.45", small="0.75", arpo="C0", distinct="C2", distinct_reuse="C4")
+COLORS |= dict(random="C1", expansion="C3", distinct_random="C5")
 
 
-def panels(plt, worlds: Sequence[str], height: float):
-    """A figure with one panel a world, side by side."""
-    width = 4.4 * len(worlds) + 1
-    figure, grid = plt.subplots(1, len(worlds), figsize=(width, height), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
+def panels(plt: Any, worlds: Sequence[str], height: float, rows: int = 1) -> tuple[Any, list[tuple[str, Any]]]:
+    """A figure, and its panels from left to right and from top to bottom, each with its world, a column a world."""
+    size = (4.4 * len(worlds) + 1, height * rows)
+    figure, grid = plt.subplots(rows, len(worlds), figsize=size, squeeze=False, layout="constrained")
+    axes = list(zip([*worlds] * rows, grid.flat, strict=True))
+    for world, axis in axes:
         axis.set_title(NAMES[world])
-    return figure, list(zip(worlds, grid[0], strict=True))
+    return figure, axes
 
 
-def draw_levers(runs: Runs, worlds: Sequence[str], plt):
+def draw_levers(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
     figure, axes = panels(plt, worlds, 4)
     for world, axis in axes:
         found = {arm: left for arm in LEVER_ARMS if (left := levers(runs, world, arm)) is not None}
@@ -512,58 +501,51 @@ def draw_levers(runs: Runs, worlds: Sequence[str], plt):
             ("forked", "left by forks alone", "0.65"),
             ("executed", "executed: left by forks and merging", "C0"),
         ):
-            values = [left[name]["value"] for left in found.values()]
-            axis.barh(range(len(found)), values, 0.75, color=color, label=label)
+            axis.barh([*found], [left[name]["value"] for left in found.values()], 0.75, color=color, label=label)
         for y, left in enumerate(found.values()):
             axis.text(left["executed"]["value"] + 0.01, y, f"{left['executed']['value']:.2f}", va="center", fontsize=8)
         tokens = [result["tokens_total"]["value"] for arm in found if (result := compare(runs, world, arm, "trl"))]
-        axis.plot(tokens, range(len(found)), "D", ms=4, color="C1", label="tokens sampled")
-        axis.set(
-            yticks=range(len(found)), yticklabels=found, xlim=(0, 1.1), xlabel="of what `trl` spends in as many steps"
-        )
+        axis.plot(tokens, [*found], "D", ms=4, color="C1", label="tokens sampled")
+        axis.set(xlim=(0, 1.1), xlabel="of what trl spends in as many steps")
         axis.invert_yaxis()
     figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
-def draw_accuracy(runs: Runs, worlds: Sequence[str], plt):
-    quantities = [(None, "optimiser steps"), AXES["calls"]]
-    figure, grid = plt.subplots(
-        2, len(worlds), figsize=(4.4 * len(worlds) + 1, 8), squeeze=False, layout="constrained"
-    )
-    for row, (quantity, label) in zip(grid, quantities, strict=True):
-        for world, axis in zip(worlds, row, strict=True):
-            for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
-                own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
-                if not own or (arm == "trl" and quantity is None):  # the same points as grpo
-                    continue
-                columns = list(zip(*own, strict=True))  # one a step that was evaluated
-                xs = [statistics.fmean(point[0] for point in column) for column in columns]
-                means = [estimate([point[1] for point in column]) for column in columns]
-                _line(axis, xs, means, COLORS[arm], f"{arm} ({len(own)} seeds)")
-            if quantity is not None:
-                axis.set_xscale("log", nonpositive="mask")
-                left, right = axis.get_xlim()
-                ticks = [tick for tick in (10, 30, 100, 300, 1000, 3000, 10_000) if left <= tick <= right]
-                axis.minorticks_off()
-                axis.set_xticks(ticks, ticks)
-            axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
-            axis.legend(loc="lower right", fontsize=8)
+def draw_accuracy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
+    figure, axes = panels(plt, worlds, 4, rows=2)
+    for place, (world, axis) in enumerate(axes):
+        quantity, label = (None, "optimiser steps") if place < len(worlds) else AXES["calls"]
+        for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
+            own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
+            if not own or (arm == "trl" and quantity is None):  # the same points as grpo
+                continue
+            columns = list(zip(*own, strict=True))  # one a step that was evaluated
+            xs = [statistics.fmean(point[0] for point in column) for column in columns]
+            means = [estimate([point[1] for point in column]) for column in columns]
+            _line(axis, xs, means, COLORS[arm], f"{arm} ({len(own)} seeds)")
+        if quantity is not None:
+            axis.set_xscale("log", nonpositive="mask")
+            left, right = axis.get_xlim()
+            ticks = [tick for tick in (10, 30, 100, 300, 1000, 3000, 10_000) if left <= tick <= right]
+            axis.minorticks_off()
+            axis.set_xticks(ticks, ticks)
+        axis.set(xlabel=label, ylabel="held-out accuracy")
+        axis.legend(loc="lower right", fontsize=8)
     return figure
 
 
-def _line(axis, xs: Sequence[float], means: Sequence[dict], color: str, label: str) -> None:
+def _line(axis: Any, xs: Sequence[float], means: Sequence[dict], color: str, label: str) -> None:
     """A curve of means with a band of their intervals, where there are any."""
     axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
     if all(e["seeds"] > 1 for e in means):
         axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
 
 
-def draw_entropy(runs: Runs, worlds: Sequence[str], plt):
+def draw_entropy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
     figure, axes = panels(plt, worlds, 3.8)
     for world, axis in axes:
-        first = next(arm for arm in runs.arms(world))
-        lines = [("cold start (one checkpoint)", first, "entropy_before", "C3")]
+        lines = [("cold start (one checkpoint)", runs.arms(world)[0], "entropy_before", "C3")]
         for arm in ("grpo", "arpo", "distinct"):
             lines.append((f"after {arm} ({len(runs.get((world, arm), {}))} seeds)", arm, "entropy_after", COLORS[arm]))
         for label, arm, name, color in lines:
@@ -580,16 +562,16 @@ def draw_entropy(runs: Runs, worlds: Sequence[str], plt):
     return figure
 
 
-def draw_forks(runs: Runs, worlds: Sequence[str], plt):
+def draw_forks(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
     figure, axes = panels(plt, worlds, 3.6)
     for world, axis in axes:
         arms = [arm for arm in ("arpo", "random", "expansion", "distinct", "distinct_random") if (world, arm) in runs]
         width = 0.8 / max(len(arms), 1)
         for place, arm in enumerate(arms):
             shares = list(zip(*map(fork_shares, runs[world, arm].values()), strict=True))
-            means = [statistics.fmean(values) for values in shares]
             xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
-            axis.bar(xs, means, width, color=COLORS[arm], label=f"{arm} ({len(shares[0])} seeds)")
+            label = f"{arm} ({len(shares[0])} seeds)"
+            axis.bar(xs, [statistics.fmean(values) for values in shares], width, color=COLORS[arm], label=label)
         axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5))
         if arms:
             axis.legend(fontsize=8)
@@ -657,7 +639,7 @@ def numbers(runs: Runs, worlds: Sequence[str]) -> dict:
     return _finite(found)
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """Numbers as JSON knows them; infinite becomes null."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
@@ -666,8 +648,10 @@ def _finite(value):
 
 def _compact(run: dict) -> dict:
     """What the page needs of a run: evaluations, and what was spent until each of them."""
-    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
+    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at")}
     kept["learning_rate"] = run["arguments"]["learning_rate"]
+    names = ("step", "accuracy", "otherwise", "sampled")
+    kept["evaluations"] = [{name: entry[name] for name in names if name in entry} for entry in run["evaluations"]]
     spent = {
         quantity: [round(x, 1) for x, _ in curve(run, quantity)]
         for quantity in ("calls_made", "calls_shared", "calls_executed", "tokens_sampled", "cpu_seconds")
@@ -680,13 +664,14 @@ def measured(runs: Sequence[dict]) -> str:
     read = [entry for run in runs for entry in run["evaluations"] if entry["step"] and "sampled" in entry]
     if not read:
         return ""
+    otherwise = [entry["otherwise"] for entry in read]
     apart = [entry["sampled"] - entry["accuracy"] for entry in read]
+    noise = " So accuracy is sampled here, five answers to a question, and has the noise of that."
     return (
-        f"{percent(statistics.median(entry['otherwise'] for entry in read))} of the answers are right in another way "
-        f"(median of {len(read)} evaluations; {percent(max(entry['otherwise'] for entry in read), 0)} in the one where "
-        f"most are); the plain share of right answers among the same samples is on average "
-        f"{100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of "
-        f"{100 * statistics.pstdev(apart):.1f}."
+        f"{percent(statistics.median(otherwise))} of the answers are right in another way (median of {len(read)} "
+        f"evaluations; {percent(max(otherwise), 0)} in the one where most are); the plain share of right answers among "
+        f"the same samples is on average {100 * statistics.fmean(apart):+.1f} points away, with a standard deviation "
+        f"of {100 * statistics.pstdev(apart):.1f}.{noise if statistics.median(otherwise) > 0.1 else ''}"
     )
 
 
@@ -732,7 +717,8 @@ those of `grpo`.""",
         expectations(by_world),
         "## Each lever alone and together",
         "Merging executes equal calls of a group once. Forks share what was paid before they left. Reuse takes two or four "
-        "steps on each batch. Merging changes no token, so what forks alone would leave is counted in the same runs.",
+        "steps on each batch. Merging changes no token, so what forks alone would leave is counted in the same runs. Arms that "
+        "branch have the learning rate that was found for `distinct`, the others that for `grpo`.",
         _figure("levers"),
         forks_in_short(runs, worlds),
     ]
@@ -772,8 +758,8 @@ it is rough. Made with {packages}, on a CPU.
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
   results, and no call to spare.
-- **{NAMES["wordy"]}** (`examples/wordy_world.py`): the demo's questions, plans and queries worded in many ways, so that few calls of a
-  group are equal.
+- **{NAMES["wordy"]}** (`examples/wordy_world.py`): the demo's questions, plans and queries worded in many ways, so that fewer calls
+  of a group are equal.
 
 Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. The faultless demonstration of
 an answer is scored exactly, as the product of its tokens' probabilities; what is right in another way is sampled.""",

@@ -279,7 +279,10 @@ def test_how_accuracy_was_read_is_told_in_numbers():
     said = report.measured([run])
     assert "3.0 % of the answers are right in another way (median of 2 evaluations; 4 % in the one" in said  # 2, 4 %
     assert "+1.0 points away, with a standard deviation of 3.0" in said  # 0.68 − 0.7 and 0.84 − 0.8
-    assert report.measured([made_up()]) == ""
+    assert report.measured([made_up()]) == "" and "noise" not in said
+    for entry in run["evaluations"]:
+        entry["otherwise"] = 0.5  # as where a demonstration is one wording of many
+    assert report.measured([run]).endswith("five answers to a question, and has the noise of that.")
 
 
 # The page
@@ -318,6 +321,21 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
     assert rows["| GRPO, equal calls merged"] == "| GRPO, equal calls merged | 80.0 ± 0.0 % | 0.12 | 0.12 |"
     assert rows["| ARPO, the paper's forks"] == "| ARPO, the paper's forks | 70.0 ± 0.0 % | 0.12 | not reached |"
     assert rows["| ARPO, `distinct` forks"] == "| ARPO, `distinct` forks |  |  |  |"
+
+
+def test_a_page_of_one_seed_decides_nothing_but_the_spike(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for world, arm in (("easy", "grpo"), ("easy", "arpo"), ("wordy", "distinct")):  # one world without grpo
+        (tmp_path / "runs" / f"{world}-{arm}-0.json").write_text(json.dumps(made_up(world=world, arm=arm)))
+    grid = [("easy", "grpo", (0, 1)), ("easy", "arpo", (0,)), ("wordy", "distinct", (0,)), ("hard", "grpo", (0,))]
+    page = report.write(tmp_path, grid, docs=tmp_path / "docs").read_text()
+    assert "3 of the grid's 5 runs are in" in page and "harder world |" not in page
+    assert page.count("**Holds**") == 2 and "**Does not hold**" not in page  # of the two cold starts
+    assert "| `arpo` | 1 | 0.0006 | 80.0 % (one seed) |" in page
+    assert "of 0 pairs of a world and an arm that forks" in page
+    assert "The runs of the search are not there." in page
+    rows = report.readme_table(json.loads((tmp_path / "docs" / "results" / "numbers.json").read_text())).splitlines()
+    assert rows[2] == "| GRPO as TRL runs it |  |  |  |  |  |  |"
 
 
 def test_without_runs_it_says_what_to_do(tmp_path):
