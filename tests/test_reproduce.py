@@ -145,8 +145,13 @@ def test_whether_forks_save_calls_that_merging_leaves_and_what_they_cost():
     grpo = seeds_of("grpo", calls=10, made=40)
     saves = seeds_of("distinct", calls=8, made=40)
     lower = seeds_of("arpo", calls=11, made=40, accuracies=(0.5, 0.6, 0.7))
-    said = report.forks_in_short(runs_of(*grpo, *saves, *lower), ["easy", "hard"])
-    assert said.startswith("Once equal calls are merged, of 2 pairs of a world and an arm that forks")
+    # Fewer calls and lower accuracy on average, but not in every seed
+    mixed = [
+        made_up(arm="expansion", seed=seed, calls=calls, made=40, accuracies=(0.5, 0.7, end))
+        for seed, (calls, end) in enumerate(((8, 0.81), (9, 0.78), (11, 0.79)))
+    ]
+    said = report.forks_in_short(runs_of(*grpo, *saves, *lower, *mixed), ["easy", "hard"])
+    assert said.startswith("Once equal calls are merged, of 3 pairs of a world and an arm that forks")
     assert said.split("\n\n")[1].splitlines() == [
         "- Forks **execute fewer calls**: `distinct` in the demo's world.",
         "- Forks **execute more calls**: `arpo` in the demo's world.",
@@ -224,6 +229,9 @@ def test_claim_3_is_against_grpo_that_merges_too():
     found = verdicts(runs_of(*base, *seeds_of("distinct", calls=9, made=100), *seeds_of("arpo", calls=10, made=100)))
     assert holds(found, "3 `distinct` needs fewer") is True
     assert holds(found, "3 `arpo` needs fewer") is False  # as many
+    # The median seed needs fewer, one needs more: the interval holds 1
+    mixed = [made_up(arm="arpo", seed=seed, calls=calls, made=100) for seed, calls in enumerate((8, 9, 11))]
+    assert holds(verdicts(runs_of(*base, *mixed)), "3 `arpo` needs fewer") is False
 
 
 def test_claims_4_and_5_need_higher_accuracy_or_fewer_calls():
