@@ -675,6 +675,16 @@ def measured(runs: Sequence[dict]) -> str:
     )
 
 
+def refused(runs: Sequence[dict]) -> str:
+    """How many of the calls that the rows of `grpo` make could not be understood, and how they are counted."""
+    steps = [step for run in runs if run["arm"] == "grpo" for step in run["steps"]]
+    share = sum(step.get("calls_refused", 0) for step in steps) / max(sum(step["calls_made"] for step in steps), 1)
+    return (
+        f"{percent(share)} of the calls that the rows of `grpo` make cannot be understood and run nothing, with TRL neither; "
+        "they are counted among the calls of `trl`."
+    )
+
+
 def _missing(runs: Runs, grid: Grid) -> str:
     planned = dict.fromkeys((world, arm, seed) for world, arm, seeds in grid for seed in seeds)
     wanted: dict[str, list[int]] = {}
@@ -767,6 +777,7 @@ an answer is scored exactly, as the product of its tokens' probabilities; what i
     told = [(world, measured([run for run in made.all() if run["world"] == world])) for world in worlds]
     parts += ["\n".join(f"- In {NAMES[world]}: {each}" for world, each in told if each)]
     parts += [
+        refused(made.all()),
         "What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One "
         "cold start a world means that the intervals are over training runs, not over worlds.",
         "## Entropy and forks",
