@@ -18,11 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 COMMAND = "make reproduce"
-AXES = {
-    "calls": ("calls_executed", "tool calls executed"),
-    "tokens": ("tokens_sampled", "tokens sampled"),
-    "seconds": ("cpu_seconds", "processor seconds"),
-}
+AXES = {"calls": "calls_executed", "tokens": "tokens_sampled", "seconds": "cpu_seconds"}
 RESAMPLES = 2000
 INFINITY = math.inf
 Grid = Sequence[tuple[str, str, Sequence[int]]]  # world, arm, seeds
@@ -103,9 +99,7 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """
-    95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. That of one is infinite.
-    """
+    """95 % interval of the mean of two to ten values (a bootstrap would be too narrow); infinite for one."""
     if len(values) < 2:
         return -INFINITY, INFINITY
     mean = statistics.fmean(values)
@@ -188,7 +182,7 @@ def compare(runs: Runs, world: str, arm: str, base: str) -> dict | None:
     if len(pairs) < 2:
         return None
     result = {"difference": estimate([final(run) - final(other) for run, other in pairs])}
-    for axis, (quantity, _) in AXES.items():
+    for axis, quantity in AXES.items():
         result[axis] = estimate([cost_ratio(run, other, quantity) for run, other in pairs], median)
         result[f"{axis}_total"] = estimate([total(run, quantity) / total(other, quantity) for run, other in pairs])
     return result
@@ -236,8 +230,12 @@ def points(e: dict) -> str:
     return with_interval(e, lambda value: f"{round(100 * value, 1) + 0.0:+.1f}")  # −0 is 0
 
 
+def cost(value: float | None) -> str:
+    return "not reached" if value in (None, INFINITY) else f"{value:.2f}"
+
+
 def ratio(e: dict) -> str:
-    return with_interval(e, lambda value: "not reached" if value == INFINITY else f"{value:.2f}")
+    return with_interval(e, cost)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -255,7 +253,7 @@ class Claim(NamedTuple):
     number: int
     text: str  # the same in all worlds
     holds: bool | None  # None: not run
-    why: str
+    why: str  # what decides it
 
 
 def judge(runs: Runs, world: str, claim: tuple[int, str], arm: str, base: str, rule: Callable[[dict], bool]) -> Claim:
@@ -353,8 +351,8 @@ LEVER_ARMS = {
     "reuse4": "each batch four times, merging",
     "arpo": "the paper's forks, merging",
     "expansion": "forks by expansion, merging",
-    "distinct": "the same forks, which differ, merging",
-    "distinct_reuse": "the same, each batch twice",
+    "distinct": "forks by expansion that differ, merging",
+    "distinct_reuse": "those, each batch twice, merging",
 }
 FORKING = ("arpo", "expansion", "distinct")
 
@@ -376,21 +374,24 @@ def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
     """Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval."""
     results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
     found = {key: result for key, result in results.items() if result is not None}
-    lines = []
-    for what, name, sign in (
-        ("execute fewer calls", "calls_total", 1),
-        ("execute more calls", "calls_total", -1),
-        ("cost accuracy", "difference", 1),
-        ("add accuracy", "difference", -1),
-        ("save tokens", "tokens_total", 1),
-        ("save processor seconds", "seconds_total", 1),
-    ):
-        level, where = 0 if name == "difference" else 1, []
+
+    def where(name: str, less: bool) -> str:
+        level, named = 0 if name == "difference" else 1, []
         for world in worlds:
             own = [(arm, found[world, arm][name]) for arm in FORKING if (world, arm) in found]
-            yes = [f"`{arm}`" for arm, e in own if (e["high"] < level if sign > 0 else e["low"] > level)]
-            where += [f"{', '.join(yes)} in {NAMES[world]}"] if yes else []
-        lines.append(f"- Forks **{what}**: {'; '.join(where) or 'none'}.")
+            arms = [f"`{arm}`" for arm, e in own if (e["high"] < level if less else e["low"] > level)]
+            named += [f"{', '.join(arms)} in {NAMES[world]}"] if arms else []
+        return "; ".join(named) or "none"
+
+    lines = [
+        f"- Forks **{less}**: {where(name, True)}. They **{more}**: {where(name, False)}."
+        for name, less, more in (
+            ("calls_total", "save executed calls", "execute more"),
+            ("difference", "cost accuracy", "add accuracy"),
+            ("tokens_total", "save tokens", "sample more"),
+            ("seconds_total", "save processor seconds", "take more"),
+        )
+    ]
     return (
         f"Once equal calls are merged, of {len(found)} pairs of a world and an arm that forks, against `grpo`, which merges "
         "too, after as many steps, by the whole interval:\n\n" + "\n".join(lines)
@@ -406,18 +407,14 @@ def arms_table(runs: Runs, world: str) -> str:
         own = list(runs[world, arm].values())
         compared = compare(runs, world, arm, "trl")
         rates = {run["arguments"]["learning_rate"] for run in own}
-        rows.append(
-            (
-                f"`{arm}`",
-                len(own),
-                ", ".join(f"{rate:g}" for rate in sorted(rates)),
-                with_interval(estimate([final(run) for run in own]), percent),
-                points(compared["difference"]) if compared else "",
-                f"{a_step(own, 'calls_executed'):.0f} / {a_step(own, 'calls_made'):.0f}",
-                *(ratio(compared[axis]) if compared else "" for axis in AXES),
-            )
-        )
-    header = ["arm", "seeds", "learning rate", "final accuracy", "points above `trl`", "calls executed / made, a step"]
+        told = [f"`{arm}`", len(own), ", ".join(f"{rate:g}" for rate in sorted(rates))]
+        told += [with_interval(estimate([final(run) for run in own]), percent)]
+        told += [f"{a_step(own, 'calls_executed'):.0f} / {a_step(own, 'calls_made'):.0f}"]
+        if compared is not None:
+            told += [points(compared["difference"]), ratio(compared["calls"])]
+            told += [cost(compared[axis]["value"]) for axis in ("tokens", "seconds")]
+        rows.append(told + [""] * (9 - len(told)))
+    header = ["arm", "seeds", "learning rate", "final accuracy", "calls executed / made, a step", "points above `trl`"]
     return table([*header, "calls to the accuracy of `trl`", "tokens", "seconds"], rows)
 
 
@@ -469,9 +466,9 @@ def readme_table(numbers: Mapping[str, Mapping[str, dict]]) -> str:
             if "calls" not in of_arm:
                 cells += ["", "", ""]
                 continue
-            accuracy, cost = of_arm["accuracy"], of_arm["calls"]["value"]
+            accuracy = of_arm["accuracy"]
             cells += [f"{100 * accuracy['value']:.1f} ± {100 * (accuracy['high'] - accuracy['value']):.1f} %"]
-            cells += [f"{of_arm['calls_total']['value']:.2f}", "not reached" if cost is None else f"{cost:.2f}"]
+            cells += [cost(of_arm["calls_total"]["value"]), cost(of_arm["calls"]["value"])]
         rows.append((label, *cells))
     return table(header, rows)
 
@@ -515,7 +512,7 @@ def draw_levers(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
 def draw_accuracy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
     figure, axes = panels(plt, worlds, 4, rows=2)
     for place, (world, axis) in enumerate(axes):
-        quantity, label = (None, "optimiser steps") if place < len(worlds) else AXES["calls"]
+        quantity, label = (None, "optimiser steps") if place < len(worlds) else ("calls_executed", "calls executed")
         for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
             own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
             if not own or (arm == "trl" and quantity is None):  # the same points as grpo
@@ -581,15 +578,11 @@ def draw_forks(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
 FIGURES = {
     "levers": (
         draw_levers,
-        "Of the calls that TRL executes in as many steps: what the rows of each arm make, what forks alone would leave, "
-        "and what is executed, after merging. Means over seeds.",
+        "Calls made, left by forks alone and executed, of TRL's in as many steps; means over seeds.",
     ),
-    "accuracy": (
-        draw_accuracy,
-        "Held-out accuracy against optimiser steps and against executed tool calls. Bands: 95 % interval over seeds.",
-    ),
-    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results. Bands: 95 % interval over seeds."),
-    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row. Means over seeds."),
+    "accuracy": (draw_accuracy, "Held-out accuracy against steps and executed calls; bands: 95 % interval of seeds."),
+    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results; bands: 95 % interval of seeds."),
+    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row; means over seeds."),
 }
 
 
@@ -687,16 +680,14 @@ def refused(runs: Sequence[dict]) -> str:
 
 def _missing(runs: Runs, grid: Grid) -> str:
     planned = dict.fromkeys((world, arm, seed) for world, arm, seeds in grid for seed in seeds)
-    wanted: dict[str, list[int]] = {}
-    for world, arm, seed in planned:
-        if seed not in runs.get((world, arm), {}):
-            wanted.setdefault(f"{world} {arm}", []).append(seed)
-    if not wanted:
+    missing = [key for key in planned if key[2] not in runs.get(key[:2], {})]
+    if not missing:
         return "All runs of the grid are in."
+    arms = itertools.groupby(sorted(missing), key=lambda key: f"{key[0]} {key[1]}")
+    named = "; ".join(f"{name} (seeds {', '.join(str(seed) for *_, seed in own)})" for name, own in arms)
     return (
-        f"**{len(planned) - sum(map(len, wanted.values()))} of the grid's {len(planned)} runs are in.** Missing: "
-        + "; ".join(f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in wanted.items())
-        + ". The command runs what is missing and writes this page anew."
+        f"**{len(planned) - len(missing)} of the grid's {len(planned)} runs are in.** Missing: {named}. The command runs "
+        "what is missing and writes this page anew."
     )
 
 
@@ -742,7 +733,7 @@ those of `grpo`.""",
 branch. `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `arpo_distinct` with forks that
 differ. `expansion`, `weighted`, `distinct`, `distinct_random`, `novelty`, `contrast` and `distinct_reuse` are not the paper's.
 `examples/reproduce.py` has the settings. "Final" is after {steps} steps. The last three columns are what was spent until the
-final accuracy of `trl`, medians over seeds.""",
+final accuracy of `trl`, medians over seeds; `docs/results/numbers.json` has all intervals.""",
     ]
     for world in worlds:
         parts += [f"### In {NAMES[world]}", arms_table(runs, world)]

@@ -153,12 +153,11 @@ def test_whether_forks_save_calls_that_merging_leaves_and_what_they_cost():
     said = report.forks_in_short(runs_of(*grpo, *saves, *lower, *mixed), ["easy", "hard"])
     assert said.startswith("Once equal calls are merged, of 3 pairs of a world and an arm that forks")
     assert said.split("\n\n")[1].splitlines() == [
-        "- Forks **execute fewer calls**: `distinct` in the demo's world.",
-        "- Forks **execute more calls**: `arpo` in the demo's world.",
-        "- Forks **cost accuracy**: `arpo` in the demo's world.",
-        "- Forks **add accuracy**: none.",
-        "- Forks **save tokens**: none.",
-        "- Forks **save processor seconds**: none.",
+        "- Forks **save executed calls**: `distinct` in the demo's world. "
+        "They **execute more**: `arpo` in the demo's world.",
+        "- Forks **cost accuracy**: `arpo` in the demo's world. They **add accuracy**: none.",
+        "- Forks **save tokens**: none. They **sample more**: none.",
+        "- Forks **save processor seconds**: none. They **take more**: none.",
     ]
 
 
@@ -323,7 +322,7 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
     assert "| 4. Entropy beats chance: `arpo` against `random` | **Not run** |" in page
     assert "; points -10.0 (-10.0 to -10.0); 2 seeds |" in page
     assert "| the demo's world | `grpo` | 1 | 70.0 % | **90.0 %** | 90.0 % |" in page
-    assert "| `trl` | 2 | 0.0006 | 80.0 % (80.0 % to 80.0 %) | +0.0 (+0.0 to +0.0) | 80 / 80 | 1.00 (1.00 to" in page
+    assert "| `trl` | 2 | 0.0006 | 80.0 % (80.0 % to 80.0 %) | 80 / 80 | +0.0 (+0.0 to +0.0) | 1.00 (1.00 to" in page
     for name in report.FIGURES:
         assert (tmp_path / "docs" / "results" / f"{name}.png").stat().st_size > 1000
         assert f"results/{name}.png" in page
