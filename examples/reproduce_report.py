@@ -424,20 +424,25 @@ def read_search(directory: Path) -> list[dict]:
 
 
 def search_table(search: Sequence[dict]) -> str:
-    """Mean accuracy at each rate; the best, or the smallest of those that are level, in bold."""
+    """
+    Mean accuracy at each rate; the best, or the smallest of those that are level, in bold. Below, which of them are the
+    smallest or the largest rate tried, so that a better one may lie beyond.
+    """
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
     for run in search:
         of_arm = found.setdefault((run["world"], run["arm"]), {})
         of_arm.setdefault(run["arguments"]["learning_rate"], []).append(run["evaluations"][-1]["accuracy"])
     rates = sorted({rate for of_arm in found.values() for rate in of_arm})
-    rows = []
+    rows, edges = [], []
     for (world, arm), of_arm in sorted(found.items()):
         means = {rate: statistics.fmean(of_arm[rate]) for rate in sorted(of_arm)}
-        best = max(means, key=lambda rate: means[rate])
+        best = max(means, key=means.__getitem__)
         cells = [percent(means[rate]) if rate in means else "" for rate in rates]
         cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
+        edges += [f"`{arm}` in {NAMES[world]}"] if best in (rates[0], rates[-1]) else []
         rows.append((NAMES[world], f"`{arm}`", max(map(len, of_arm.values())), *cells))
-    return table(["world", "arm", "seeds", *(f"{rate:g}" for rate in rates)], rows)
+    shown = table(["world", "arm", "seeds", *(f"{rate:g}" for rate in rates)], rows)
+    return f"{shown}\n\nAt the edge of what was tried, so that a better rate may lie beyond: {', '.join(edges) or 'none'}."
 
 
 README_ARMS = {

@@ -299,6 +299,24 @@ def test_calls_that_cannot_be_understood_are_told_of():
     assert report.refused([]).startswith("0.0 %")
 
 
+def test_the_search_shows_the_best_rate_and_whether_it_is_at_the_edge():
+    accuracies = {("easy", "grpo"): (0.7, 0.6, 0.5), ("hard", "distinct"): (0.5, 0.6, 0.6)}
+    search = [
+        made_up(world, arm, seed, (0.9, accuracy + seed / 10)) | {"arguments": {"learning_rate": rate}}
+        for (world, arm), own in accuracies.items()
+        for rate, accuracy in zip((9e-4, 4e-4, 6e-4), (own[2], own[0], own[1]), strict=True)
+        for seed in (0, 1)
+    ]
+    assert report.search_table(search).splitlines() == [
+        "| world | arm | seeds | 0.0004 | 0.0006 | 0.0009 |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| the demo's world | `grpo` | 2 | **75.0 %** | 65.0 % | 55.0 % |",
+        "| the harder world | `distinct` | 2 | 55.0 % | **65.0 %** | 65.0 % |",
+        "",
+        "At the edge of what was tried, so that a better rate may lie beyond: `grpo` in the demo's world.",
+    ]
+
+
 # The page
 
 
@@ -323,6 +341,7 @@ def test_the_page_says_what_is_missing_and_what_does_not_hold(tmp_path):
     assert "; points -10.0 (-10.0 to -10.0); 2 seeds |" in page
     assert "| the demo's world | `grpo` | 1 | 70.0 % | **90.0 %** | 90.0 % |" in page
     assert "| `trl` | 2 | 0.0006 | 80.0 % (80.0 % to 80.0 %) | 80 / 80 | +0.0 (+0.0 to +0.0) | 1.00 (1.00 to" in page
+    assert "may lie beyond: none." in page
     for name in report.FIGURES:
         assert (tmp_path / "docs" / "results" / f"{name}.png").stat().st_size > 1000
         assert f"results/{name}.png" in page
