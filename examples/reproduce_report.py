@@ -231,7 +231,10 @@ def points(e: dict) -> str:
 
 
 def cost(value: float | None) -> str:
-    return "not reached" if value in (None, INFINITY) else f"{value:.2f}"
+    """A fraction in two digits, or in three where two would hide that it is not 1."""
+    if value is None or value == INFINITY:
+        return "not reached"
+    return f"{value:.{3 if value != 1 and 0.995 <= value < 1.005 else 2}f}"
 
 
 def ratio(e: dict) -> str:

@@ -99,6 +99,13 @@ def test_an_interval_holds_its_value_and_repeats():
     assert one["low"] == -math.inf and one["high"] == math.inf
 
 
+def test_a_fraction_that_is_just_below_one_does_not_look_like_one():
+    shown = [report.cost(value) for value in (0.9961, 1.0, 1.0049, 0.994, 0.125, math.inf, None)]
+    assert shown == ["0.996", "1.00", "1.005", "0.99", "0.12", "not reached", "not reached"]
+    assert report.points({"value": -0.0004, "low": -0.01, "high": 0.0, "seeds": 3}) == "+0.0 (-1.0 to +0.0)"
+    assert report.points({"value": 0.02, "low": -math.inf, "high": math.inf, "seeds": 1}) == "+2.0 (one seed)"
+
+
 # Runs that are derived, and what each lever saves
 
 
