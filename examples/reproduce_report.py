@@ -789,7 +789,6 @@ negative ones too: there the paper's rule did not halve the calls, and forks by 
 Others report what agrees with the latter: [APPO](https://huggingface.co/papers/2606.12384), that the entropy of tokens alone
 does not reliably tell which decisions matter for the outcome, and that these are not gathered at tool calls;
 [A²TGPO](https://huggingface.co/papers/2605.06200), that rollouts as trees redistribute the signal of the outcome and constrain
-how much trajectories differ; [BranPO](https://huggingface.co/papers/2602.03719), in a table, 48.1 for a random tree and 47.2
-for ARPO.""",
+how much trajectories differ.""",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
