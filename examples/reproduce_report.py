@@ -737,7 +737,7 @@ those of `grpo`.""",
         "All columns are of as many steps. The first three are fractions of the calls of `trl`. The tools answer at once, so that "
         "seconds hold no waiting for calls.",
         "## Arms",
-        f"""`grpo`, `grpo_fast` (twice the learning rate), `small` (half of the rows), `dapo`, `reinforce_pp` and `reuse2`, `reuse4` do not
+        f"""`grpo`, `grpo_fast` (twice the learning rate), `grpo_rate` (that of `distinct`), `small` (half of the rows), `dapo`, `reinforce_pp` and `reuse2`, `reuse4` do not
 branch. `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `arpo_distinct` with forks that
 differ. `expansion`, `weighted`, `distinct`, `distinct_random`, `novelty`, `contrast` and `distinct_reuse` are not the paper's.
 `examples/reproduce.py` has the settings. "Final" is after {steps} steps. The last three columns are what was spent until the
