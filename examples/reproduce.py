@@ -15,19 +15,24 @@ again; a run that was killed starts anew.
 Held-out accuracy is that of answers sampled at temperature 1, but most of it is not sampled: see [`ask`].
 
 Arms that do not branch run in ARPOTrainer with N = M, which is TRL's GRPOTrainer to the bit
-(`tests/test_trainer_grpo_equivalence.py`), so that all arms share tools, reward and clock:
+(`tests/test_trainer_grpo_equivalence.py`), so that all arms share tools, reward and clock. Equal calls of a group are
+executed once, which changes no token (`tests/test_merging.py`): what TRL's GRPO pays is therefore read from the calls
+that the rows of `grpo` make, and what merging saves from the calls that it executes.
 
 - `grpo`: the loss of the GRPO and ARPO papers, a mean over each row's tokens (TRL: `loss_type="grpo"`). All ARPO arms
-  have it too.
-- `dapo`: TRL's `loss_type="dapo"`, a mean over all tokens, and a clip range that is wider above (0.28). DAPO's dynamic
-  sampling is not in TRL, and its overlong penalty has nothing to act on here.
-- `rloo`: TRL's RLOOTrainer takes no tools. This is its gradient by TRL's GRPO loss: rewards centred on the mean of the
-  group and not scaled, summed over tokens (`loss_type="dr_grpo"`, `scale_rewards="none"`). The leave-one-out advantage
-  is M / (M − 1) times the centred reward, and the sum a constant times TRL's: factors that Adam takes out.
+  have it too. `grpo_fast` is the same at twice the learning rate, `grpo_rate` at that of `distinct`, `small` with half
+  of the rows.
+- `dapo`: TRL's `loss_type="dapo"`, a mean over all tokens, and a clip range that is wider above (0.28), with DAPO's
+  dynamic sampling as far as it needs no other prompts: groups with one reward are taken out of the loss. Its overlong
+  penalty has nothing to act on here.
+- `reinforce_pp`: REINFORCE++ with a group baseline, TRL's `scale_rewards="batch"`.
+- `reuse2`, `reuse4`: every batch is used for two or four optimiser steps (`num_iterations`), so that as many steps
+  need half or a quarter of the calls.
 
-Every batch is used for one optimiser step, so no ratio is ever clipped.
+Learning rates are searched for `grpo` and for `distinct`, on seeds of their own and with the same budget; arms that
+branch take that of `distinct`, the others that of `grpo`.
 
-What this does NOT do: large models, real text, or a search for each arm's best learning rate: all have the same.
+What this does NOT do: large models, real text, or a search for each arm's best learning rate.
 """
 
 import argparse
@@ -37,47 +42,57 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 # What was expected, and what decides it. Written before the runs; the rules are applied in reproduce_report.py.
 #
-# This is the second grid. In the first one (seeds 0 to 4, the same worlds and settings) accuracy was read from 200 to
-# 1000 sampled answers, whose noise of 1.5 to 3.5 points hid every difference, and an arm that was level with GRPO at
-# the end counted as one that never gets there. What was changed before this grid was run: how accuracy is read, seeds
-# that the first grid had not seen, more steps for the arms that are compared with GRPO, t intervals for means, and the
-# arms that expand. It was started anew once, when 14 runs of `grpo`, `arpo` and `random` in the demo's world had been
-# seen and a bias in how accuracy was read was found. While it ran, its list was put into another order and shortened
-# (to three seeds of `hard_credit`; `n4` in the harder world, a soft `expansion` and two sweeps left out); no rule and
-# no arm was changed.
+# This is the third grid. The second one (docs/results/second/, seeds 10 to 14) executed every call of every row.
+# Within a group most of those were exact repeats, which are now executed once. So the questions are what merging
+# leaves of the bill, and what forks, and batches that are used more than once, add to it. `wordy` is new: the demo's
+# world in many words, where few calls are exact repeats. Seeds 20 to 24 and 200, 201 were in no run before.
 #
-# 1. Calls. ARPO reaches GRPO's final held-out accuracy with at most half of the tool calls that GRPO executed to get
-#    there. Decided by the ratio of calls in pairs of one world and seed: it holds if the median over seeds is 0.5 or
-#    less and its 95 % bootstrap interval lies below 1. A curve is first made non-decreasing (isotonic regression) and
-#    read between evaluations along straight lines; GRPO's own cost is read in the same way. The other arms train on
-#    for `MORE_STEPS`, so that one that is a step behind GRPO is told from one that never gets there. Those that still
-#    do not count as infinite.
-# 2. End. After the same number of steps ARPO is at or above GRPO: the mean difference of accuracy in pairs is 0 or
-#    more.
-# 3. Entropy. Branching by entropy ends above branching at random: the 95 % interval of the mean difference lies above
-#    0; or it reaches the control's accuracy with fewer calls: the interval of the median ratio to the control lies
-#    below 1.
-# 4. Soft. Soft attribution ends above hard: the interval of the mean difference lies above 0.
-# 5. Spikes. After a tool result the model's entropy is higher than before it: the mean over the first six tokens after
-#    is larger than over the last six before it, at the cold start.
+# `trl` is `grpo` with every call executed, as TRL does. A cost is the ratio of calls that an arm executes until the
+# final accuracy of `trl` and of calls that `trl` executes until then, in pairs of one world and seed. A curve is
+# first made non-decreasing (isotonic regression) and read between evaluations along straight lines. All arms but
+# `grpo` train on for `MORE_STEPS`, so that one that is a step behind is told from one that never gets there; those
+# that still do not count as infinite.
 #
-# The improvement (`expansion`) is held to rules 1 and 2, and to rule 3 against its control `expansion_random` and
-# against `small`, GRPO with half of the rows. Expected, from runs on seeds 100 to 102: half of GRPO's calls or fewer
-# to GRPO's accuracy, clearly so in the harder world, and an end about a point below GRPO after the same number of
-# steps. What it is was chosen on those seeds, but on the same cold starts and held-out questions, among N = 1, 2, 4;
-# one, two, three or fifteen rounds; nodes by entropy alone, by its sum, by entropy per call, at random; soft, hard and
-# tree attribution, and one that compares a branch with its siblings alone.
+# 1. Calls, in the two small worlds: `distinct`, the recommended setting of forks, needs at most 0.20 of the calls of
+#    `trl`: the median over seeds is 0.20 or less, its 95 % bootstrap interval lies below 0.5, and the mean of paired
+#    differences in final accuracy is 0 or more. The same is asked of `grpo`, which merges and does not branch, and
+#    of `arpo`, the paper's method. With reuse (`distinct_reuse`, `reuse2`) at most 0.15. In the wordy world at most
+#    0.45.
+# 2. No cost: `distinct` ends no lower than `trl` after the same number of steps: the 95 % t interval of the mean
+#    paired difference lies above −1 point.
+# 3. Forks add something once calls are merged: `distinct`, and `arpo`, need fewer executed calls than merged `grpo`
+#    to the final accuracy of `trl`: the interval of the median ratio lies below 1.
+# 4. Entropy beats chance: `arpo` against `random`, `distinct` against `distinct_random`: the interval of the mean
+#    difference in final accuracy lies above 0, or that of the ratio of executed calls below 1.
+# 5. Forks that differ beat those that may repeat: `distinct` against `expansion`, by the rule of 4.
+# 6. Spikes. After a tool result the model's entropy is higher than before it: the mean over the first six tokens
+#    after is larger than over the last six before it, at the cold start.
+#
+# `grpo_rate` was added when the search had found different rates for `grpo` and `distinct`, and the main arms of the
+# demo's world were in: it tells the gain of forks from that of a rate.
+#
+# Expected, from first tries on seeds 10 to 14: 1 holds in the small worlds for all that merge, 3 does not hold
+# there, since forks and merging save the same calls, and holds in the wordy world.
 
 STEPS = 30  # optimiser steps after which arms are compared
-MORE_STEPS = 12  # that all arms but GRPO go on for
+MORE_STEPS = 6  # that all arms but GRPO go on for
 EVALUATE_EVERY = 6  # steps between two evaluations on held-out questions
 QUESTIONS = 300  # held-out questions
-SEEDS = (10, 11, 12, 13, 14)
+SEEDS = (20, 21, 22, 23, 24)
+
+# The search for a learning rate: the best mean accuracy after STEPS, the smaller rate if two are level
+SEARCH_ARMS = ("grpo", "distinct")
+SEARCH_RATES = (6e-4, 9e-4, 1.4e-3)
+SEARCH_SEEDS = (200, 201)
+
+WORLDS = ("easy", "hard", "wordy")
 
 # Arguments of ARPOConfig that all arms share
 COMMON = {
@@ -87,49 +102,75 @@ COMMON = {
     "gradient_accumulation_steps": 2,
     "max_completion_length": 160,
     "max_tool_calling_iterations": 4,
-    "learning_rate": 6e-4,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 2,
     "loss_type": "grpo",
     "tool_protocol": "tags",
 }
+GRPO = {"num_initial_generations": 16}
+# Few rows from the prompt and forks anywhere in the finished tree, as in AT²PO, and the value of a turn as its
+# advantage, which is what hard attribution is
+EXPANSION = {"num_initial_generations": 4, "branch_rule": "expansion", "advantage_attribution": "hard"}
+DISTINCT = {**EXPANSION, "fork_sampling": "distinct"}
 
 ARMS = {
-    "grpo": {"num_initial_generations": 16},
+    "grpo": GRPO,
+    "grpo_fast": GRPO,
+    "grpo_rate": GRPO,
+    "small": {"num_generations": 8, "num_initial_generations": 8, "gradient_accumulation_steps": 1},
+    "dapo": {**GRPO, "loss_type": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True},
+    "reinforce_pp": {**GRPO, "scale_rewards": "batch"},
+    "reuse2": {**GRPO, "num_iterations": 2},
+    "reuse4": {**GRPO, "num_iterations": 4},
+    # The paper's method, its control, and the same with forks that differ
     "arpo": {},
     "random": {"branch_rule": "random"},
-    "hard_credit": {"advantage_attribution": "hard"},
-    "dapo": {"num_initial_generations": 16, "loss_type": "dapo", "epsilon_high": 0.28},
-    "rloo": {"num_initial_generations": 16, "loss_type": "dr_grpo", "scale_rewards": "none"},
-    # The improvement: few rows from the prompt, forks anywhere in the finished tree, in proportion to entropy per
-    # call, and, as in AT²PO, the value of a turn as its advantage, which is what hard attribution is. Its control
-    # draws the nodes at random
-    "expansion": {"num_initial_generations": 2, "branch_rule": "expansion", "advantage_attribution": "hard"},
-    "expansion_random": {
-        "num_initial_generations": 2,
-        "branch_rule": "random_expansion",
-        "advantage_attribution": "hard",
-    },
-    # The cheap way to half of the calls: GRPO with half of the rows for each question
-    "small": {"num_generations": 8, "num_initial_generations": 8, "gradient_accumulation_steps": 1},
-    # Sweeps around ARPO's defaults (N = 8, α = 0.5, β = 0.2, k = 20, bernoulli)
-    "n2": {"num_initial_generations": 2},
-    "n4": {"num_initial_generations": 4},
-    "n12": {"num_initial_generations": 12},
-    "beta0": {"entropy_weight": 0.0},
-    "beta1": {"entropy_weight": 1.0},
-    "k5": {"entropy_window": 5},
-    "threshold": {"branch_rule": "threshold"},
+    "arpo_distinct": {"fork_sampling": "distinct"},
+    # What is not the paper's
+    "expansion": EXPANSION,
+    "distinct": DISTINCT,
+    "distinct_random": {**DISTINCT, "branch_rule": "random_expansion"},
+    "weighted": {**EXPANSION, "fork_sampling": "weighted"},
+    "novelty": {**DISTINCT, "branch_measure": "novelty"},
+    "contrast": {**DISTINCT, "branch_rule": "contrast"},
+    "distinct_reuse": {**DISTINCT, "num_iterations": 2},
 }
 
 # (world, arm, seeds), in the order in which they are run
+SMALL_WORLDS = ("easy", "hard")
 GRID = [
-    *((world, arm, SEEDS) for world in ("easy", "hard") for arm in ("grpo", "arpo", "random", "expansion")),
-    *((world, arm, SEEDS) for arm in ("expansion_random", "small") for world in ("easy", "hard")),
-    *((world, "hard_credit", SEEDS[:3]) for world in ("easy", "hard")),
-    *((world, arm, SEEDS[:3]) for arm in ("dapo", "rloo") for world in ("easy", "hard")),
-    *(("easy", arm, SEEDS[:2]) for arm in ("n2", "n4", "n12", "beta0", "beta1", "k5", "threshold")),
+    *((world, arm, SEEDS) for world in SMALL_WORLDS for arm in ("grpo", "distinct", "arpo", "distinct_reuse")),
+    *(("wordy", arm, SEEDS) for arm in ("grpo", "distinct", "arpo")),
+    *((world, "grpo_rate", SEEDS if world == "easy" else SEEDS[:3]) for world in WORLDS),
+    *((world, arm, SEEDS[:3]) for arm in ("expansion", "small", "reuse2", "random") for world in SMALL_WORLDS),
+    *((world, arm, SEEDS[:3]) for arm in ("distinct_random", "grpo_fast") for world in SMALL_WORLDS),
+    *(("wordy", arm, SEEDS[:3]) for arm in ("small", "random", "distinct_reuse")),
+    *((world, arm, SEEDS[:3]) for arm in ("dapo", "reinforce_pp", "reuse4") for world in SMALL_WORLDS),
+    *(("easy", arm, SEEDS[:3]) for arm in ("arpo_distinct", "weighted", "novelty", "contrast")),
 ]
+
+
+def branches(arm: str) -> bool:
+    """Whether an arm forks."""
+    settings = {**COMMON, **ARMS[arm]}
+    return settings["num_initial_generations"] < settings["num_generations"]
+
+
+def run_name(world: str, arm: str, seed: int, rate: float | None = None) -> str:
+    """Name of a run's file. Runs of the search are named by their rate, the others take what it found."""
+    return f"{world}-{arm}-{seed}" if rate is None else f"{world}-{arm}@{rate:g}-{seed}"
+
+
+def found_rate(world: str, arm: str, directory: Path) -> float:
+    """The learning rate that the search found for `arm`, from its runs in `directory`."""
+    searched = "distinct" if branches(arm) or arm == "grpo_rate" else "grpo"
+
+    def accuracy(rate: float) -> float:
+        names = (run_name(world, searched, seed, rate) for seed in SEARCH_SEEDS)
+        runs = [json.loads((directory / "runs" / f"{name}.json").read_text()) for name in names]
+        return sum(run["evaluations"][-1]["accuracy"] for run in runs) / len(runs)
+
+    return max(SEARCH_RATES, key=accuracy) * (2 if arm == "grpo_fast" else 1)
 
 
 def python(code: str) -> str:
@@ -147,15 +188,17 @@ def python(code: str) -> str:
 
 
 def load(world_name: str):
-    """A world, its tokenizer and its tools."""
+    """A world, its tokenizer and its tools, whose answers depend on their arguments alone."""
     from demo_world import World, build_tokenizer
     from hard_world import HardWorld
+    from wordy_world import WordyWorld
 
+    from arpo_trl.tools import tool
     from arpo_trl.tools.search import BM25Search
 
-    world = HardWorld() if world_name == "hard" else World()
+    world = {"easy": World, "hard": HardWorld, "wordy": WordyWorld}[world_name]()
     search = world.search if world_name == "hard" else BM25Search(world.passages, top_k=1).search
-    return world, build_tokenizer(world), [search, python]
+    return world, build_tokenizer(world), [tool(search, deterministic=True), tool(python, deterministic=True)]
 
 
 def cold_start(world_name: str, directory: Path, steps: int = 1300, questions: int = QUESTIONS) -> Path:
@@ -192,11 +235,16 @@ def run(
     arm: str,
     seed: int,
     directory: Path,
+    rate: float | None = None,
     steps: int | None = None,
     questions: int = QUESTIONS,
 ) -> Path:
     """
     Train one arm and write what came of it to `<directory>/runs/<world>-<arm>-<seed>.json`.
+
+    Args:
+        rate (`float`, *optional*): A learning rate to try; its run is evaluated at the end alone. By default the one
+            that the search found.
 
     Returns:
         `Path`: that file. Its `steps` hold, for each optimiser step, tool calls made and executed, tokens sampled, and
@@ -210,11 +258,13 @@ def run(
     from arpo_trl import ARPOConfig, ARPOTrainer
     from arpo_trl.rewards import exact_match_reward
 
-    path = directory / "runs" / f"{world_name}-{arm}-{seed}.json"
+    path = directory / "runs" / f"{run_name(world_name, arm, seed, rate)}.json"
     if path.exists():
         return path
     if steps is None:
-        steps = STEPS if arm == "grpo" else STEPS + MORE_STEPS
+        steps = STEPS if arm == "grpo" or rate is not None else STEPS + MORE_STEPS
+    every = EVALUATE_EVERY if rate is None else steps
+    settings = {**COMMON, **ARMS[arm], "learning_rate": rate or found_rate(world_name, arm, directory)}
     torch.set_num_threads(1)
     world, tokenizer, tools = load(world_name)
     cold = directory / "cold_start" / world_name
@@ -226,7 +276,7 @@ def run(
         model=AutoModelForCausalLM.from_pretrained(cold),
         args=ARPOConfig(
             str(scratch),
-            **{**COMMON, **ARMS[arm]},
+            **settings,
             **CPU,
             disable_tqdm=True,
             max_steps=steps,
@@ -249,10 +299,10 @@ def run(
         def on_step_end(self, args, state, control, **kwargs):
             now = time.perf_counter(), time.process_time()
             log.append({"wall_seconds": now[0] - self.started[0], "cpu_seconds": now[1] - self.started[1]})
-            if state.global_step % EVALUATE_EVERY == 0 or state.global_step == steps:
+            if state.global_step % every == 0 or state.global_step == steps:
                 found = ask(trainer.model, tokenizer, tools, world, questions)
                 evaluations.append({"step": state.global_step, **found})
-                if state.global_step == min(steps, STEPS):
+                if rate is None and state.global_step == min(steps, STEPS):
                     entropy.update(entropy_by_position(trainer.model, tokenizer, tools, held_out))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -261,13 +311,14 @@ def run(
 
     trainer.add_callback(Watch())
     trainer.train()
-    for entry, counts in zip(log, count_rollouts(scratch / "rollouts"), strict=True):
-        entry |= counts
+    counts = count_rollouts(scratch / "rollouts")
+    for step, entry in enumerate(log, start=1):
+        entry |= counts.get(step, NOTHING_SAMPLED)
     result = {
         "world": world_name,
         "arm": arm,
         "seed": seed,
-        "arguments": {**COMMON, **ARMS[arm]},
+        "arguments": settings,
         "compared_at": min(steps, STEPS),
         "steps": log,
         "evaluations": evaluations,
@@ -444,15 +495,20 @@ def answer_once(model, tokenizer, tools, questions: list[dict]) -> list:
     return trajectories
 
 
-def count_rollouts(directory: Path) -> list[dict]:
+NOTHING_SAMPLED = {"calls_made": 0, "calls_executed": 0, "calls_shared": 0, "calls_merged": 0, "tokens_sampled": 0}
+NOTHING_SAMPLED |= {"forks_after_call": {}, "rows": {}}
+
+
+def count_rollouts(directory: Path) -> dict[int, dict]:
     """
-    For each step: calls made and what became of them, tokens sampled, and where forks left (calls before, by number).
+    For each optimiser step, from 1, that sampled: calls made and what became of them, tokens sampled, and where forks
+    left (calls before, by number).
     """
     from arpo_trl.rollout.metrics import CALL_KINDS
     from arpo_trl.rollout.record import call_kind
     from arpo_trl.viewer.records import read_file
 
-    counts = []
+    counts = {}
     for path in sorted(directory.iterdir()):
         step = {"calls_made": 0, "tokens_sampled": 0, "forks_after_call": {}, "rows": {}}
         step |= {f"calls_{kind}": 0 for kind in CALL_KINDS}
@@ -465,16 +521,12 @@ def count_rollouts(directory: Path) -> list[dict]:
             step["rows"][row["kind"]] = step["rows"].get(row["kind"], 0) + 1
             if row["kind"] == "fork":
                 step["forks_after_call"][str(shared)] = step["forks_after_call"].get(str(shared), 0) + 1
-        counts.append(step)
+        counts[int(re.findall(r"\d+", path.name)[0]) + 1] = step
     return counts
 
 
 def train_all(directory: Path, workers: int) -> None:
-    """Train what is missing: cold starts first, then the runs in the order of the grid."""
-    from tqdm import tqdm
-
-    runs = [*dict.fromkeys((world, arm, seed) for world, arm, seeds in GRID for seed in seeds)]
-    todo = [key for key in runs if not (directory / "runs" / "{}-{}-{}.json".format(*key)).exists()]
+    """Train what is missing: cold starts, the search for learning rates, then the runs in the order of the grid."""
     # Workers inherit these: one thread each, and no bars but ours
     os.environ |= {
         "OMP_NUM_THREADS": "1",
@@ -482,20 +534,30 @@ def train_all(directory: Path, workers: int) -> None:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    runs = dict.fromkeys((world, arm, seed, directory) for world, arm, seeds in GRID for seed in seeds)
+    runs = [key for key in runs if not (directory / "runs" / f"{run_name(*key[:3])}.json").exists()]
+    worlds = [*dict.fromkeys(world for world, *_ in runs)]
+    search = [*product(worlds, SEARCH_ARMS, SEARCH_SEEDS, [directory], SEARCH_RATES)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
         try:
-            starts = [pool.submit(cold_start, world, directory) for world in dict.fromkeys(key[0] for key in todo)]
-            for future in tqdm(starts, desc="Cold starts", disable=False):
-                future.result()
-            futures = {pool.submit(run, *key, directory): key for key in todo}
-            with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="Runs", disable=False) as bar:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.set_postfix_str("{} {} {}".format(*futures[future]))
-                    bar.update()
+            finish(pool, "Cold starts", cold_start, [(world, directory) for world in worlds])
+            finish(pool, "Learning rates", run, search)
+            finish(pool, "Runs", run, runs)
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure the rest of the grid is not run
+
+
+def finish(pool: ProcessPoolExecutor, stage: str, work: Callable[..., Path], calls: Sequence[tuple]) -> None:
+    """Make all `calls` of `work`, with a bar; what is finished returns at once."""
+    from tqdm import tqdm
+
+    futures = {pool.submit(work, *call): call for call in calls}
+    with tqdm(total=len(futures), desc=stage, disable=False) as bar:
+        for future in as_completed(futures):
+            future.result()
+            bar.set_postfix_str(" ".join(str(each) for each in futures[future] if not isinstance(each, Path)))
+            bar.update()
 
 
 def _quiet() -> None:
@@ -515,11 +577,13 @@ def _quiet() -> None:
 
 
 def main(directory: Path, workers: int, report_only: bool) -> None:
-    from reproduce_report import write
+    from reproduce_report import readme_table, write
 
     if not report_only:
         train_all(directory, workers)
-    print(f"Written: {write(directory, GRID)} and docs/results/.")
+    page = write(directory, GRID)
+    print(f"Written: {page} and docs/results/. The table of README.md:\n")
+    print(readme_table(json.loads((page.parent / "results" / "numbers.json").read_text())))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """
-From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict in the page is
-typed by hand: each verdict is decided here, from the intervals, by rules that were written down before the runs.
+From the runs of `reproduce.py` to docs/results.md, its figures and its numbers. No number or verdict of these runs is
+typed by hand: each verdict is decided here, by the rules that were written down in `reproduce.py` before the runs.
 
 What this does NOT do: train, or judge whether a difference matters. With five seeds an interval of the median is close
 to the range of the seeds.
@@ -11,16 +11,14 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 COMMAND = "make reproduce"
-AXES = {
-    "calls": ("calls_executed", "tool calls executed"),
-    "tokens": ("tokens_sampled", "tokens sampled"),
-    "seconds": ("cpu_seconds", "processor seconds of training"),
-}
+AXES = {"calls": "calls_executed", "tokens": "tokens_sampled", "seconds": "cpu_seconds"}
 RESAMPLES = 2000
 INFINITY = math.inf
 Grid = Sequence[tuple[str, str, Sequence[int]]]  # world, arm, seeds
@@ -46,7 +44,7 @@ def isotonic(values: Sequence[float]) -> list[float]:
     return [statistics.fmean(block) for block in blocks for _ in block]
 
 
-def smooth(run: dict, quantity: str | None = None) -> tuple[list[float], list[float]]:
+def smooth(run: dict, quantity: str) -> tuple[list[float], list[float]]:
     """A run's curve made non-decreasing: x, accuracy."""
     xs, values = zip(*curve(run, quantity), strict=True)
     return list(xs), isotonic(values)
@@ -63,21 +61,20 @@ def first_reach(xs: Sequence[float], values: Sequence[float], target: float) -> 
     return INFINITY
 
 
-def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0) -> float:
+def cost_ratio(run: dict, base: dict, quantity: str) -> float:
     """What `run` spent, as a fraction of what `base` spent, until the accuracy that `base` has at the end.
 
     Args:
         run, base (`dict`): Two runs from one cold start. The end of `base` is where arms are compared; `run` may be
             longer.
         quantity (`str`): What is spent.
-        share_of_gain (`float`): Below 1: until `base` had that share of its gain over the cold start.
 
     Returns:
         `float`: infinite if `run` never gets there.
     """
     base = base | {"evaluations": [e for e in base["evaluations"] if e["step"] <= base["compared_at"]]}
     base_xs, base_values = smooth(base, quantity)
-    target = base_values[0] + share_of_gain * (base_values[-1] - base_values[0])
+    target = base_values[-1]
     needed = first_reach(base_xs, base_values, target)
     return first_reach(*smooth(run, quantity), target) / needed if needed else INFINITY
 
@@ -85,12 +82,11 @@ def cost_ratio(run: dict, base: dict, quantity: str, share_of_gain: float = 1.0)
 # Statistics
 
 
-def bootstrap(values: Sequence[float], statistic: Callable, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a statistic over seeds; the resampling is seeded, so that it repeats."""
+def bootstrap(values: Sequence[float], statistic: Callable) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over seeds; the resampling is seeded, so that it repeats."""
     rng = random.Random(0)
     draws = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    tail = (1 - level) / 2
-    return draws[int(tail * RESAMPLES)], draws[min(int((1 - tail) * RESAMPLES), RESAMPLES - 1)]
+    return draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
 
 
 def median(values: Sequence[float]) -> float:
@@ -103,12 +99,10 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """
-    95 % interval of the mean of two to ten values; for so few a bootstrap would be too narrow. One value has none.
-    """
-    mean = statistics.fmean(values)
+    """95 % interval of the mean of two to ten values (a bootstrap would be too narrow); infinite for one."""
     if len(values) < 2:
         return -INFINITY, INFINITY
+    mean = statistics.fmean(values)
     half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return mean - half, mean + half
 
@@ -117,6 +111,9 @@ def estimate(values: Sequence[float], statistic: Callable = statistics.fmean) ->
     """A statistic over seeds with its 95 % interval: Student's t for the mean, the bootstrap for the median."""
     low, high = t_interval(values) if statistic is statistics.fmean else bootstrap(values, statistic)
     return {"value": statistic(values), "low": low, "high": high, "seeds": len(values)}
+
+
+# Runs
 
 
 class Runs(dict):
@@ -141,10 +138,28 @@ class Runs(dict):
     def arms(self, world: str) -> list[str]:
         return [arm for of_world, arm in self if of_world == world]
 
+    def all(self) -> list[dict]:
+        return [run for own in self.values() for run in own.values()]
 
-def final(run: dict, name: str = "accuracy") -> float:
-    """What was evaluated after the step at which arms are compared; some train on to see when they get to GRPO's."""
-    return next(entry[name] for entry in run["evaluations"] if entry["step"] == run["compared_at"])
+
+def with_trl(runs: Runs) -> Runs:
+    """
+    `runs` and, before `grpo` of each world, `trl`: the same runs with every call executed that their rows made, as TRL
+    does. Merging changes no token, so that all else is the same; the seconds are those with merging.
+    """
+    result = Runs()
+    for (world, arm), own in runs.items():
+        if arm == "grpo":
+            for seed, run in own.items():
+                steps = [step | {"calls_executed": step["calls_made"], "calls_merged": 0} for step in run["steps"]]
+                result.setdefault((world, "trl"), {})[seed] = run | {"arm": "trl", "steps": steps}
+        result[world, arm] = own
+    return result
+
+
+def final(run: dict) -> float:
+    """Accuracy after the step at which arms are compared; some train on to see when they get to GRPO's."""
+    return next(entry["accuracy"] for entry in run["evaluations"] if entry["step"] == run["compared_at"])
 
 
 def total(run: dict, quantity: str) -> float:
@@ -152,131 +167,40 @@ def total(run: dict, quantity: str) -> float:
     return sum(step[quantity] for step in run["steps"][: run["compared_at"]])
 
 
+def a_step(runs: Iterable[dict], quantity: str) -> float:
+    """What a step spends on average."""
+    return statistics.fmean(total(run, quantity) / run["compared_at"] for run in runs)
+
+
 def compare(runs: Runs, world: str, arm: str, base: str) -> dict | None:
-    """All that is said of two arms: final accuracy and what it cost, over the seeds that both have."""
+    """
+    Two arms over the seeds that both have: the difference in final accuracy, and for each of `AXES` the cost to the
+    final accuracy of `base` and what as many steps spent, as fractions of what `base` spent. One seed decides nothing,
+    so that there is no result for it.
+    """
     pairs = runs.pairs(world, arm, base)
-    if not pairs:
+    if len(pairs) < 2:
         return None
     result = {"difference": estimate([final(run) - final(other) for run, other in pairs])}
-    for axis, (quantity, _) in AXES.items():
+    for axis, quantity in AXES.items():
         result[axis] = estimate([cost_ratio(run, other, quantity) for run, other in pairs], median)
-        result[f"{axis}_90"] = estimate([cost_ratio(run, other, quantity, 0.9) for run, other in pairs], median)
         result[f"{axis}_total"] = estimate([total(run, quantity) / total(other, quantity) for run, other in pairs])
     return result
 
 
-# Words
-
-
-def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
-
-
-def points(e: dict) -> str:
-    return f"{100 * e['value']:+.1f} ({100 * e['low']:+.1f} to {100 * e['high']:+.1f})"
-
-
-def ratio(e: dict) -> str:
-    def one(value):
-        return "not reached" if value == INFINITY else f"{value:.2f}"
-
-    return f"{one(e['value'])} ({one(e['low'])} to {one(e['high'])})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
-
-
-# Figures
-
-NAMES = {"easy": "the demo's world", "hard": "the harder world"}
-COLORS = {"grpo": "0.35", "small": "0.65", "arpo": "C0", "random": "C1", "expansion": "C2", "expansion_random": "C4"}
-MAIN = tuple(COLORS)
-
-
-def draw_accuracy(runs: Runs, worlds: Sequence[str], plt) -> None:
-    axes_of = [("steps", None, "optimiser steps"), ("calls", *AXES["calls"])]
-    figure, grid = plt.subplots(len(worlds), 2, figsize=(11, 4 * len(worlds)), squeeze=False, layout="constrained")
-    for world, row in zip(worlds, grid, strict=True):
-        for (_, quantity, label), axis in zip(axes_of, row, strict=True):
-            for arm in MAIN:
-                own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
-                if not own:
-                    continue
-                columns = list(zip(*own, strict=True))  # one a step that was evaluated
-                xs = [statistics.fmean(point[0] for point in column) for column in columns]
-                means = [estimate([point[1] for point in column]) for column in columns]
-                axis.plot(
-                    xs,
-                    [e["value"] for e in means],
-                    marker="o",
-                    ms=3,
-                    color=COLORS[arm],
-                    label=f"{arm} ({len(own)} seeds)",
-                )
-                axis.fill_between(
-                    xs, [e["low"] for e in means], [e["high"] for e in means], color=COLORS[arm], alpha=0.15, lw=0
-                )
-            axis.set(xlabel=label, ylabel="held-out accuracy", title=NAMES[world])
-            axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(_path("accuracy"), dpi=110)
-
-
-def draw_cost(runs: Runs, worlds: Sequence[str], plt) -> None:
-    counts = [sum(arm != "grpo" for arm in runs.arms(world)) for world in worlds]
-    figure, grid = plt.subplots(
-        len(worlds),
-        3,
-        figsize=(12, 2.2 * len(worlds) + 0.25 * sum(counts)),
-        height_ratios=[6 + count for count in counts],
-        squeeze=False,
-        layout="constrained",
-    )
-    for world, row in zip(worlds, grid, strict=True):
-        arms = [arm for arm in runs.arms(world) if arm != "grpo" and runs.pairs(world, arm, "grpo")]
-        for (quantity, label), axis in zip(AXES.values(), row, strict=True):
-            for y, arm in enumerate(arms):
-                values = [cost_ratio(run, base, quantity) for run, base in runs.pairs(world, arm, "grpo")]
-                shown = [min(value, 2.0) for value in values]  # at the edge: never reached, or more than twice
-                axis.plot(
-                    shown,
-                    [y + 0.1 * (i % 3 - 1) for i in range(len(shown))],
-                    "o",
-                    ms=4,
-                    color=COLORS.get(arm, "0.6"),
-                    alpha=0.6,
-                )
-                axis.plot([min(median(values), 2.0)], [y], "|", ms=16, mew=2, color="black")
-            axis.axvline(1, color="0.5", lw=1)
-            axis.axvline(0.5, color="0.5", lw=1, ls=":")
-            axis.set(yticks=range(len(arms)), yticklabels=arms, xlim=(0, 2.05), title=NAMES[world])
-            axis.set_ylim(len(arms) - 0.4, -0.6)
-            axis.set_xlabel(f"{label} to GRPO's end,\nGRPO = 1; right edge: not reached", fontsize=8)
-    figure.savefig(_path("cost"), dpi=110)
-
-
-def draw_entropy(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.8), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        lines = [("cold start (one checkpoint)", "grpo", "entropy_before", "C3")]
-        for arm in ("grpo", "arpo"):
-            seeds = len(runs.get((world, arm), {}))
-            lines.append((f"after {arm} ({seeds} seeds)", arm, "entropy_after", COLORS[arm]))
-        for label, arm, name, color in lines:
-            own = [run[name] for run in runs.get((world, arm), {}).values()]
-            if not own:
-                continue
-            # Few answers have a token far from a result; a mean of less than ten tokens is left out
-            kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
-            means = [estimate([each["mean"][i] for each in own]) for i in kept]
-            xs = [i - own[0]["before"] for i in kept]
-            axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
-            axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
-        axis.axvline(-0.5, color="0.6", ls="--", lw=1)
-        axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)", title=NAMES[world])
-        axis.legend(fontsize=8)
-    figure.savefig(_path("entropy"), dpi=110)
+def levers(runs: Runs, world: str, arm: str) -> dict | None:
+    """
+    Of the calls that `trl` executes in as many steps: those that the rows of an arm make, those that forks alone would
+    leave, and those that are executed, after merging. As for [`compare`], one seed is too few.
+    """
+    pairs = [(run, total(base, "calls_executed")) for run, base in runs.pairs(world, arm, "trl")]
+    if len(pairs) < 2:
+        return None
+    return {
+        "made": estimate([total(run, "calls_made") / base for run, base in pairs]),
+        "forked": estimate([(total(run, "calls_made") - total(run, "calls_shared")) / base for run, base in pairs]),
+        "executed": estimate([total(run, "calls_executed") / base for run, base in pairs]),
+    }
 
 
 def fork_shares(run: dict) -> list[float]:
@@ -288,336 +212,389 @@ def fork_shares(run: dict) -> list[float]:
     return [counts.get(calls, 0) / max(sum(counts.values()), 1) for calls in range(1, 5)]
 
 
-def draw_forks(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        arms = [arm for arm in MAIN if arm not in ("grpo", "small") and (world, arm) in runs]
-        width = 0.8 / max(len(arms), 1)
-        for place, arm in enumerate(arms):
-            shares = [
-                estimate(list(values)) for values in zip(*map(fork_shares, runs[world, arm].values()), strict=True)
-            ]
-            xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
-            axis.bar(
-                xs, [e["value"] for e in shares], width, color=COLORS[arm], label=f"{arm} ({shares[0]['seeds']} seeds)"
-            )
-            spread = [[e["value"] - e["low"] for e in shares], [e["high"] - e["value"] for e in shares]]
-            axis.errorbar(xs, [e["value"] for e in shares], yerr=spread, fmt="none", color="black", lw=1)
-        axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5), title=NAMES[world])
-        axis.set_ylim(0, 0.9)  # room for the legend
-        axis.legend(fontsize=8)
-    figure.savefig(_path("forks"), dpi=110)
+# Words
+
+NAMES = {"easy": "the demo's world", "hard": "the harder world", "wordy": "the wordy world"}
+MARKS = {True: "**Holds**", False: "**Does not hold**", None: "**Not run**"}
 
 
-def draw_pass(runs: Runs, worlds: Sequence[str], plt) -> None:
-    figure, grid = plt.subplots(1, len(worlds), figsize=(5.5 * len(worlds), 3.6), squeeze=False, layout="constrained")
-    for world, axis in zip(worlds, grid[0], strict=True):
-        arms = [arm for arm in MAIN if (world, arm) in runs]
-        for place, arm in enumerate(arms):
-            own = [estimate([final(run, f"pass@{k}") for run in runs[world, arm].values()]) for k in (1, 3, 5)]
-            xs = [i + 0.8 / len(arms) * (place - (len(arms) - 1) / 2) for i in range(3)]
-            axis.bar(
-                xs,
-                [e["value"] for e in own],
-                0.8 / len(arms),
-                color=COLORS[arm],
-                label=f"{arm} ({own[0]['seeds']} seeds)",
-            )
-            spread = [[e["value"] - e["low"] for e in own], [e["high"] - e["value"] for e in own]]
-            axis.errorbar(xs, [e["value"] for e in own], yerr=spread, fmt="none", color="black", lw=1)
-        axis.set(xticks=range(3), xticklabels=["pass@1", "pass@3", "pass@5"], ylim=(0, 1.25), title=NAMES[world])
-        axis.legend(loc="upper left", ncols=3, fontsize=8)
-    figure.savefig(_path("pass"), dpi=110)
+def with_interval(e: dict, form: Callable[[float], str]) -> str:
+    return form(e["value"]) + (f" ({form(e['low'])} to {form(e['high'])})" if e["seeds"] > 1 else " (one seed)")
 
 
-_directory = Path("docs/results")
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
 
 
-def _path(name: str) -> Path:
-    return _directory / f"{name}.png"
+def points(e: dict) -> str:
+    return with_interval(e, lambda value: f"{round(100 * value, 1) + 0.0:+.1f}")  # −0 is 0
 
 
-# The page
+def cost(value: float | None) -> str:
+    """A fraction in two digits, or in three where two would hide that it is not 1."""
+    if value is None or value == INFINITY:
+        return "not reached"
+    return f"{value:.{3 if value != 1 and 0.995 <= value < 1.005 else 2}f}"
 
 
-def verdict(claim: str, holds: bool | None, why: str) -> str:
-    mark = {True: "**Holds.**", False: "**Does not hold.**", None: "**Not run.**"}[holds]
-    return f"{mark} {claim} {why}"
+def ratio(e: dict) -> str:
+    return with_interval(e, cost)
 
 
-def calls_claim(runs: Runs, world: str, arm: str, base: str = "grpo") -> tuple[bool | None, str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+
+
+# Claims, in the order of reproduce.py
+
+LIMITS = {"distinct": 0.20, "grpo": 0.20, "arpo": 0.20, "distinct_reuse": 0.15, "reuse2": 0.15}
+WORDY_LIMIT = 0.45
+
+
+class Claim(NamedTuple):
+    number: int
+    text: str  # the same in all worlds
+    holds: bool | None  # None: not run
+    why: str  # what decides it
+
+
+def judge(runs: Runs, world: str, claim: tuple[int, str], arm: str, base: str, rule: Callable[[dict], bool]) -> Claim:
+    """A claim, its number and its text, about an arm against another, by a rule for what [`compare`] finds."""
     result = compare(runs, world, arm, base)
     if result is None:
-        return None, ""
-    e = result["calls"]
-    holds = e["value"] <= 0.5 and e["high"] < 1
-    reached = sum(cost_ratio(*pair, "calls_executed") < INFINITY for pair in runs.pairs(world, arm, base))
-    return holds, (
-        f"Calls to the final accuracy of `{base}`, `{base}` = 1: {ratio(e)}, reached by {reached} of {e['seeds']} "
-        f"seeds; to 90 % of its gain: {ratio(result['calls_90'])}. The same number of steps executed "
-        f"{ratio(result['calls_total'])} of the calls." + trained_on(runs, world, arm, base)
-    )
+        return Claim(*claim, None, "")
+    calls, difference = result["calls"], result["difference"]
+    return Claim(*claim, rule(result), f"calls {ratio(calls)}; points {points(difference)}; {calls['seeds']} seeds")
 
 
-def trained_on(runs: Runs, world: str, arm: str, base: str = "grpo") -> str:
-    """Where the arm's last evaluation stands against the end of `base`, and for how many of its calls."""
-    pairs = runs.pairs(world, arm, base)
-    longer = [(run, other) for run, other in pairs if len(run["steps"]) > run["compared_at"]]
-    if not longer:
-        return ""
-    steps = {len(run["steps"]) for run, _ in longer}
-    above = estimate([run["evaluations"][-1]["accuracy"] - final(other) for run, other in longer])
-    spent = [
-        sum(step["calls_executed"] for step in run["steps"]) / total(other, "calls_executed") for run, other in longer
-    ]
-    return (
-        f" Trained on to step {max(steps)} it has executed {statistics.fmean(spent):.2f} of them and is "
-        f"{points(above)} points above the end of `{base}`."
-    )
+def few_calls(result: dict, limit: float) -> bool:
+    calls = result["calls"]
+    return calls["value"] <= limit and calls["high"] < 0.5 and result["difference"]["value"] >= 0
 
 
-def end_claim(runs: Runs, world: str, arm: str, base: str, strictly: bool) -> tuple[bool | None, str]:
-    result = compare(runs, world, arm, base)
-    if result is None:
-        return None, ""
-    e = result["difference"]
-    doubt = " The interval holds 0, so no difference is shown." if e["low"] <= 0 <= e["high"] else ""
-    middle = statistics.median(final(run) - final(other) for run, other in runs.pairs(world, arm, base))
-    return (e["low"] > 0 if strictly else e["value"] >= 0), (
-        f"Difference in points: {points(e)}, median {100 * middle:+.1f}, {e['seeds']} seeds.{doubt}"
-    )
+def cheaper(result: dict) -> bool:
+    return result["calls"]["high"] < 1
 
 
-def entropy_claim(runs: Runs, world: str, arm: str, control: str) -> tuple[bool | None, str]:
-    result = compare(runs, world, arm, control)
-    if result is None:
-        return None, ""
-    difference, calls = result["difference"], result["calls"]
-    return difference["low"] > 0 or calls["high"] < 1, (
-        f"Difference in points: {points(difference)}; calls to the control's final accuracy, the control's = 1: "
-        f"{ratio(calls)}; {difference['seeds']} seeds."
-    )
+def better(result: dict) -> bool:
+    return result["difference"]["low"] > 0 or cheaper(result)
 
 
-def spike_claim(runs: Runs, world: str) -> tuple[bool | None, str]:
+def spike_claim(runs: Runs, world: str) -> Claim:
+    text = "Entropy is higher after a tool result than before it, at the cold start"
     own = [run for arm in runs.arms(world) for run in runs[world, arm].values()]
     if not own:
-        return None, ""
+        return Claim(6, text, None, "")
     entropy = own[0]["entropy_before"]  # of the cold start, which all runs of a world share
 
-    def mean(places):
+    def mean(places: range) -> float:
         tokens = sum(entropy["tokens"][i] for i in places)
         return sum(entropy["mean"][i] * entropy["tokens"][i] for i in places) / max(tokens, 1)
 
     start = entropy["before"]
-    before, after = mean(range(start)), mean(range(start, min(start + 6, len(entropy["mean"]))))
-    return after > before, f"{before:.3f} nats before a tool result, {after:.3f} after it, at the cold start."
+    before = mean(range(max(start - 6, 0), start))
+    after = mean(range(start, min(start + 6, len(entropy["mean"]))))
+    return Claim(6, text, after > before, f"{before:.3f} nats before, {after:.3f} after")
 
 
-def claims(runs: Runs, worlds: Sequence[str]) -> str:
-    lines = []
-    for world in worlds:
-        own = [
-            ("ARPO reaches GRPO's accuracy with at most half of the calls.", calls_claim(runs, world, "arpo")),
-            ("ARPO ends at or above GRPO.", end_claim(runs, world, "arpo", "grpo", strictly=False)),
-            ("Branching by entropy beats branching at random.", entropy_claim(runs, world, "arpo", "random")),
-            ("Soft attribution beats hard.", end_claim(runs, world, "arpo", "hard_credit", strictly=True)),
-            ("Entropy rises after a tool result.", spike_claim(runs, world)),
-        ]
-        lines += [f"### In {NAMES[world]}", ""]
-        lines += [f"{place}. {verdict(claim, *decided)}" for place, (claim, decided) in enumerate(own, start=1)]
-        lines += [""]
-    return "\n".join(lines).rstrip()
+def claims(runs: Runs, world: str) -> list[Claim]:
+    own = []
+    for arm, limit in LIMITS.items():
+        text = f"`{arm}` needs at most {limit:.2f} of the calls of `trl` (wordy: {WORDY_LIMIT:.2f})"
+        here = WORDY_LIMIT if world == "wordy" else limit
+        own.append(judge(runs, world, (1, text), arm, "trl", partial(few_calls, limit=here)))
+    text = "`distinct` ends no lower than `trl`: the interval of the difference lies above −1 point"
+    own.append(judge(runs, world, (2, text), "distinct", "trl", lambda result: result["difference"]["low"] > -0.01))
+    for arm in ("distinct", "arpo"):
+        text = f"`{arm}` needs fewer executed calls than `grpo`, which merges too"
+        own.append(judge(runs, world, (3, text), arm, "grpo", cheaper))
+    for number, what, arm, control in (
+        (4, "Entropy beats chance", "arpo", "random"),
+        (4, "Entropy beats chance", "distinct", "distinct_random"),
+        (5, "Forks that differ beat those that may repeat", "distinct", "expansion"),
+    ):
+        own.append(judge(runs, world, (number, f"{what}: `{arm}` against `{control}`"), arm, control, better))
+    return [*own, spike_claim(runs, world)]
 
 
-IMPROVEMENTS = {
-    "expansion": "N = 2, forks anywhere in the finished tree by entropy and cost "
-    '(`branch_rule="expansion"`, [AT²PO](https://huggingface.co/papers/2601.04767)), hard attribution',
-    "n4": "the paper's rule with N = 4 instead of 8, so that more is shared",
-    "small": "no ARPO at all: GRPO with M = 8, which executes half of the calls since it has half of the rows",
-}
+def claims_table(by_world: Mapping[str, Sequence[Claim]]) -> str:
+    rows = []
+    for own in zip(*by_world.values(), strict=True):  # one claim in all worlds
+        cells = [MARKS[claim.holds] + (f": {claim.why}" if claim.why else "") for claim in own]
+        rows.append((f"{own[0].number}. {own[0].text}", *cells))
+    return table(["claim", *(NAMES[world] for world in by_world)], rows)
 
 
-def improvements(runs: Runs, worlds: Sequence[str]) -> str:
-    lines = []
-    for arm, what in IMPROVEMENTS.items():
-        lines += [f"`{arm}`: {what}.", ""]
-        for world in worlds:
-            tried = [
-                ("At most half of the calls.", calls_claim(runs, world, arm)),
-                ("Ends at or above GRPO.", end_claim(runs, world, arm, "grpo", strictly=False)),
-            ]
-            lines += [
-                f"- In {NAMES[world]}. {verdict(claim, *decided)}"
-                for claim, decided in tried
-                if decided[0] is not None
-            ]
-        lines += [""]
-    lines += ["What the parts of `expansion` are worth:", ""]
-    for world in worlds:
-        for claim, decided in (
-            (
-                "Entropy beats random (`expansion_random`).",
-                entropy_claim(runs, world, "expansion", "expansion_random"),
-            ),
-            ("It beats GRPO with half of the rows (`small`).", entropy_claim(runs, world, "expansion", "small")),
-        ):
-            if decided[0] is not None:
-                lines += [f"- In {NAMES[world]}. {verdict(claim, *decided)}"]
-    return "\n".join(lines)
+def expectations(by_world: Mapping[str, Sequence[Claim]]) -> str:
+    """What `reproduce.py` expected of the claims, against what they say."""
 
+    def holds(number: int, worlds: Sequence[str], wanted: bool) -> bool | None:
+        found = [claim.holds for world in worlds for claim in by_world.get(world, []) if claim.number == number]
+        if not found or (None in found and all(each in (None, wanted) for each in found)):
+            return None
+        return all(each is wanted for each in found)
 
-def reasons(runs: Runs, worlds: Sequence[str], starts: dict[str, dict]) -> str:
-    """What lies behind the verdicts, in this experiment's numbers."""
-    lines = []
-    for world in worlds:
-        told = []
-        for arm in ("arpo", "random", "expansion", "expansion_random"):
-            result = compare(runs, world, arm, "grpo")
-            if result is not None:
-                early = statistics.fmean(fork_shares(run)[0] for run in runs[world, arm].values())
-                told.append(f"`{arm}` {result['calls_total']['value']:.2f}, {percent(early, 0)}")
-        if told:
-            lines.append(
-                f"- **Calls of a step in {NAMES[world]}**, GRPO = 1, and the share of forks that leave after the "
-                f"first call: {'; '.join(told)}. An initial row shares nothing, so that with N = M / 2 the paper's "
-                "rule cannot go below half even if every fork left after the last call."
-            )
-    for world in (world for world in worlds if world in starts):
-        told = []
-        for calls, gaps in starts[world]["gaps"].items():
-            if len(gaps) >= 20:
-                low, middle, high = (0.5 + 0.2 * gaps[int(share * (len(gaps) - 1))] for share in (0.25, 0.5, 0.75))
-                told.append(f"{middle:.2f} ({low:.2f} to {high:.2f}) after call {calls}")
-        lines.append(
-            f"- **Probability of a fork in {NAMES[world]}**, α + β·ΔH with the defaults at the cold start, median and "
-            f"quartiles: {', '.join(told)}. For `random` it is 0.50. A row that asks for a fork with such a "
-            "probability at each result has mostly asked by its second, so that there is little left for entropy to "
-            "choose."
-        )
-    lines.append(
-        "- **Soft and hard** give a shared token the same sum of advantages, and differ in how rows of different "
-        "length weigh in it, as long as no ratio is clipped; the more of a row is shared, the more that is."
+    told = {True: "it is so", False: "it is not so", None: "not all of it was run"}
+    small = ("easy", "hard")
+    return (
+        "Expected before the runs: claim 1 holds in the two small worlds for all arms that merge "
+        f"(**{told[holds(1, small, True)]}**); claim 3 does not hold there, since forks and merging save the same "
+        f"calls (**{told[holds(3, small, False)]}**); claim 3 holds in the wordy world "
+        f"(**{told[holds(3, ('wordy',), True)]}**)."
     )
-    return "\n".join(lines)
+
+
+# Levers
+
+LEVER_ARMS = {
+    "grpo": "merging",
+    "small": "half of the rows, merging",
+    "reuse2": "each batch twice, merging",
+    "reuse4": "each batch four times, merging",
+    "arpo": "the paper's forks, merging",
+    "expansion": "forks by expansion, merging",
+    "distinct": "forks by expansion that differ, merging",
+    "distinct_reuse": "those, each batch twice, merging",
+}
+FORKING = ("arpo", "expansion", "distinct")
+
+
+def levers_table(runs: Runs, world: str) -> str:
+    rows = []
+    for arm, what in LEVER_ARMS.items():
+        left, against = levers(runs, world, arm), compare(runs, world, arm, "grpo")
+        if left is None or against is None:
+            continue
+        calls, tokens, seconds = (ratio(against[f"{axis}_total"]) for axis in AXES)
+        parts = (f"{left[name]['value']:.2f}" for name in ("made", "forked", "executed"))
+        rows.append((f"`{arm}`", what, *parts, calls, points(against["difference"]), tokens, seconds))
+    header = ["arm", "levers", "calls made", "forks alone", "forks and merging", "executed, `grpo` = 1"]
+    return table([*header, "points above `grpo`", "tokens, `grpo` = 1", "seconds, `grpo` = 1"], rows)
+
+
+def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
+    """Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval."""
+    results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    found = {key: result for key, result in results.items() if result is not None}
+
+    def where(name: str, less: bool) -> str:
+        level, named = 0 if name == "difference" else 1, []
+        for world in worlds:
+            own = [(arm, found[world, arm][name]) for arm in FORKING if (world, arm) in found]
+            arms = [f"`{arm}`" for arm, e in own if (e["high"] < level if less else e["low"] > level)]
+            named += [f"{', '.join(arms)} in {NAMES[world]}"] if arms else []
+        return "; ".join(named) or "none"
+
+    lines = [
+        f"- Forks **{less}**: {where(name, True)}. They **{more}**: {where(name, False)}."
+        for name, less, more in (
+            ("calls_total", "save executed calls", "execute more"),
+            ("difference", "cost accuracy", "add accuracy"),
+            ("tokens_total", "save tokens", "sample more"),
+            ("seconds_total", "save processor seconds", "take more"),
+        )
+    ]
+    return (
+        f"Once equal calls are merged, of {len(found)} pairs of a world and an arm that forks, against `grpo`, which merges "
+        "too, after as many steps, by the whole interval:\n\n" + "\n".join(lines)
+    )
+
+
+# Tables
 
 
 def arms_table(runs: Runs, world: str) -> str:
     rows = []
     for arm in runs.arms(world):
         own = list(runs[world, arm].values())
-        compared = compare(runs, world, arm, "grpo") if arm != "grpo" else None
-        accuracy = estimate([final(run) for run in own])
-        rows.append(
-            (
-                f"`{arm}`",
-                len(own),
-                f"{percent(accuracy['value'])} ({percent(accuracy['low'])} to {percent(accuracy['high'])})",
-                *(percent(statistics.fmean(final(run, f"pass@{k}") for run in own)) for k in (3, 5)),
-                round(statistics.fmean(total(run, "calls_executed") for run in own)),
-                round(statistics.fmean(total(run, "tokens_sampled") for run in own)),
-                round(statistics.fmean(total(run, "cpu_seconds") for run in own)),
-                *(
-                    (points(compared["difference"]), *(ratio(compared[axis]) for axis in AXES))
-                    if compared
-                    else ("",) * 4
-                ),
-            )
-        )
-    header = ["arm", "seeds", "final accuracy", "pass@3", "pass@5", "calls", "tokens", "seconds"]
-    return table([*header, "points above GRPO", "calls to GRPO's", "tokens to GRPO's", "seconds to GRPO's"], rows)
+        compared = compare(runs, world, arm, "trl")
+        rates = {run["arguments"]["learning_rate"] for run in own}
+        told = [f"`{arm}`", len(own), ", ".join(f"{rate:g}" for rate in sorted(rates))]
+        told += [with_interval(estimate([final(run) for run in own]), percent)]
+        told += [f"{a_step(own, 'calls_executed'):.0f} / {a_step(own, 'calls_made'):.0f}"]
+        if compared is not None:
+            told += [points(compared["difference"]), ratio(compared["calls"])]
+            told += [cost(compared[axis]["value"]) for axis in ("tokens", "seconds")]
+        rows.append(told + [""] * (9 - len(told)))
+    header = ["arm", "seeds", "learning rate", "final accuracy", "calls executed / made, a step", "points above `trl`"]
+    return table([*header, "calls to the accuracy of `trl`", "tokens", "seconds"], rows)
 
 
-SWEEPS = {
-    "N, initial rows of 16 (8)": ("n2", "n4", "n12"),
-    "β, weight of the entropy gap (0.2)": ("beta0", "beta1"),
-    "α = 0 and β = 1, entropy alone (0.5, 0.2)": ("selective",),
-    "k, tokens read (20)": ("k5",),
-    "rule (bernoulli)": ("threshold", "random"),
-    "credit (soft)": ("hard_credit", "tree"),
+def read_search(directory: Path) -> list[dict]:
+    """The runs of the search for learning rates, which are named by their rate."""
+    return [json.loads(path.read_text()) for path in sorted(directory.glob("*@*.json"))]
+
+
+def search_table(search: Sequence[dict]) -> str:
+    """
+    Mean accuracy at each rate; the best, or the smallest of those that are level, in bold. Below, which of them are the
+    smallest or the largest rate tried, so that a better one may lie beyond.
+    """
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for run in search:
+        of_arm = found.setdefault((run["world"], run["arm"]), {})
+        of_arm.setdefault(run["arguments"]["learning_rate"], []).append(run["evaluations"][-1]["accuracy"])
+    rates = sorted({rate for of_arm in found.values() for rate in of_arm})
+    rows, edges = [], []
+    for (world, arm), of_arm in sorted(found.items()):
+        means = {rate: statistics.fmean(of_arm[rate]) for rate in sorted(of_arm)}
+        best = max(means, key=means.__getitem__)
+        cells = [percent(means[rate]) if rate in means else "" for rate in rates]
+        cells[rates.index(best)] = f"**{cells[rates.index(best)]}**"
+        edges += [f"`{arm}` in {NAMES[world]}"] if best in (rates[0], rates[-1]) else []
+        rows.append((NAMES[world], f"`{arm}`", max(map(len, of_arm.values())), *cells))
+    shown = table(["world", "arm", "seeds", *(f"{rate:g}" for rate in rates)], rows)
+    return f"{shown}\n\nAt the edge of what was tried, so that a better rate may lie beyond: {', '.join(edges) or 'none'}."
+
+
+README_ARMS = {
+    "GRPO as TRL runs it": "trl",
+    "GRPO, equal calls merged": "grpo",
+    "the same with M = 8": "small",
+    "ARPO, the paper's forks": "arpo",
+    "ARPO, `distinct` forks": "distinct",
+    "the same, each batch twice": "distinct_reuse",
+    "GRPO, merged, each batch twice": "reuse2",
 }
 
 
-def sweeps_table(runs: Runs, world: str) -> str:
-    """Each arm against `arpo`, over the seeds that both have."""
-    rows = []
-    for name, arms in SWEEPS.items():
-        for arm in arms:
-            result = compare(runs, world, arm, "arpo")
-            if result is not None:
-                calls = f"{result['calls_total']['value']:.2f}"
-                rows.append((name, f"`{arm}`", result["difference"]["seeds"], points(result["difference"]), calls))
-    return table(["what (default)", "arm", "seeds", "points above `arpo`", "calls executed, `arpo` = 1"], rows)
-
-
-def supplements(runs: Runs, world: str, arm: str) -> float:
-    """Share of an arm's rows that were started from the prompt because too few forks were made."""
-    rows = [step.get("rows", {}) for run in runs[world, arm].values() for step in run["steps"]]
-    return sum(row.get("supplement", 0) for row in rows) / max(sum(sum(row.values()) for row in rows), 1)
-
-
-def advice(runs: Runs, worlds: Sequence[str]) -> str:
+def readme_table(numbers: Mapping[str, Mapping[str, dict]]) -> str:
     """
-    What the sweeps say of the defaults, decided by intervals of paired differences to `arpo` over 3 seeds or more.
+    The main arms in three columns a world, for README.md, from what docs/results/numbers.json holds: final accuracy
+    with half of its interval, executed calls of as many steps and calls to the accuracy of `trl`, `trl` = 1.
     """
-    said = []
-    for world in worlds:
-        better, worse = [], []
-        for arm in (arm for arms in SWEEPS.values() for arm in arms):
-            result = compare(runs, world, arm, "arpo")
-            if result is not None and result["difference"]["seeds"] >= 3:
-                better += [f"`{arm}`"] if result["difference"]["low"] > 0 else []
-                worse += [f"`{arm}`"] if result["difference"]["high"] < 0 else []
-        sentence = (
-            f"In {NAMES[world]}, of the arms with three seeds or more, above the defaults by the whole interval: "
-            f"{', '.join(better) or 'none'}; below by the whole interval: {', '.join(worse) or 'none'}."
-        )
-        sizes = {arm: compare(runs, world, arm, "arpo") for arm in ("n2", "n4", "n12")}
-        calls = {arm: result["calls_total"]["value"] for arm, result in sizes.items() if result is not None}
-        if calls and min(calls.values()) < 0.9:
-            arm = min(calls, key=calls.get)
-            sentence += (
-                f" Of the values of N, `{arm}` executes the fewest calls, {calls[arm]:.2f} of the default's, and ends "
-                f"{points(sizes[arm]['difference'])} points away from it."
-            )
-        if "n2" in calls and "n4" in calls and calls["n2"] > calls["n4"]:
-            sentence += (
-                " N = 2 executes more than N = 4: two rows pass too few tool results to ask for 14 forks, so that "
-                f"{percent(supplements(runs, world, 'n2'), 0)} of all rows are supplements from the prompt, against "
-                f"{percent(supplements(runs, world, 'n4'), 0)}."
-            )
-        said.append(sentence)
-    fewer = []
-    for world in worlds:
-        result = compare(runs, world, "expansion", "arpo")
-        if result is not None:
-            fewer.append(
-                f"{result['calls_total']['value']:.2f} of the default's calls in {NAMES[world]} and ends "
-                f"{points(result['difference'])} points away from it"
-            )
-    if fewer:
-        said.append(
-            'For fewer calls there is `branch_rule="expansion"` with N = 2 and hard attribution: it executes '
-            + ", ".join(fewer)
-            + "."
-        )
-    said.append(
-        "The defaults stay the paper's: no arm was run outside of two small worlds, and an interval of two seeds says "
-        "next to nothing."
-    )
-    return " ".join(said)
+    header, rows = [""], []
+    for world in numbers:
+        header += [f"{NAMES[world].removeprefix('the ')}: accuracy", "calls", "to TRL's"]
+    for label, arm in README_ARMS.items():
+        cells = []
+        for world in numbers:
+            of_arm = numbers[world].get(arm, {})
+            if "calls" not in of_arm:
+                cells += ["", "", ""]
+                continue
+            accuracy = of_arm["accuracy"]
+            cells += [f"{100 * accuracy['value']:.1f} ± {100 * (accuracy['high'] - accuracy['value']):.1f} %"]
+            cells += [cost(of_arm["calls_total"]["value"]), cost(of_arm["calls"]["value"])]
+        rows.append((label, *cells))
+    return table(header, rows)
+
+
+# Figures
+
+COLORS = dict(trl="black", grpo="0.45", small="0.75", arpo="C0", distinct="C2", distinct_reuse="C4")
+COLORS |= dict(random="C1", expansion="C3", distinct_random="C5")
+
+
+def panels(plt: Any, worlds: Sequence[str], height: float, rows: int = 1) -> tuple[Any, list[tuple[str, Any]]]:
+    """A figure, and its panels from left to right and from top to bottom, each with its world, a column a world."""
+    size = (4.4 * len(worlds) + 1, height * rows)
+    figure, grid = plt.subplots(rows, len(worlds), figsize=size, squeeze=False, layout="constrained")
+    axes = list(zip([*worlds] * rows, grid.flat, strict=True))
+    for world, axis in axes:
+        axis.set_title(NAMES[world])
+    return figure, axes
+
+
+def draw_levers(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
+    figure, axes = panels(plt, worlds, 4)
+    for world, axis in axes:
+        found = {arm: left for arm in LEVER_ARMS if (left := levers(runs, world, arm)) is not None}
+        for name, label, color in (
+            ("made", "calls made", "0.85"),
+            ("forked", "left by forks alone", "0.65"),
+            ("executed", "executed: left by forks and merging", "C0"),
+        ):
+            axis.barh([*found], [left[name]["value"] for left in found.values()], 0.75, color=color, label=label)
+        for y, left in enumerate(found.values()):
+            axis.text(left["executed"]["value"] + 0.01, y, f"{left['executed']['value']:.2f}", va="center", fontsize=8)
+        tokens = [result["tokens_total"]["value"] for arm in found if (result := compare(runs, world, arm, "trl"))]
+        axis.plot(tokens, [*found], "D", ms=4, color="C1", label="tokens sampled")
+        axis.set(xlim=(0, 1.1), xlabel="of what trl spends in as many steps")
+        axis.invert_yaxis()
+    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def draw_accuracy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
+    figure, axes = panels(plt, worlds, 4, rows=2)
+    for place, (world, axis) in enumerate(axes):
+        quantity, label = (None, "optimiser steps") if place < len(worlds) else ("calls_executed", "calls executed")
+        for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
+            own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
+            if not own or (arm == "trl" and quantity is None):  # the same points as grpo
+                continue
+            columns = list(zip(*own, strict=True))  # one a step that was evaluated
+            xs = [statistics.fmean(point[0] for point in column) for column in columns]
+            means = [estimate([point[1] for point in column]) for column in columns]
+            _line(axis, xs, means, COLORS[arm], f"{arm} ({len(own)} seeds)")
+        if quantity is not None:
+            axis.set_xscale("log", nonpositive="mask")
+            left, right = axis.get_xlim()
+            ticks = [tick for tick in (10, 30, 100, 300, 1000, 3000, 10_000) if left <= tick <= right]
+            axis.minorticks_off()
+            axis.set_xticks(ticks, ticks)
+        axis.set(xlabel=label, ylabel="held-out accuracy")
+        axis.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def _line(axis: Any, xs: Sequence[float], means: Sequence[dict], color: str, label: str) -> None:
+    """A curve of means with a band of their intervals, where there are any."""
+    axis.plot(xs, [e["value"] for e in means], marker="o", ms=3, color=color, label=label)
+    if all(e["seeds"] > 1 for e in means):
+        axis.fill_between(xs, [e["low"] for e in means], [e["high"] for e in means], color=color, alpha=0.15, lw=0)
+
+
+def draw_entropy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
+    figure, axes = panels(plt, worlds, 3.8)
+    for world, axis in axes:
+        lines = [("cold start (one checkpoint)", runs.arms(world)[0], "entropy_before", "C3")]
+        for arm in ("grpo", "arpo", "distinct"):
+            lines.append((f"after {arm} ({len(runs.get((world, arm), {}))} seeds)", arm, "entropy_after", COLORS[arm]))
+        for label, arm, name, color in lines:
+            own = [run[name] for run in runs.get((world, arm), {}).values()]
+            if not own:
+                continue
+            # Few answers have a token far from a result; a mean of less than ten tokens is left out
+            kept = [i for i in range(len(own[0]["mean"])) if min(each["tokens"][i] for each in own) >= 10]
+            means = [estimate([each["mean"][i] for each in own]) for i in kept]
+            _line(axis, [i - own[0]["before"] for i in kept], means, color, label)
+        axis.axvline(-0.5, color="0.6", ls="--", lw=1)
+        axis.set(xlabel="model tokens from a tool result", ylabel="entropy (nats)")
+        axis.legend(fontsize=8)
+    return figure
+
+
+def draw_forks(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
+    figure, axes = panels(plt, worlds, 3.6)
+    for world, axis in axes:
+        arms = [arm for arm in ("arpo", "random", "expansion", "distinct", "distinct_random") if (world, arm) in runs]
+        width = 0.8 / max(len(arms), 1)
+        for place, arm in enumerate(arms):
+            shares = list(zip(*map(fork_shares, runs[world, arm].values()), strict=True))
+            xs = [calls + width * (place - (len(arms) - 1) / 2) for calls in range(1, 5)]
+            label = f"{arm} ({len(shares[0])} seeds)"
+            axis.bar(xs, [statistics.fmean(values) for values in shares], width, color=COLORS[arm], label=label)
+        axis.set(xlabel="tool calls before the fork", ylabel="share of forks", xticks=range(1, 5))
+        if arms:
+            axis.legend(fontsize=8)
+    return figure
 
 
 FIGURES = {
-    "accuracy": (draw_accuracy, "Held-out accuracy against optimiser steps and against executed tool calls."),
-    "cost": (
-        draw_cost,
-        "What each arm spent to reach GRPO's final accuracy. A dot is a seed, the black bar the median of the seeds.",
+    "levers": (
+        draw_levers,
+        "Calls made, left by forks alone and executed, of TRL's in as many steps; means over seeds.",
     ),
-    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results, all results of a row together."),
-    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row."),
-    "pass": (draw_pass, "pass@1, 3 and 5 on held-out questions at the step at which arms are compared."),
+    "accuracy": (draw_accuracy, "Held-out accuracy against steps and executed calls; bands: 95 % interval of seeds."),
+    "entropy": (draw_entropy, "Entropy of the model's tokens around tool results; bands: 95 % interval of seeds."),
+    "forks": (draw_forks, "Where forks leave: after how many tool calls of the row; means over seeds."),
 }
+
+
+# The page
 
 
 def write(directory: Path, grid: Grid, docs: Path = Path("docs")) -> Path:
@@ -629,147 +606,189 @@ def write(directory: Path, grid: Grid, docs: Path = Path("docs")) -> Path:
         grid (`Sequence[tuple[str, str, Sequence[int]]]`): What was to be run, so that the page says what is missing.
         docs (`Path`): Where the page goes.
     """
-    global _directory
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = Runs.read(directory / "runs", grid)
-    if not runs:
+    made = Runs.read(directory / "runs", grid)
+    if not made:
         raise SystemExit(f"There are no runs in {directory / 'runs'}; run `{COMMAND}` first.")
+    runs = with_trl(made)
     worlds = [world for world in NAMES if any(of_world == world for of_world, _ in runs)]
-    _directory = docs / "results"
-    _directory.mkdir(parents=True, exist_ok=True)
-    for draw, _ in FIGURES.values():
-        draw(runs, worlds, plt)
+    results = docs / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    for name, (draw, _) in FIGURES.items():
+        draw(runs, worlds, plt).savefig(results / f"{name}.png", dpi=110)
         plt.close("all")
-    numbers = {
-        world: {arm: compare(runs, world, arm, "grpo") for arm in runs.arms(world) if arm != "grpo"}
-        for world in worlds
-    }
-    (_directory / "numbers.json").write_text(json.dumps(_finite(numbers), indent=1) + "\n")
-    (_directory / "runs.json").write_text(
-        json.dumps([_compact(run) for own in runs.values() for run in own.values()]).replace('{"world"', '\n{"world"')
-        + "\n"
-    )
+    (results / "numbers.json").write_text(json.dumps(numbers(runs, worlds), indent=1) + "\n")
+    compact = json.dumps([_compact(run) for run in made.all()]).replace('{"world"', '\n{"world"')
+    (results / "runs.json").write_text(compact + "\n")
     page = docs / "results.md"
-    starts = {}
-    for world in worlds:
-        told = directory / "cold_start" / world / "start.json"
-        if told.exists():
-            starts[world] = json.loads(told.read_text())
-    page.write_text(_page(runs, worlds, grid, starts))
+    page.write_text(_page(made, worlds, grid, read_search(directory / "runs")))
     return page
 
 
-def _finite(value):
+def numbers(runs: Runs, worlds: Sequence[str]) -> dict:
+    """Of each arm in each world, against `trl`: accuracy, `compare` and `levers`. Infinite becomes null."""
+    found: dict = {}
+    for world in worlds:
+        for arm in runs.arms(world):
+            accuracy = estimate([final(run) for run in runs[world, arm].values()])
+            compared, left = compare(runs, world, arm, "trl") or {}, levers(runs, world, arm)
+            found.setdefault(world, {})[arm] = {"accuracy": accuracy, **compared, "levers": left}
+    return _finite(found)
+
+
+def _finite(value: Any) -> Any:
     """Numbers as JSON knows them; infinite becomes null."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     return None if value is None or math.isinf(value) else round(value, 5)
 
 
-def measured(runs: Sequence[dict]) -> str:
-    """How accuracy was read, and how that compares with plain sampling in these very runs."""
-    read = [entry for run in runs for entry in run["evaluations"] if entry["step"] and "sampled" in entry]
-    if not read:
-        return ""
-    apart = [entry["sampled"] - entry["accuracy"] for entry in read]
-    return (
-        "The faultless demonstration of an answer is scored exactly, as the product of its tokens' probabilities; "
-        f"what is right in another way is sampled: {percent(statistics.median(entry['otherwise'] for entry in read))} "
-        f"of the answers (median of {len(read)} evaluations), {percent(max(entry['otherwise'] for entry in read), 0)} "
-        "in the one run where most are. The plain share of right answers among the same samples, mostly one a "
-        f"question, is on average {100 * statistics.fmean(apart):+.1f} points away, with a standard deviation of "
-        f"{100 * statistics.pstdev(apart):.1f}."
-    )
-
-
 def _compact(run: dict) -> dict:
     """What the page needs of a run: evaluations, and what was spent until each of them."""
-    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at", "evaluations")}
+    kept = {name: run[name] for name in ("world", "arm", "seed", "compared_at")}
+    kept["learning_rate"] = run["arguments"]["learning_rate"]
+    names = ("step", "accuracy", "otherwise", "sampled")
+    kept["evaluations"] = [{name: entry[name] for name in names if name in entry} for entry in run["evaluations"]]
     spent = {
         quantity: [round(x, 1) for x, _ in curve(run, quantity)]
-        for quantity in ("calls_executed", "calls_shared", "tokens_sampled", "cpu_seconds")
+        for quantity in ("calls_made", "calls_shared", "calls_executed", "tokens_sampled", "cpu_seconds")
     }
     return kept | {"spent": spent, "forks_after_call": [round(share, 4) for share in fork_shares(run)]}
 
 
-def _page(runs: Runs, worlds: Sequence[str], grid: Grid, starts: dict[str, dict]) -> str:
+def measured(runs: Sequence[dict]) -> str:
+    """How much of accuracy was sampled, and how that compares with plain sampling in these very runs."""
+    read = [entry for run in runs for entry in run["evaluations"] if entry["step"] and "sampled" in entry]
+    if not read:
+        return ""
+    otherwise = [entry["otherwise"] for entry in read]
+    apart = [entry["sampled"] - entry["accuracy"] for entry in read]
+    noise = " So accuracy is sampled here, five answers to a question, and has the noise of that."
+    return (
+        f"{percent(statistics.median(otherwise))} of the answers are right in another way (median of {len(read)} "
+        f"evaluations; {percent(max(otherwise), 0)} in the one where most are); the plain share of right answers among "
+        f"the same samples is on average {100 * statistics.fmean(apart):+.1f} points away, with a standard deviation "
+        f"of {100 * statistics.pstdev(apart):.1f}.{noise if statistics.median(otherwise) > 0.1 else ''}"
+    )
+
+
+def refused(runs: Sequence[dict]) -> str:
+    """How many of the calls that the rows of `grpo` make could not be understood, and how they are counted."""
+    steps = [step for run in runs if run["arm"] == "grpo" for step in run["steps"]]
+    share = sum(step.get("calls_refused", 0) for step in steps) / max(sum(step["calls_made"] for step in steps), 1)
+    return (
+        f"{percent(share)} of the calls that the rows of `grpo` make cannot be understood and run nothing, with TRL neither; "
+        "they are counted among the calls of `trl`."
+    )
+
+
+def _missing(runs: Runs, grid: Grid) -> str:
     planned = dict.fromkeys((world, arm, seed) for world, arm, seeds in grid for seed in seeds)
     missing = [key for key in planned if key[2] not in runs.get(key[:2], {})]
-    wanted: dict[str, list[int]] = {}
-    for world, arm, seed in missing:
-        wanted.setdefault(f"{world} {arm}", []).append(seed)
-    left = (
-        "All runs of the grid are in."
-        if not missing
-        else f"**{len(planned) - len(missing)} of the grid's {len(planned)} runs are in.** Missing: "
-        + "; ".join(f"{name} (seeds {', '.join(map(str, seeds))})" for name, seeds in wanted.items())
-        + ". The command runs what is missing and writes this page anew."
+    if not missing:
+        return "All runs of the grid are in."
+    arms = itertools.groupby(sorted(missing), key=lambda key: f"{key[0]} {key[1]}")
+    named = "; ".join(f"{name} (seeds {', '.join(str(seed) for *_, seed in own)})" for name, own in arms)
+    return (
+        f"**{len(planned) - len(missing)} of the grid's {len(planned)} runs are in.** Missing: {named}. The command runs "
+        "what is missing and writes this page anew."
     )
-    every_run = [run for own in runs.values() for run in own.values()]
-    longest = max(every_run, key=lambda run: len(run["steps"]))
+
+
+def _figure(name: str) -> str:
+    caption = FIGURES[name][1]
+    return f"![{caption}](results/{name}.png)\n\n*{caption} Made by `{COMMAND}`.*"
+
+
+def _page(made: Runs, worlds: Sequence[str], grid: Grid, search: Sequence[dict]) -> str:
+    runs = with_trl(made)
+    by_world = {world: claims(runs, world) for world in worlds}
+    longest = max(made.all(), key=lambda run: len(run["steps"]))
     steps, evaluations = longest["compared_at"], [entry["step"] for entry in longest["evaluations"]]
-    shown = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
     parts = [
-        "# Results: ARPO against GRPO, DAPO, RLOO and a random control",
+        "# Results: what a step pays for, with merging, forks and reuse",
         "<!-- Written by examples/reproduce_report.py; do not edit. -->",
         f"""`{COMMAND}` trains the grid of `examples/reproduce.py`, in which the claims and the rules that decide them stand as they were
-written before the runs, and writes this page and everything in `docs/results/`. {left}
+written before the runs, and writes this page and everything in `docs/results/`. {_missing(made, grid)}
 
-Small models (half a million parameters) in two invented worlds, optimiser steps of 64 rows in groups of M = 16 (`small`: 32
-rows, M = 8), all arms of a world from one cold start, in pairs by seed. "Final" is after {steps} steps, for all arms. All but `grpo` then train on to step
-{len(longest["steps"])}, only so that an arm which needs a few steps more than GRPO for GRPO's final accuracy is told from one that never gets
-there. A cost is the ratio of what an arm and GRPO spent until that accuracy, on curves that were made non-decreasing.
-Intervals are over seeds, 95 %: Student's t for means, the bootstrap for medians of costs, which with five seeds is nearly
-their range. Time is that of the processor, rollouts and update, one thread a run; runs share the machine, so it is rough.
-Made with {shown}, on a CPU.
-
-Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. {measured(every_run)}
-
-This is the second grid. The first one read accuracy from 200 to 1000 sampled answers, whose noise was larger than the
-differences, and counted an arm that was level with GRPO at the end as one that never gets there. This one has other seeds
-and the same worlds and settings. The arms that expand are new: they were chosen among some seventeen variants on seeds that
-are in neither grid, but on the same cold starts and held-out questions. `examples/reproduce.py` lists them, and what was
-changed in the list of runs while it was run.
+`trl` is GRPO as TRL runs it, every call executed. It is read from the runs of `grpo`, which executes equal calls of a group
+once; that changes no token (`tests/test_merging.py`). Costs are fractions of what `trl` spends; its tokens and seconds are
+those of `grpo`.""",
+        "## What holds",
+        "In each cell: the executed calls to the final accuracy of what the arm is compared with, whose own are 1 (median over "
+        "seeds); the difference in final accuracy from it (mean); 95 % intervals.",
+        claims_table(by_world),
+        expectations(by_world),
+        "## Each lever alone and together",
+        "Merging executes equal calls of a group once. Forks share what was paid before they left. Reuse takes two or four "
+        "steps on each batch. Merging changes no token, so what forks alone would leave is counted in the same runs. Arms that "
+        "branch have the learning rate that was found for `distinct`, the others that for `grpo`.",
+        _figure("levers"),
+        forks_in_short(runs, worlds),
+    ]
+    for world in worlds:
+        parts += [f"### Levers in {NAMES[world]}", levers_table(runs, world)]
+    parts += [
+        "All columns are of as many steps. The first three are fractions of the calls of `trl`. The tools answer at once, so that "
+        "seconds hold no waiting for calls.",
+        "## Arms",
+        f"""`grpo`, `grpo_fast` (twice the learning rate), `grpo_rate` (that of `distinct`), `small` (half of the rows), `dapo`, `reinforce_pp` and `reuse2`, `reuse4` do not
+branch. `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `arpo_distinct` with forks that
+differ. `expansion`, `weighted`, `distinct`, `distinct_random`, `novelty`, `contrast` and `distinct_reuse` are not the paper's.
+`examples/reproduce.py` has the settings. "Final" is after {steps} steps. The last three columns are what was spent until the
+final accuracy of `trl`, medians over seeds; `docs/results/numbers.json` has all intervals.""",
+    ]
+    for world in worlds:
+        parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
+    parts += [_figure("accuracy")]
+    parts += ["## Learning rates"]
+    if search:
+        parts += [
+            f"Mean accuracy after {steps} steps, on seeds of their own. Arms that branch take the best rate of `distinct` "
+            "(bold), the others that of `grpo`.",
+            search_table(search),
+        ]
+    else:
+        parts += ["The runs of the search are not there."]
+    parts += [
+        "## How it was measured",
+        f"""Small models (half a million parameters), optimiser steps of 64 rows in groups of M = 16 (`small`: 32 rows, M = 8), all arms of
+a world from one cold start, in pairs by seed. All arms but `grpo` train on to step {len(longest["steps"])}, only so that an arm which needs
+a few steps more for the accuracy of `trl` is told from one that never gets there. Costs are read on curves that were made
+non-decreasing. Intervals are over seeds, 95 %: Student's t for means, the bootstrap for medians of costs, which with five
+seeds is nearly their range. Time is that of the processor, rollouts and update, one thread a run; runs share the machine, so
+it is rough. Made with {packages}, on a CPU.
 
 - **{NAMES["easy"]}** (`examples/demo_world.py`): two look-ups and a subtraction.
 - **{NAMES["hard"]}** (`examples/hard_world.py`): three look-ups and a subtraction, namesakes and rumours among the search
   results, and no call to spare.
+- **{NAMES["wordy"]}** (`examples/wordy_world.py`): the demo's questions, plans and queries worded in many ways, so that fewer calls
+  of a group are equal.
 
-What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One cold
-start a world means that the intervals are over training runs, not over worlds.""",
-        "## Claims",
-        claims(runs, worlds),
-        "## What was tried, and why",
-        improvements(runs, worlds),
-        "### Why",
-        reasons(runs, worlds, starts),
-        "Not tried: AEPO's penalty on consecutive forks, 5 % each, which changes little where a row makes three or "
-        "four calls; its budget by the entropy of the prompt, which `expansion` has in its own way, since the prompt "
-        "is one of its nodes; larger M.",
-        "## Arms",
-        """`grpo`, `dapo` and `rloo` are TRL's losses on rollouts that do not branch (`examples/reproduce.py` says what is and is not
-theirs). `arpo` is the paper's method with its defaults, `random` the same with entropy ignored, `hard_credit` with hard
-attribution. The others are named by what they change; `examples/reproduce.py` has them all. `expansion` and its control
-`expansion_random` are options of the package that are not the paper's.""",
+Held-out accuracy is that of answers sampled at temperature 1, at steps {", ".join(map(str, evaluations))}. The faultless demonstration of
+an answer is scored exactly, as the product of its tokens' probabilities; what is right in another way is sampled.""",
     ]
-    for world in worlds:
-        parts += [f"### In {NAMES[world]}", arms_table(runs, world)]
+    told = [(world, measured([run for run in made.all() if run["world"] == world])) for world in worlds]
+    parts += ["\n".join(f"- In {NAMES[world]}: {each}" for world, each in told if each)]
     parts += [
-        "Each batch is used for one optimiser step, so no ratio is clipped, and DAPO differs from GRPO only in how "
-        "rows of different length weigh.",
-        "## Figures",
+        refused(made.all()),
+        "What this cannot show: what larger models on real text do, and what each arm does at its own best learning rate. One "
+        "cold start a world means that the intervals are over training runs, not over worlds.",
+        "## Entropy and forks",
+        _figure("entropy"),
+        _figure("forks"),
+        "## Before",
+        """The [second grid](results/second/README.md) executed every call of every row, and had other seeds. Its results stand, the
+negative ones too: there the paper's rule did not halve the calls, and forks by entropy did no better than forks at random.
+
+Others report what agrees with the latter: [APPO](https://huggingface.co/papers/2606.12384), that the entropy of tokens alone
+does not reliably tell which decisions matter for the outcome, and that these are not gathered at tool calls;
+[A²TGPO](https://huggingface.co/papers/2605.06200), that rollouts as trees redistribute the signal of the outcome and constrain
+how much trajectories differ.""",
     ]
-    for name, (_, caption) in FIGURES.items():
-        parts.append(
-            f"![{caption}](results/{name}.png)\n\n{caption}{'' if name == 'cost' else ' Band or bar: 95 % interval over seeds.'} "
-            f"Made by `{COMMAND}`."
-        )
-    parts.append("## Sweeps")
-    for world in worlds:
-        parts += [f"### In {NAMES[world]}", sweeps_table(runs, world)]
-    parts += ["### Advice", advice(runs, worlds)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
