@@ -142,11 +142,8 @@ SMALL_WORLDS = ("easy", "hard")
 GRID = [
     *((world, arm, SEEDS) for world in SMALL_WORLDS for arm in ("grpo", "distinct", "arpo", "distinct_reuse")),
     *(("wordy", arm, SEEDS[:3]) for arm in ("grpo", "distinct", "arpo")),
-    *(
-        (world, arm, SEEDS[:3])
-        for world in SMALL_WORLDS
-        for arm in ("grpo_rate", "small", "expansion", "reuse2", "random")
-    ),
+    *((world, "grpo_rate", SEEDS[:3] if world == "wordy" else SEEDS) for world in WORLDS),
+    *((world, arm, SEEDS[:3]) for world in SMALL_WORLDS for arm in ("small", "expansion", "reuse2", "random")),
     *(("wordy", arm, SEEDS[3:]) for arm in ("grpo", "distinct", "arpo")),
     *((world, arm, SEEDS[:3]) for arm in ("distinct_random", "grpo_fast") for world in SMALL_WORLDS),
     *(("wordy", arm, SEEDS[:3]) for arm in ("small", "random", "distinct_reuse")),
