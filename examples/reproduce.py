@@ -75,8 +75,8 @@ from pathlib import Path
 # 6. Spikes. After a tool result the model's entropy is higher than before it: the mean over the first six tokens
 #    after is larger than over the last six before it, at the cold start.
 #
-# `grpo_rate` was added when the search had found different rates for `grpo` and `distinct`, and the main arms of the
-# demo's world were in: it tells the gain of forks from that of a rate.
+# 7. Added when the search had found different rates for `grpo` and `distinct`, and the main arms of the demo's world
+#    were in: `grpo_rate` tells the gain of forks from that of a rate. 2 and 3, for `distinct` and `arpo` against it.
 #
 # Expected, from first tries on seeds 10 to 14: 1 holds in the small worlds for all that merge, 3 does not hold
 # there, since forks and merging save the same calls, and holds in the wordy world.

@@ -277,6 +277,10 @@ def cheaper(result: dict) -> bool:
     return result["calls"]["high"] < 1
 
 
+def no_lower(result: dict) -> bool:
+    return result["difference"]["low"] > -0.01
+
+
 def better(result: dict) -> bool:
     return result["difference"]["low"] > 0 or cheaper(result)
 
@@ -305,7 +309,7 @@ def claims(runs: Runs, world: str) -> list[Claim]:
         here = WORDY_LIMIT if world == "wordy" else limit
         own.append(judge(runs, world, (1, text), arm, "trl", partial(few_calls, limit=here)))
     text = "`distinct` ends no lower than `trl`: the interval of the difference lies above −1 point"
-    own.append(judge(runs, world, (2, text), "distinct", "trl", lambda result: result["difference"]["low"] > -0.01))
+    own.append(judge(runs, world, (2, text), "distinct", "trl", no_lower))
     for arm in ("distinct", "arpo"):
         text = f"`{arm}` needs fewer executed calls than `grpo`, which merges too"
         own.append(judge(runs, world, (3, text), arm, "grpo", cheaper))
@@ -315,7 +319,14 @@ def claims(runs: Runs, world: str) -> list[Claim]:
         (5, "Forks that differ beat those that may repeat", "distinct", "expansion"),
     ):
         own.append(judge(runs, world, (number, f"{what}: `{arm}` against `{control}`"), arm, control, better))
-    return [*own, spike_claim(runs, world)]
+    own.append(spike_claim(runs, world))
+    for arm in ("distinct", "arpo"):
+        for text, rule in (
+            (f"At one learning rate `{arm}` ends no lower than `grpo_rate`, as in 2", no_lower),
+            (f"At one learning rate `{arm}` needs fewer executed calls than `grpo_rate`, as in 3", cheaper),
+        ):
+            own.append(judge(runs, world, (7, text), arm, "grpo_rate", rule))
+    return own
 
 
 def claims_table(by_world: Mapping[str, Sequence[Claim]]) -> str:
@@ -349,6 +360,7 @@ def expectations(by_world: Mapping[str, Sequence[Claim]]) -> str:
 
 LEVER_ARMS = {
     "grpo": "merging",
+    "grpo_rate": "merging, at the learning rate of the forks",
     "small": "half of the rows, merging",
     "reuse2": "each batch twice, merging",
     "reuse4": "each batch four times, merging",
@@ -374,8 +386,12 @@ def levers_table(runs: Runs, world: str) -> str:
 
 
 def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
-    """Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval."""
-    results = {(world, arm): compare(runs, world, arm, "grpo") for world in worlds for arm in FORKING}
+    """
+    Whether forks save executed calls once calls are merged, and what they cost: where, by the whole interval. Against
+    GRPO at their own learning rate where that was run, so that no rate is taken for an effect of forks.
+    """
+    bases = {world: "grpo_rate" if len(runs.get((world, "grpo_rate"), {})) > 1 else "grpo" for world in worlds}
+    results = {(world, arm): compare(runs, world, arm, bases[world]) for world in worlds for arm in FORKING}
     found = {key: result for key, result in results.items() if result is not None}
 
     def where(name: str, less: bool) -> str:
@@ -396,8 +412,9 @@ def forks_in_short(runs: Runs, worlds: Sequence[str]) -> str:
         )
     ]
     return (
-        f"Once equal calls are merged, of {len(found)} pairs of a world and an arm that forks, against `grpo`, which merges "
-        "too, after as many steps, by the whole interval:\n\n" + "\n".join(lines)
+        f"Once equal calls are merged, of {len(found)} pairs of a world and an arm that forks, after as many steps, by the "
+        f"whole interval, against GRPO that merges too ({', '.join(f'`{bases[world]}` in {NAMES[world]}' for world in worlds)}):"
+        "\n\n" + "\n".join(lines)
     )
 
 

@@ -168,13 +168,31 @@ def test_whether_forks_save_calls_that_merging_leaves_and_what_they_cost():
     ]
 
 
+def test_forks_are_held_against_grpo_at_their_own_learning_rate():
+    grpo, forks = (
+        seeds_of("grpo", calls=10, made=40),
+        seeds_of("distinct", calls=8, made=40, accuracies=(0.5, 0.7, 0.9)),
+    )
+    at_their_rate = seeds_of("grpo_rate", calls=7, made=40, accuracies=(0.5, 0.7, 0.91))
+    alone = report.forks_in_short(runs_of(*grpo, *forks), ["easy"])
+    assert "(`grpo` in the demo's world)" in alone and "**add accuracy**: `distinct`" in alone
+    said = report.forks_in_short(runs_of(*grpo, *forks, *at_their_rate), ["easy"])
+    assert "(`grpo_rate` in the demo's world)" in said
+    assert "**execute more**: `distinct`" in said and "**cost accuracy**: `distinct`" in said
+    found = {claim.text: claim.holds for claim in report.claims(runs_of(*grpo, *forks, *at_their_rate), "easy")}
+    assert found["At one learning rate `distinct` ends no lower than `grpo_rate`, as in 2"] is False
+    assert found["At one learning rate `distinct` needs fewer executed calls than `grpo_rate`, as in 3"] is False
+    assert found["At one learning rate `arpo` ends no lower than `grpo_rate`, as in 2"] is None
+    assert found["`distinct` needs fewer executed calls than `grpo`, which merges too"] is True
+
+
 # Verdicts
 
 
 def verdicts(runs: report.Runs, world="easy") -> dict:
     """By the beginning of each claim."""
     claims = report.claims(runs, world)
-    assert [claim.number for claim in claims] == [1, 1, 1, 1, 1, 2, 3, 3, 4, 4, 5, 6]
+    assert [claim.number for claim in claims] == [1, 1, 1, 1, 1, 2, 3, 3, 4, 4, 5, 6, 7, 7, 7, 7]
     return {f"{claim.number} {claim.text}": claim.holds for claim in claims}
 
 
