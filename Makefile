@@ -47,7 +47,7 @@ $(VENV)/.installed-environments: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps openenv==0.10.0
 	touch $@
 
-# ARPO against GRPO, DAPO, RLOO and a random control: docs/results.md. What is finished is not run again.
+# GRPO, merging, forks and reuse in three small worlds: docs/results.md. What is finished is not run again.
 reproduce: setup
 	$(BIN)/python examples/reproduce.py
 

@@ -468,7 +468,8 @@ def search_table(search: Sequence[dict]) -> str:
 README_ARMS = {
     "GRPO as TRL runs it": "trl",
     "GRPO, equal calls merged": "grpo",
-    "the same with M = 8": "small",
+    "the same at the learning rate of the forks": "grpo_rate",
+    "GRPO, merged, M = 8": "small",
     "ARPO, the paper's forks": "arpo",
     "ARPO, `distinct` forks": "distinct",
     "the same, each batch twice": "distinct_reuse",
