@@ -501,8 +501,8 @@ def readme_table(numbers: Mapping[str, Mapping[str, dict]]) -> str:
 
 # Figures
 
-COLORS = dict(trl="black", grpo="0.45", small="0.75", arpo="C0", distinct="C2", distinct_reuse="C4")
-COLORS |= dict(random="C1", expansion="C3", distinct_random="C5")
+COLORS = dict(trl="black", grpo="0.45", grpo_rate="C5", small="0.75", arpo="C0", distinct="C2", distinct_reuse="C4")
+COLORS |= dict(random="C1", expansion="C3", distinct_random="C6")
 
 
 def panels(plt: Any, worlds: Sequence[str], height: float, rows: int = 1) -> tuple[Any, list[tuple[str, Any]]]:
@@ -539,7 +539,7 @@ def draw_accuracy(runs: Runs, worlds: Sequence[str], plt: Any) -> Any:
     figure, axes = panels(plt, worlds, 4, rows=2)
     for place, (world, axis) in enumerate(axes):
         quantity, label = (None, "optimiser steps") if place < len(worlds) else ("calls_executed", "calls executed")
-        for arm in ("trl", "grpo", "small", "arpo", "distinct", "distinct_reuse"):
+        for arm in ("trl", "grpo", "grpo_rate", "small", "arpo", "distinct", "distinct_reuse"):
             own = [curve(run, quantity) for run in runs.get((world, arm), {}).values()]
             if not own or (arm == "trl" and quantity is None):  # the same points as grpo
                 continue
