@@ -77,7 +77,7 @@ $(VLLM)/.installed: pyproject.toml
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest tests/vllm_engine
 
-# One table of ratios against TRL's own code, and JSON under outputs/: about 20 minutes on two idle cores, with one
+# One table of ratios against TRL's own code, and JSON under outputs/: 15 minutes on two idle cores, with one
 # measurement of what takes long. benchmarks/README.md says which commands gave its figures
 bench: setup
 	$(BIN)/python benchmarks/tools.py --json outputs/benchmarks/tools.json

@@ -324,29 +324,32 @@ def test_a_call_starts_when_its_row_is_parsed_and_after_the_forks_were_copied():
     assert order[5:12] == ["sample", "copy", "copy", "parse", "call", "parse", "call"]
 
 
-def test_copies_of_whole_rows_are_let_go_before_turns_are_parsed():
-    """Python's collector looks through whatever lists there are."""
-
-    def long_lists():
-        return sum(isinstance(item, list) and len(item) > 1_000 for item in gc.get_objects())
-
-    alive = []
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_pauses_while_a_wave_is_read_and_goes_on(enabled):
+    """It looks through whatever lists there are: the tokens of all rows."""
+    running = []
 
     class Protocol(RandomProtocol):
         def parse(self, ids, context, tools):
-            alive.append(long_lists())
+            running.append(gc.isenabled())
             return super().parse(ids, context, tools)
 
-    prompts = [[FAST] * 1_001] * 8
-    before = long_lists()
-    run_waves(
-        group_parts(0, 8, 8, num_initial=8),
-        prompts,
-        Protocol(),
-        RolloutHooks(lambda contexts, limits: [Sample([5, END], [1.0, 1.0]) for _ in contexts], lambda row: {}, list),
-        branching(100, "bernoulli", branch_probability=1.0),
-        Limits(completion=100, context=2_000, tool_turns=4),
-        random.Random(0),
-        END.__eq__,
-    )
-    assert len(alive) == 8 and max(alive) <= before + 1
+    def sample(contexts, limits):
+        running.append(gc.isenabled())
+        return [Sample([5, END], [1.0, 1.0]) for _ in contexts]
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        run_waves(
+            group_parts(0, 2, 2, num_initial=2),
+            [[FAST]] * 2,
+            Protocol(),
+            RolloutHooks(sample, lambda row: {}, list),
+            branching(100, "bernoulli", branch_probability=1.0),
+            Limits(completion=100, context=2_000, tool_turns=4),
+            random.Random(0),
+            END.__eq__,
+        )
+        assert running == [enabled, False, False] and gc.isenabled() == enabled
+    finally:
+        gc.enable()

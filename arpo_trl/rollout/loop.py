@@ -8,9 +8,11 @@ of a group end and then fork anywhere in its tree. The loop knows nothing of mod
 functions that sample, parse and run, so that tests drive it with scripts. `continuous.py` does the same without waves.
 """
 
+import gc
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -79,37 +81,33 @@ def run_waves(
         if eager or branching.rule.expands or branching.fork_tries > 1:
             later = needed_later(groups, waiting, pending, branching.rule)
             hooks.keep(later)
-        contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
+        with collector_paused():
+            contexts = [trajectory.prompt_ids + trajectory.completion_ids for trajectory in waiting]
         budgets = [limits.completion if limits.cut_afterwards else limits.left(trajectory) for trajectory in waiting]
         seen = [trajectory.images for trajectory in waiting]
         with hooks.timed("sample"):
             sample = partial(hooks.sample, images=seen) if any(seen) else hooks.sample
             samples = sample(contexts, budgets)
             if branching.fork_tries > 1:
-                samples = distinct_samples(
-                    samples,
-                    waiting,
-                    group_of,
-                    partial(_sample_again, hooks, contexts, budgets, seen, later),
-                    hooks.anyone,
-                    branching.fork_tries,
-                )
-        del contexts  # Python's collector would look through millions of tokens, again and again
+                again = partial(_sample_again, hooks, contexts, budgets, seen, later)
+                samples = distinct_samples(samples, waiting, group_of, again, hooks.anyone, branching.fork_tries)
 
         # The forks first, and what they copy of environments: then a call starts as soon as its row is parsed
-        steps = [cut_segment(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
-        steps_of: dict[int, list[Step]] = {id(group): [] for group in groups}
-        for step in steps:
-            steps_of[id(group_of[step.trajectory.row])].append(step)
-        forks = [
-            fork for group in groups for fork in decide_forks(group, steps_of[id(group)], branching.rule, hooks, rng)
-        ]
-        with hooks.timed("parse"):
+        with collector_paused():
+            steps = [cut_segment(*pair, branching, limits) for pair in zip(waiting, samples, strict=True)]
+            steps_of: dict[int, list[Step]] = {id(group): [] for group in groups}
             for step in steps:
-                context = step.trajectory.prompt_ids + step.trajectory.completion_ids
-                step.turn = protocol.parse(step.sample.ids, context, hooks.tools_of(step.trajectory))
-                append_segment(step)
-                step.futures = start_calls(step, limits, hooks)
+                steps_of[id(group_of[step.trajectory.row])].append(step)
+            forks = [
+                fork
+                for group in groups
+                for fork in decide_forks(group, steps_of[id(group)], branching.rule, hooks, rng)
+            ]
+            with hooks.timed("parse"):
+                for step, context in zip(steps, contexts, strict=True):
+                    step.turn = protocol.parse(step.sample.ids, context, hooks.tools_of(step.trajectory))
+                    append_segment(step)
+                    step.futures = start_calls(step, limits, hooks)
         wave = Wave(
             wave.index + 1,
             active=len(steps),
@@ -124,7 +122,7 @@ def run_waves(
                 with hooks.timed("wait"):
                     wait([future for step in pending for future in step.futures])
             answered, pending = _split_answered(pending)
-            with hooks.timed("tools"):
+            with hooks.timed("tools"), collector_paused():
                 waiting += [step.trajectory for step in answered if append_results(step, protocol, limits, ends_turn)]
             if not limits.cut_afterwards:
                 waiting = [trajectory for trajectory in waiting if has_room(trajectory, limits)]
@@ -144,6 +142,21 @@ def run_waves(
         waiting.sort(key=lambda trajectory: trajectory.row)
 
     return [trajectory for group in groups for trajectory in group.trajectories]
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """
+    Python's cyclic garbage collector does not run within. It would look through the tokens of all rows, millions of
+    them, again and again while a wave is read, which makes thousands of objects and no cycles.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _scored(groups: Sequence[Group], unfinished: bool, hooks: RolloutHooks) -> bool:
