@@ -295,12 +295,15 @@ def recipe_rows(rng: np.random.Generator, groups: int, rows: int, prompt: int, c
     return found
 
 
+def computed_tokens(rows: list, prompt: int) -> int:
+    """Tokens that a packed micro-batch computes."""
+    return len(pack(rows, [prompt] * len(rows), Cost(token=1, pair=0, call=0)).input_ids)
+
+
 def computed_fraction(rows: list, order: list[int], micro_batch: int, prompt: int) -> float:
     """Tokens that packed micro-batches compute, of those of their rows."""
-    computed = 0
-    for start in range(0, len(order), micro_batch):
-        own = [rows[row] for row in order[start : start + micro_batch]]
-        computed += len(pack(own, [prompt] * len(own), Cost(token=1, pair=0, call=0)).input_ids)
+    starts = range(0, len(order), micro_batch)
+    computed = sum(computed_tokens([rows[row] for row in order[at : at + micro_batch]], prompt) for at in starts)
     return computed / sum(map(len, rows))
 
 
@@ -353,8 +356,7 @@ def count_largest(path: Path, prompt: int = 1500, completion: int = 4000, sigma:
 
     def largest(sizes: list[int]) -> float:
         ends = np.cumsum(sizes)
-        own = [rows[end - n : end] for end, n in zip(ends, sizes, strict=True)]
-        tokens = [len(pack(part, [prompt] * len(part), Cost(token=1, pair=0, call=0)).input_ids) for part in own]
+        tokens = [computed_tokens(rows[end - n : end], prompt) for end, n in zip(ends, sizes, strict=True)]
         return max(tokens) / (sum(tokens) / parts)
 
     return {"by rows": largest([size] * parts), "by tokens": largest(token_sizes(rows, parts))}

@@ -104,12 +104,17 @@ def shared_prefixes(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     """
     keys = [row.tobytes() for row in rows]  # any order does in which equal prefixes are neighbours; bytes compare fast
     order = sorted(range(len(rows)), key=keys.__getitem__)
+    return order, shared_with_previous([rows[row] for row in order])
+
+
+def shared_with_previous(rows: Sequence[np.ndarray]) -> list[int]:
+    """The number of leading tokens that each row shares with the one before it (0 for the first)."""
     shared = [0] * min(1, len(rows))
-    for before, after in zip(order, order[1:], strict=False):
-        n = min(len(rows[before]), len(rows[after]))
-        differs = rows[before][:n] != rows[after][:n]
+    for before, after in zip(rows, rows[1:], strict=False):
+        n = min(len(before), len(after))
+        differs = before[:n] != after[:n]
         shared.append(int(differs.argmax()) if differs.any() else n)
-    return order, shared
+    return shared
 
 
 def unpadded(input_ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -193,11 +198,7 @@ def token_sizes(rows: Sequence[np.ndarray], parts: int) -> list[int]:
         `list[int]`: the rows of each part, at least one; the largest part has as few tokens as a cut into so many
         parts allows.
     """
-    shared = [0]
-    for before, after in zip(rows, rows[1:], strict=False):
-        n = min(len(before), len(after))
-        differs = before[:n] != after[:n]
-        shared.append(int(differs.argmax()) if differs.any() else n)
+    shared = shared_with_previous(rows)
 
     def cut(limit: int) -> list[int]:
         """Parts of at most `limit` tokens, or of one row; as few as will do, but `parts` at the least."""

@@ -1,8 +1,8 @@
 """
-What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py` and
-`cache_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`, one request at a time in `vllm_stream.py`,
-images in `vllm_images.py`; a server outside of training in `server.py`). An engine is one class (`base.py`); which one
-a trainer or a model has is decided here and nowhere else.
+What samples segments: transformers' `generate` (`transformers.py`, with its prefix cache in `prefix_cache.py`,
+`cache_layers.py` and `growing_layers.py`) or vLLM (`vllm.py`, segments in parts in `parts.py`, one request at a time
+in `vllm_stream.py`, images in `vllm_images.py`; a server outside of training in `server.py`). An engine is one class
+(`base.py`); which one a trainer or a model has is decided here and nowhere else.
 """
 
 import contextlib

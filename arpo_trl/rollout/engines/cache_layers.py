@@ -34,7 +34,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .growing_layers import growing_layer
+from .growing_layers import KeysValues, growing_layer
 
 # A layer that caches nothing, which older transformers do not have
 _EMPTY = tuple(getattr(cache_utils, name) for name in ("DummyLayer",) if hasattr(cache_utils, name))
@@ -46,7 +46,6 @@ CACHE = (
     else "past_key_values"
 )
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 State = list[torch.Tensor | None]  # convolution and recurrent states of all layers, in order, of shape `(rows, …)`
 
 
